@@ -1,0 +1,149 @@
+"""What an engine is set up with: one frozen object, checked once.
+
+Owns the options' names, defaults and limits. Names follow vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..sdk.errors import ConfigError
+
+SCHEDULING_POLICIES = ("fcfs", "priority")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits and switches of the scheduler.
+
+    - ``max_model_len``: tokens of prompt and output together that a sequence may have.
+    - ``max_num_seqs``: sequences that run at once. ``max_num_batched_tokens``: token budget of one step.
+    - ``long_prefill_token_threshold``: most prompt tokens of one sequence in one step; 0 is no limit of its own.
+    - ``max_queued_requests``: requests that may wait; one more is refused as ``Overloaded``.
+
+    Raises: ConfigError, naming the option.
+    """
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    max_queued_requests: int = 4096
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            require_positive(name, getattr(self, name))
+        require_positive("max_queued_requests", self.max_queued_requests)
+        if self.long_prefill_token_threshold != 0:
+            require_positive("long_prefill_token_threshold", self.long_prefill_token_threshold)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "max_num_batched_tokens",
+                f"{self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                "a step could not give every running sequence its token",
+            )
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            known = ", ".join(SCHEDULING_POLICIES)
+            raise ConfigError("scheduling_policy", f"must be one of {known}, got {self.scheduling_policy!r}")
+        if self.max_model_len > self.num_blocks * self.block_size:
+            raise ConfigError(
+                "max_model_len",
+                f"{self.max_model_len} tokens do not fit in the KV cache of {self.num_blocks} blocks of "
+                f"{self.block_size}: lower max_model_len or give the cache more memory (kv_cache_memory_bytes)",
+            )
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise ConfigError unless an option is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(name, f"must be an integer of at least 1, got {value!r}")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ONE_FOR_NOW = ("tensor_parallel_size", "pipeline_parallel_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Everything that a person can say about an engine; None means that it is worked out from the model and the device.
+
+    - ``model``: a Hugging Face directory; ``tokenizer``: another one for the text side.
+    - ``dtype``: ``auto`` is the checkpoint's own. ``device``: ``auto`` is a GPU when torch sees one.
+    - ``seed``: makes requests without a seed of their own repeat from run to run; None draws them.
+    - ``max_model_len``: prompt and output tokens of a sequence; None is the model's length, or less when the KV cache
+      is smaller than that (a warning says so).
+    - ``kv_cache_memory_bytes`` or ``num_gpu_blocks_override`` (blocks, on any device) size the KV cache; otherwise
+      ``gpu_memory_utilization`` of the device's free memory is the limit, and on a CPU 4 GiB.
+    - ``async_scheduling``: plan a step while the last one computes.
+    - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
+      is refused when true, because code from a checkpoint is never run.
+
+    Units: kv_cache_memory_bytes, bytes; step_timeout_s, seconds
+    Raises: ConfigError, naming the option.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float = 0.9
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True
+    long_prefill_token_threshold: int = 0
+    max_queued_requests: int = 4096
+    step_timeout_s: float = 600.0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    trust_remote_code: bool = False
+    enforce_eager: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if self.dtype not in DTYPES:
+            raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
+            raise ConfigError("num_gpu_blocks_override", "give this or kv_cache_memory_bytes, not both")
+        for name in ("gpu_memory_utilization", "step_timeout_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(name, f"must be a number above 0, got {value!r}")
+        if self.gpu_memory_utilization > 1:
+            raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
+        for name in _ONE_FOR_NOW:
+            if getattr(self, name) != 1:
+                raise ConfigError(name, f"only 1 is supported by this version, got {getattr(self, name)!r}")
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code", "must be false: code that comes with a checkpoint is never run")
+        # The scheduler's options are checked here too, so that a bad one is refused before the model is read.
+        length = self.max_model_len or 1
+        self.scheduler_config(max_model_len=length, num_blocks=length)
+
+    def scheduler_config(self, *, max_model_len: int, num_blocks: int) -> SchedulerConfig:
+        """Return the scheduler's part, with what was worked out from model and device."""
+        return SchedulerConfig(
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            max_queued_requests=self.max_queued_requests,
+            enable_prefix_caching=self.enable_prefix_caching,
+            scheduling_policy=self.scheduling_policy,
+        )

@@ -1,0 +1,432 @@
+"""Decides, step by step, which tokens of which sequences are computed.
+
+There is no prefill or decode phase: a sequence has ``known`` and ``computed`` tokens, and every step hands tokens out
+of one budget, first to sequences that lack one token (decodes), then to prompts in chunks, so that a long prompt never
+stalls those that are generating (Sarathi-Serve, arXiv 2403.02310, section 4). When blocks run out, the sequence that
+the policy would serve last gives its blocks back and is recomputed later.
+
+Synchronous and pure: results and time come in as arguments, plans go out. A step may be planned before the result
+of the one before is known: the token it lacks is then ``pending``, and the executor, which works in order, has it.
+
+On a request's way: after admission, before the executor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from ...sdk.errors import InvalidRequest, Overloaded
+from ..config import SchedulerConfig
+from ..messages import (
+    EngineRequest,
+    FinishReason,
+    Int32Array,
+    SequenceId,
+    StepPlan,
+    StepResult,
+)
+from .kv_blocks import PREFIX_CACHE, KvBlockPool, Owner, root_digest
+from .outputs import SchedulerLoad, StepOutputs
+from .policies import POLICIES
+from .prefix import Reuse, extend_digests, find_cached_prefix, reuse_up_to
+from .queues import RunningOrder, WaitingQueue
+from .sequence import Sequence, SequenceState, make_sequences
+from .slots import SlotTable
+from .step_builder import StepBuilder
+
+_STORY_EVENTS = 20_000
+
+PrefixKey = Callable[[int], str | None]
+"""Maps a prompt's length to what else its KV depends on (see ``ModelSpec.prefix_cache_key``)."""
+
+
+def _no_prefix_key(prompt_length: int) -> str | None:
+    del prompt_length
+    return None
+
+
+class Scheduler:
+    """Owns every live sequence of an engine, the slot table and the block pool.
+
+    Raises: InvalidRequest for what can never fit, Overloaded when the queue is full.
+    """
+
+    def __init__(self, config: SchedulerConfig, *, prefix_key: PrefixKey = _no_prefix_key) -> None:
+        self.config = config
+        self.pool = KvBlockPool(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching)
+        self.table = SlotTable(
+            max_slots=config.max_num_seqs, max_length=config.max_model_len, block_size=config.block_size
+        )
+        policy = POLICIES[config.scheduling_policy]()
+        self._prefix_key = prefix_key
+        self._requests: dict[str, list[Sequence]] = {}
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._waiting = WaitingQueue(policy)
+        self._held: dict[SequenceId, list[Sequence]] = {}
+        self._running = RunningOrder(policy)
+        self._next_sequence_id = 1
+        self._next_arrival = 0
+        self._step = 0
+        self._preemptions = 0
+        self._story: deque[tuple[int, str, str]] = deque(maxlen=_STORY_EVENTS)
+
+    # ------------------------------------------------------------------ requests in, requests out
+
+    def submit(self, request: EngineRequest) -> list[Sequence]:
+        """Queue a request, after refusing what can never be served; return its sequences."""
+        self.check_fits(request)
+        if len(self._waiting) >= self.config.max_queued_requests:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting already (max_queued_requests)")
+        length = len(request.prompt_token_ids)
+        sequences = make_sequences(
+            request,
+            first_id=self._next_sequence_id,
+            arrival=self._next_arrival,
+            root=root_digest(request.cache_salt, self._prefix_key(length)),
+        )
+        self._next_sequence_id += len(sequences)
+        self._next_arrival += 1
+        self._requests[request.request_id] = list(sequences)
+        self._sequences.update((sequence.sequence_id, sequence) for sequence in sequences)
+        self._enqueue(sequences[0], "submitted")
+        if len(sequences) > 1:
+            self._held[sequences[0].sequence_id] = sequences[1:]
+        return sequences
+
+    def check_fits(self, request: EngineRequest) -> None:
+        """Raise InvalidRequest for a request that could never be served."""
+        config, length = self.config, len(request.prompt_token_ids)
+        if request.request_id in self._requests:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
+        if length == 0:
+            raise InvalidRequest("prompt", "holds no tokens")
+        if length + request.max_tokens > config.max_model_len:
+            raise InvalidRequest(
+                "prompt" if length >= config.max_model_len else "max_tokens",
+                f"{length} prompt tokens and {request.max_tokens} new ones are more than "
+                f"max_model_len={config.max_model_len}",
+            )
+        if request.params.n > config.max_num_seqs:
+            raise InvalidRequest("n", f"{request.params.n} samples are more than max_num_seqs={config.max_num_seqs}")
+
+    def abort(self, request_id: str) -> bool:
+        """End a request's remaining sequences now; return whether there were any."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.abort_sequence(sequence)
+        return bool(sequences)
+
+    def abort_sequence(self, sequence: Sequence) -> None:
+        """End one sequence now, whatever it is doing; ending it twice does nothing."""
+        if sequence.state is not SequenceState.FINISHED:
+            self._finish(sequence, FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not ended."""
+        return bool(self._sequences)
+
+    @property
+    def live_request_ids(self) -> list[str]:
+        """Requests that have not ended, oldest first."""
+        return list(self._requests)
+
+    @property
+    def queue_room(self) -> int:
+        """How many more requests can be submitted now."""
+        return self.config.max_queued_requests - len(self._waiting)
+
+    @property
+    def load(self) -> SchedulerLoad:
+        """Return how busy the scheduler is."""
+        return SchedulerLoad(
+            running=len(self._running),
+            waiting=len(self._waiting) + sum(len(held) for held in self._held.values()),
+            blocks_total=self.pool.num_blocks,
+            blocks_available=self.pool.available,
+            preemptions=self._preemptions,
+        )
+
+    def story(self, request_id: str) -> list[tuple[int, str]]:
+        """Return what happened to a request as (step, event), as far back as the log reaches."""
+        return [(step, event) for step, who, event in self._story if who == request_id]
+
+    # ------------------------------------------------------------------ planning a step
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """Plan the next step, or return None when nothing can be computed before a result comes in."""
+        builder = StepBuilder(self.table)
+        budget = self.config.max_num_batched_tokens
+        order = self._running.slots
+        if len(order):
+            table = self.table
+            target = table.known[order] + table.pending[order]
+            lacking = np.where(target < table.max_length[order], target - table.computed[order], 0)
+            self._plan_decodes(builder, order[lacking == 1])
+            self._plan_chunks(builder, order[lacking > 1])
+            budget -= int(table.planned.sum())
+        if not builder.preempted:
+            self._admit_waiting(builder, budget, now_s)
+        plan = builder.finish(self._step + 1, self._running.slots)
+        if plan is not None:
+            self._step = plan.step
+            self._release_held()
+        return plan
+
+    def _plan_decodes(self, builder: StepBuilder, slots: Int32Array) -> None:
+        table = self.table
+        table.planned[slots] = 1
+        crossing = slots[table.computed[slots] >= table.num_blocks[slots] * table.block_size]
+        for slot in crossing.tolist():
+            # An earlier slot in this loop may have preempted this one.
+            if table.planned[slot]:
+                self._grow(builder, slot, 1)
+
+    def _plan_chunks(self, builder: StepBuilder, slots: Int32Array) -> None:
+        table = self.table
+        for slot in slots.tolist():
+            budget = self.config.max_num_batched_tokens - int(table.planned.sum())
+            lacking = int(table.known[slot]) + int(table.pending[slot]) - int(table.computed[slot])
+            count = self._chunk(lacking, budget)
+            # The slot is empty when a better sequence of this loop has preempted it.
+            if count > 0 and table.sequences[slot] is not None:
+                table.planned[slot] = count
+                self._grow(builder, slot, count)
+
+    def _chunk(self, lacking: int, budget: int) -> int:
+        threshold = self.config.long_prefill_token_threshold
+        return min(lacking, budget, threshold) if threshold else min(lacking, budget)
+
+    def _grow(self, builder: StepBuilder, slot: int, count: int) -> None:
+        """Give a slot the blocks for ``count`` more tokens, preempting from the end of the order until they are there.
+
+        The slot itself may be the one that is preempted: nobody that the policy serves later is left then.
+        """
+        table = self.table
+        sequence: Sequence = table.sequences[slot]
+        end = int(table.computed[slot]) + count
+        needed = -(-end // table.block_size) - int(table.num_blocks[slot])
+        if needed <= 0:
+            return
+        while (blocks := self.pool.allocate(needed, Owner(sequence.sequence_id))) is None:
+            victim = self._running.last
+            self._preempt(builder, victim)
+            if victim is sequence:
+                return
+        sequence.blocks.extend(blocks)
+        builder.add_blocks(slot, table.append_blocks(slot, blocks), blocks)
+
+    def _preempt(self, builder: StepBuilder, sequence: Sequence) -> None:
+        builder.preempted = True
+        self._preemptions += 1
+        sequence.preemptions += 1
+        sequence.pending = int(self.table.pending[sequence.slot])
+        sequence.tokens = self._leave_slot(sequence)
+        self._enqueue(sequence, "preempted")
+
+    def _leave_slot(self, sequence: Sequence) -> Int32Array:
+        """Take a running sequence out of its slot, give its blocks back, and return its known tokens."""
+        self._running.remove(sequence)
+        tokens = self.table.vacate(sequence.slot)
+        sequence.slot = -1
+        self.pool.release(sequence.blocks, Owner(sequence.sequence_id))
+        sequence.blocks = []
+        return tokens
+
+    # ------------------------------------------------------------------ admission
+
+    def _admit_waiting(self, builder: StepBuilder, budget: int, now_s: float) -> None:
+        while budget > 0 and self.table.free_slots and (sequence := self._waiting.peek()) is not None:
+            # A token of a preempted sequence is still on its way; it is needed to recompute.
+            count = 0 if sequence.pending else self._admit(builder, sequence, budget)
+            if not count:
+                return
+            self._waiting.pop()
+            sequence.state = SequenceState.RUNNING
+            budget -= count
+            if sequence.first_scheduled_time_s is None:
+                sequence.first_scheduled_time_s = now_s
+
+    def _admit(self, builder: StepBuilder, sequence: Sequence, budget: int) -> int:
+        """Start a waiting sequence if its blocks are there; return how many tokens it computes, 0 if it must wait."""
+        owner, block_size = Owner(sequence.sequence_id), self.config.block_size
+        known = len(sequence.tokens)
+        reuse = self._find_reuse(sequence)
+        count = self._chunk(known - reuse.computed, budget)
+        held = [*reuse.shared, reuse.partial] if reuse.partial is not None else list(reuse.shared)
+        self.pool.share(held, owner)
+        total = -(-(known + 1) // block_size) - len(reuse.shared)
+        needed = -(-(reuse.computed + count) // block_size) - len(reuse.shared)
+        # Room for all that is known, not for the first chunk only: otherwise prompts would crowd in and push one
+        # another out again. A sequence alone always gets in.
+        fresh = self.pool.allocate(needed, owner) if total <= self.pool.available or not self._running else None
+        if fresh is None:
+            self.pool.release(held, owner)
+            return 0
+        if reuse.partial is not None:
+            builder.copy(reuse.partial, fresh[0])
+            self.pool.release([reuse.partial], owner)
+        self._occupy(builder, sequence, [*reuse.shared, *fresh], reuse.computed)
+        self.table.planned[sequence.slot] = count
+        return count
+
+    def _find_reuse(self, sequence: Sequence) -> Reuse:
+        if sequence.prompt_logprobs_due:
+            return Reuse()
+        first, block_size = sequence.first_sample, self.config.block_size
+        limit = sequence.prompt_length - 1
+        fresh = len(sequence.tokens) == sequence.prompt_length
+        if fresh and first is not None and first.slot >= 0 and int(self.table.computed[first.slot]) >= limit:
+            return reuse_up_to(limit, first.blocks, block_size)
+        if not self.config.enable_prefix_caching:
+            return Reuse()
+        return find_cached_prefix(sequence, self.pool, block_size)
+
+    def _occupy(self, builder: StepBuilder, sequence: Sequence, blocks: list[int], computed: int) -> None:
+        slot = self.table.occupy(sequence, computed=computed)
+        self.table.append_blocks(slot, blocks)
+        self.table.published[slot] = computed // self.config.block_size
+        sequence.slot, sequence.blocks = slot, blocks
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = computed
+            full = computed // self.config.block_size
+            self.pool.count_lookups(hits=full, misses=len(sequence.tokens) // self.config.block_size - full)
+        self._running.add(sequence)
+        builder.admit(slot, sequence)
+        self._log(sequence, f"admitted with {computed} tokens reused")
+
+    def _release_held(self) -> None:
+        """Queue the other samples of requests whose first sample has computed the prompt, or has left."""
+        for first_id in list(self._held):
+            first = self._sequences.get(first_id)
+            running = first is not None and first.state is SequenceState.RUNNING
+            if first is None or (running and int(self.table.computed[first.slot]) >= first.prompt_length - 1):
+                for sequence in self._held.pop(first_id):
+                    if sequence.state is SequenceState.HELD:
+                        self._enqueue(sequence, "prompt computed by the first sample")
+
+    # ------------------------------------------------------------------ results
+
+    def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
+        """Take in a step's result: append the drawn tokens, end what has ended, publish full blocks."""
+        outputs = StepOutputs()
+        table = self.table
+        rows = np.flatnonzero(plan.samples)
+        current = table.sequence_id[plan.slots[rows]] == plan.sequence_ids[rows]
+        if not current.all():
+            self._update_departed(plan, result, rows[~current], outputs)
+            rows = rows[current]
+        slots, drawn = plan.slots[rows], result.token_ids[rows]
+        table.tokens[slots, table.known[slots]] = drawn
+        table.known[slots] += 1
+        table.pending[slots] -= 1
+        first = len(outputs.sequences)
+        outputs.sequences += table.sequences[slots].tolist()
+        outputs.token_ids += drawn.tolist()
+        for row, logprobs in result.logprobs.items():
+            place = int(np.searchsorted(rows, row))
+            if place < len(rows) and rows[place] == row:
+                outputs.logprobs[first + place] = logprobs
+        self._take_prompt_logprobs(plan, result, outputs)
+        self._publish_full_blocks(plan)
+        stopped = (table.stop_ids[slots] == drawn[:, None]).any(axis=1)
+        ended = stopped | (table.known[slots] >= table.max_length[slots])
+        for index in np.flatnonzero(ended).tolist():
+            self._end(outputs, outputs.sequences[first + index], int(drawn[index]) if stopped[index] else None)
+        return outputs
+
+    def _update_departed(self, plan: StepPlan, result: StepResult, rows: Int32Array, outputs: StepOutputs) -> None:
+        """Take in tokens of sequences that were preempted while the step ran; those that have ended are dropped."""
+        for row in rows.tolist():
+            sequence = self._sequences.get(SequenceId(int(plan.sequence_ids[row])))
+            if sequence is None or not sequence.pending:
+                continue
+            token = int(result.token_ids[row])
+            sequence.pending -= 1
+            sequence.tokens = np.append(sequence.tokens, np.int32(token))
+            if row in result.logprobs:
+                outputs.logprobs[len(outputs.sequences)] = result.logprobs[row]
+            outputs.sequences.append(sequence)
+            outputs.token_ids.append(token)
+            stopped = token in sequence.request.stop_ids
+            if stopped or len(sequence.tokens) >= sequence.max_length:
+                self._end(outputs, sequence, token if stopped else None)
+
+    def _end(self, outputs: StepOutputs, sequence: Sequence, stop_token_id: int | None) -> None:
+        sequence.stop_token_id = stop_token_id
+        self._finish(sequence, FinishReason.LENGTH if stop_token_id is None else FinishReason.STOP)
+        outputs.finished.append(sequence)
+
+    def _take_prompt_logprobs(self, plan: StepPlan, result: StepResult, outputs: StepOutputs) -> None:
+        for row, entries in result.prompt_logprobs.items():
+            sequence = self._sequences.get(SequenceId(int(plan.sequence_ids[row])))
+            if sequence is None or not sequence.prompt_logprobs_due or not entries:
+                continue
+            outputs.prompt_logprobs.append((sequence, int(plan.starts[row]) + 1, entries))
+            if int(plan.starts[row]) + len(entries) >= sequence.prompt_length - 1:
+                sequence.prompt_logprobs_due = False
+
+    def _publish_full_blocks(self, plan: StepPlan) -> None:
+        """Let the prefix cache have the blocks that this step filled with known tokens."""
+        if not self.config.enable_prefix_caching:
+            return
+        table, block_size = self.table, self.config.block_size
+        current = table.sequence_id[plan.slots] == plan.sequence_ids
+        slots = plan.slots[current]
+        full = np.minimum(plan.starts[current] + plan.counts[current], table.known[slots]) // block_size
+        newly = full > table.published[slots]
+        for slot, count in zip(slots[newly].tolist(), full[newly].tolist(), strict=True):
+            sequence: Sequence = table.sequences[slot]
+            extend_digests(sequence, table.tokens[slot], block_size, count)
+            for index in range(int(table.published[slot]), count):
+                self.pool.publish(sequence.blocks[index], sequence.digests[index])
+            table.published[slot] = count
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        was, sequence.state = sequence.state, SequenceState.FINISHED
+        if was is SequenceState.RUNNING:
+            sequence.tokens = self._leave_slot(sequence)
+        elif was is SequenceState.WAITING:
+            self._waiting.forget()
+        sequence.finish_reason = reason
+        sequence.pending = 0
+        del self._sequences[sequence.sequence_id]
+        remaining = self._requests[sequence.request_id]
+        remaining.remove(sequence)
+        if not remaining:
+            del self._requests[sequence.request_id]
+        self._log(sequence, f"finished: {reason.value}")
+        self._release_held()
+
+    # ------------------------------------------------------------------ queues
+
+    def _enqueue(self, sequence: Sequence, event: str) -> None:
+        sequence.state = SequenceState.WAITING
+        self._waiting.push(sequence)
+        self._log(sequence, event)
+
+    def check_integrity(self) -> None:
+        """Assert that every sequence is in one place, and that the blocks' owners are the sequences that hold them."""
+        self.pool.check_integrity()
+        held = [sequence for group in self._held.values() for sequence in group]
+        places = [*self._waiting.live(), *self._running.live(), *(s for s in held if s.state is SequenceState.HELD)]
+        assert len(places) == len(set(map(id, places))) == len(self._sequences), "a sequence is lost, or in two places"
+        assert len(self._waiting) == len(self._waiting.live()), "the queue's length is wrong"
+        holders: dict[int, set[Owner]] = {}
+        for sequence in places:
+            running = sequence.state is SequenceState.RUNNING
+            assert running == (sequence.slot >= 0), f"{sequence} has the wrong slot"
+            assert running or not sequence.blocks, f"{sequence} holds blocks"
+            if running:
+                self.table.check_slot(sequence)
+            for block in sequence.blocks:
+                holders.setdefault(block, set()).add(Owner(sequence.sequence_id))
+        for block in range(self.pool.num_blocks):
+            expected = holders.get(block, set())
+            assert self.pool.owners(block) - {PREFIX_CACHE} == expected, f"block {block}: owners are not its sequences"
+
+    def _log(self, sequence: Sequence, event: str) -> None:
+        self._story.append((self._step, sequence.request_id, f"sample {sequence.index} {event}"))
