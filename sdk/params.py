@@ -6,7 +6,7 @@ its vocabulary) is checked when the request is submitted.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -71,7 +71,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(name, f"must be true or false, got {getattr(self, name)!r}")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         if self.stop and not self.detokenize:
@@ -112,10 +112,14 @@ class SamplingParams:
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     bounds = f"{'more than' if above else 'at least'} {low:g} and at most {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(name, f"must be a finite number of {bounds}, got {value!r}")
-    if value > high or value < low or (above and value == low):
-        raise InvalidRequest(name, f"must be {bounds}, got {value!r}")
+    # Comparing refuses NaN and infinity too, and takes integers of any size, which math.isfinite does not.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not low <= value <= high
+        or (above and value == low)
+    ):
+        raise InvalidRequest(name, f"must be a number of {bounds}, got {value!r}")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
@@ -138,6 +142,8 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise InvalidRequest(name, f"must be a list of token ids, got {value!r}")
     ids = tuple(value)
@@ -157,7 +163,8 @@ def _logit_bias(value: object) -> dict[int, float]:
         raise InvalidRequest("logit_bias", f"at most {MAX_LOGIT_BIAS} entries, got {len(value)}")
     bias: dict[int, float] = {}
     for key, number in value.items():
-        token = int(key) if isinstance(key, str) and key.isdigit() else key
+        # Keys of a JSON object are strings; more digits than this fit no token id.
+        token = int(key) if isinstance(key, str) and re.fullmatch(r"[0-9]{1,10}", key) else key
         _integer("logit_bias", token, 0, 2**31 - 1)
         _number("logit_bias", number, -LOGIT_BIAS_LIMIT, LOGIT_BIAS_LIMIT)
         bias[token] = float(number)

@@ -60,9 +60,9 @@ class RequestMetrics:
 class CompletionOutput:
     """One generated sequence of a request.
 
-    ``finish_reason`` is None while it runs, then ``"stop"`` (an end-of-sequence token, a stop id or a stop string),
-    ``"length"`` (``max_tokens`` or the model's limit) or ``"abort"``. ``stop_reason`` is the stop string or stop id
-    that ended it, None for the end-of-sequence token.
+    ``finish_reason`` is None while it runs, then ``"stop"`` (end-of-sequence token, stop id or stop string),
+    ``"length"`` (``max_tokens`` or the model's limit), ``"abort"``, or ``"error"`` (the model's logits were not
+    numbers: what it had generated until then stands). ``stop_reason`` is the stop string or stop id that ended it, None for the end-of-sequence token.
     """
 
     index: int
@@ -95,3 +95,20 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOutput:
+    """What one step added to one sample of a request.
+
+    ``text`` and ``token_ids`` are new; text may come later than its tokens, when a character or a possible stop string
+    is not complete. ``finish_reason`` is None until the sample's last piece. ``output`` is the request as it is so far:
+    it goes on growing.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    output: RequestOutput

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from slipstream.runtime.config import SchedulerConfig
@@ -24,7 +25,7 @@ def request(
     stop_ids: tuple[int, ...] = (),
     priority: int = 0,
     cache_salt: str | None = None,
-    **params: object,
+    **params: Any,
 ) -> EngineRequest:
     """Make a request from plain values."""
     return EngineRequest(
@@ -40,9 +41,9 @@ def request(
     )
 
 
-def config(**options: object) -> SchedulerConfig:
+def config(**options: Any) -> SchedulerConfig:
     """Make a small scheduler's configuration; every option can be given."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "max_model_len": 64,
         "num_blocks": 32,
         "block_size": 4,

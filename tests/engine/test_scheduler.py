@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from slipstream.runtime.engine.scheduler import Scheduler
-from slipstream.runtime.messages import StepPlan, StepResult
+from slipstream.runtime.messages import FinishReason, StepPlan, StepResult
 from slipstream.sdk.errors import InvalidRequest, Overloaded
 from slipstream.tests.engine.builders import bench, config, request
 from slipstream.tests.fakes.oracle_executor import expected_tokens
@@ -222,3 +222,21 @@ def test_the_queue_forgets_what_was_aborted_while_it_waited() -> None:
         at.engine.abort(str(number))
     assert at.scheduler.load.waiting == 0
     assert len(at.scheduler._waiting._heap) < 200
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_sequence_without_valid_logits_fails_and_the_others_go_on(ahead: bool) -> None:
+    scheduler = Scheduler(config())
+    scheduler.submit(request("bad", [1, 2, 3], max_tokens=9))
+    scheduler.submit(request("good", [1, 2, 3], max_tokens=2))
+    first = next_plan(scheduler)
+    second = next_plan(scheduler) if ahead else None
+    drawn = answer(first)
+    broken = StepResult(step=1, token_ids=drawn.token_ids, execute_s=0.0, invalid_rows=(0,))
+    outputs = scheduler.update(first, broken)
+    assert [(s.request_id, s.finish_reason) for s in outputs.finished] == [("bad", FinishReason.ERROR)]
+    assert [s.request_id for s in outputs.sequences] == ["good"]
+    last = second or next_plan(scheduler)
+    outputs = scheduler.update(last, answer(last))
+    assert [s.request_id for s in outputs.finished] == ["good"]
+    scheduler.check_integrity()

@@ -1,0 +1,5 @@
+"""One file an operation: arithmetic on tensors, in plain torch.
+
+Knows nothing of models, sequences or steps. Each file opens with the legend of its shape suffixes; contiguity
+is stated for every argument that needs it.
+"""

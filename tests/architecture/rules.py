@@ -1,0 +1,106 @@
+"""The layer rules as data: who may import whom, who owns what. ``checker`` holds the code against them.
+
+To add a folder or a dependency, add it here, with the reason in the commit. The words are those of ARCHITECTURE.md.
+"""
+
+from __future__ import annotations
+
+ROOT = "slipstream"
+
+NOT_PACKAGES = frozenset({"tests", "benchmarks", "examples", "docs", "cluster_configs", "helm"})
+"""Folders at the root that are not part of the package."""
+
+TOP_MAY_IMPORT: dict[str, frozenset[str]] = {
+    # "" is the root's own __init__.py, the public face.
+    "": frozenset({"sdk", "runtime"}),
+    "sdk": frozenset(),
+    "placement": frozenset(),
+    "kernels": frozenset(),
+    "comm": frozenset({"placement", "kernels"}),
+    "runtime": frozenset({"sdk", "placement", "kernels", "comm"}),
+}
+"""Folder → the other folders it may import."""
+
+_VALUES = frozenset({"messages", "config", "errors", "clock", "metrics"})
+
+_BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collector"})
+
+RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
+    # Values, which all the rest speaks in. They may use one another; cycles are caught anyway.
+    **dict.fromkeys(_VALUES, _VALUES),
+    # Cores, models, text and rpc know values and not one another.
+    "engine": _VALUES,
+    "models": _VALUES,
+    "text": _VALUES,
+    "rpc": _VALUES,
+    # Between text and engine: what a caller hands in becomes a request, tokens become a result.
+    "prompts": _VALUES | {"text"},
+    "collector": _VALUES | {"text"},
+    # Shells never import one another: they talk in messages.
+    "worker": _VALUES | _BELOW_SHELLS,
+    "controller": _VALUES | _BELOW_SHELLS,
+    "gateway": _VALUES | _BELOW_SHELLS,
+    # The ways in.
+    "llm": _VALUES | _BELOW_SHELLS | {"worker"},
+    "demo": _VALUES | {"llm"},
+    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "llm", "demo"},
+}
+"""Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
+
+THIRD_PARTY: dict[str, frozenset[str]] = {
+    "": frozenset(),
+    "sdk": frozenset(),
+    "placement": frozenset(),
+    "kernels": frozenset({"torch", "triton", "numpy"}),
+    "comm": frozenset({"torch", "numpy"}),
+}
+"""Folder → what it may import from outside the standard library. ``runtime`` is held by ``OWNERS`` instead."""
+
+PURE = ("placement", "runtime/engine")
+"""Cores that decide: synchronous and deterministic; time, randomness and membership are arguments."""
+
+PURE_NEVER = frozenset(
+    {
+        "torch", "triton", "ray", "grpc", "asyncio", "threading", "multiprocessing", "concurrent", "socket",
+        "time", "datetime", "random", "secrets", "uuid", "numpy.random",
+    }
+)  # fmt: skip
+"""What a pure core does not import or reach for, itself."""
+
+PURE_NEVER_REACHES = frozenset({"torch", "triton", "ray", "grpc", "asyncio"})
+"""What importing a pure core must not load either, through anything of ours."""
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    "ray": ("runtime/controller/ray_cluster.py",),
+    "grpc": ("runtime/rpc/", "sdk/"),
+    "torch.distributed": ("comm/",),
+    "triton": ("kernels/",),
+    "safetensors": ("runtime/models/",),
+    "tokenizers": ("runtime/text/",),
+    "jinja2": ("runtime/text/",),
+    "psutil": ("runtime/worker/",),
+    "typer": ("runtime/cli.py",),
+    "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py"),
+    "time": ("runtime/clock.py",),
+    "datetime": ("runtime/clock.py",),
+}
+"""Dependency → the files, or folders ending in a slash, that may import it."""
+
+FORBIDDEN = {
+    "transformers": "it is the reference that tests compare with, never a dependency",
+    "pickle": "nothing that we read is ever unpickled",
+    "cloudpickle": "nothing that we read is ever unpickled",
+    "dill": "nothing that we read is ever unpickled",
+    "marshal": "nothing that we read is ever unpickled",
+    "shelve": "nothing that we read is ever unpickled",
+}
+"""Dependency → why no file of the package imports it."""
+
+MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py"})
+"""Files that load what they need when it is asked for."""
+
+FORBIDDEN_FILE_NAMES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py", "common.py"})
+
+MAX_MODULE_LINES = 500
+MAX_FUNCTION_LINES = 70
+MAX_FOLDERS_BELOW_TOP = 2
