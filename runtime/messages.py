@@ -29,6 +29,7 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,8 @@ class EngineRequest:
     Shapes: prompt_token_ids [prompt tokens] int32
     Units: arrival_time_s, seconds on the engine's clock
     ``seed`` is resolved (never None); ``stop_ids`` are end-of-sequence and stop ids together; ``max_tokens`` is
-    resolved against the model's length. ``cache_salt`` keeps the prefix cache of tenants apart. Lower ``priority`` goes first.
+    resolved against the model's length. ``cache_salt`` keeps the prefix cache of tenants apart. Lower ``priority``
+    goes first.
     """
 
     request_id: str
@@ -118,6 +120,7 @@ class StepResult:
 
     Shapes: token_ids [rows of the plan] int32, -1 where nothing was drawn
     ``logprobs`` by row; ``prompt_logprobs`` by row: entry ``i`` belongs to position ``starts[row] + 1 + i``.
+    ``invalid_rows`` had logits that no token can be drawn from (NaN, infinities): their sequences fail.
     Units: execute_s, seconds the executor worked
     """
 
@@ -126,3 +129,4 @@ class StepResult:
     execute_s: float
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    invalid_rows: tuple[int, ...] = ()

@@ -314,6 +314,7 @@ class Scheduler:
         """Take in a step's result: append the drawn tokens, end what has ended, publish full blocks."""
         outputs = StepOutputs()
         table = self.table
+        self._fail_invalid(plan, result, outputs)
         rows = np.flatnonzero(plan.samples)
         current = table.sequence_id[plan.slots[rows]] == plan.sequence_ids[rows]
         if not current.all():
@@ -337,6 +338,14 @@ class Scheduler:
         for index in np.flatnonzero(ended).tolist():
             self._end(outputs, outputs.sequences[first + index], int(drawn[index]) if stopped[index] else None)
         return outputs
+
+    def _fail_invalid(self, plan: StepPlan, result: StepResult, outputs: StepOutputs) -> None:
+        """End the sequences whose logits were not numbers: a wrong token must not look like an answer."""
+        for row in result.invalid_rows:
+            sequence = self._sequences.get(SequenceId(int(plan.sequence_ids[row])))
+            if sequence is not None:
+                self._finish(sequence, FinishReason.ERROR)
+                outputs.finished.append(sequence)
 
     def _update_departed(self, plan: StepPlan, result: StepResult, rows: Int32Array, outputs: StepOutputs) -> None:
         """Take in tokens of sequences that were preempted while the step ran; those that have ended are dropped."""
