@@ -1,0 +1,57 @@
+"""Rotary positions, and the way of new keys and values into the paged cache.
+
+Shapes: T tokens, S heads (any mixture of query, key and value heads), K KV heads, D head size; a layer's
+cache is [2, num_blocks, K, block_size, D], keys first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def apply_rope_(x_TSD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
+    """Rotate in place the pairs (d, d + D/2) of every head by the angle of its token.
+
+    Shapes: x_TSD [tokens, heads, head size], last axis contiguous; cos_TD, sin_TD [tokens, head size] of x's
+    type, each angle in both halves, the first half of ``sin_TD`` negated
+    Source: RoFormer (arXiv 2104.09864), section 3.4.2, in the half-split order of Hugging Face checkpoints
+    """
+    half = x_TSD.shape[-1] // 2
+    swapped_TSD = torch.roll(x_TSD, half, dims=-1)
+    x_TSD.mul_(cos_TD.unsqueeze(1)).addcmul_(swapped_TSD, sin_TD.unsqueeze(1))
+
+
+def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size: int) -> Tensor:
+    """Return the rows of a layer's cache, seen as [rows, D], that the tokens' keys and values go to.
+
+    Computed once a step and used by every layer.
+
+    Shapes: slots_T [tokens] int64, block * block_size + offset; returns [tokens * 2 * KV heads] int64, for
+    each token its key heads, then its value heads
+    """
+    blocks_T = torch.div(slots_T, block_size, rounding_mode="floor")
+    first_T = blocks_T * (kv_heads * block_size) + (slots_T - blocks_T * block_size)
+    heads_K = torch.arange(kv_heads, device=slots_T.device) * block_size
+    keys_TK = first_T.unsqueeze(1) + heads_K
+    values_TK = keys_TK + num_blocks * kv_heads * block_size
+    return torch.cat((keys_TK, values_TK), dim=1).flatten()
+
+
+def write_kv(kv_TSD: Tensor, rows: Tensor, layer_cache: Tensor) -> None:
+    """Write the tokens' keys and values to their places.
+
+    Shapes: kv_TSD [tokens, 2 * KV heads, head size], key heads first; rows [tokens * 2 * KV heads] from
+    ``kv_write_rows``; layer_cache [2, blocks, KV heads, block size, head size] contiguous, same type
+    """
+    head_size = layer_cache.shape[-1]
+    layer_cache.view(-1, head_size).index_copy_(0, rows, kv_TSD.reshape(-1, head_size))
+
+
+def clear_blocks(blocks_F: Tensor, layer_cache: Tensor) -> None:
+    """Set whole blocks to zero, so that what an earlier owner left there (perhaps not a number) can never be
+    read.
+
+    Shapes: blocks_F [blocks] int64; layer_cache [2, blocks, KV heads, block size, head size]
+    """
+    layer_cache.index_fill_(1, blocks_F, 0.0)

@@ -1,0 +1,88 @@
+"""The attention of one layer, over the paged cache.
+
+Shapes: T tokens, N query heads, K KV heads, S = N + 2K heads of the fused product, D head size, H hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import paged_attention
+from ...kernels.attention_plan import AttentionPlan
+from ...kernels.attention_workspace import AttentionWorkspace
+from ...kernels.norm import rms_norm
+from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
+from .linear import Linear
+from .model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """What one step computes once for all layers.
+
+    Shapes: cos_TD, sin_TD [tokens, head size]; kv_rows [tokens * 2K] int64; fresh_blocks_F [blocks] int64
+    """
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+    kv_rows: Tensor
+    fresh_blocks_F: Tensor
+    plans: Mapping[int | None, AttentionPlan]
+    workspace: AttentionWorkspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Shapes: qk_norm_SD [N + K, D], one weight per query and key head; None without such norms."""
+
+    qkv: Linear
+    out: Linear
+    qk_norm_SD: Tensor | None
+    epsilon: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+    @classmethod
+    def take(cls, spec: ModelSpec, parameters: Mapping[str, Tensor], name: str, *, window: int | None) -> Attention:
+        """Return the attention called ``name``."""
+        qk_norm_SD = None
+        if spec.qk_norm:
+            q_norm, k_norm = parameters[f"{name}.q_norm"], parameters[f"{name}.k_norm"]
+            qk_norm_SD = torch.cat((q_norm.expand(spec.num_heads, -1), k_norm.expand(spec.num_kv_heads, -1)))
+        return cls(
+            qkv=Linear.take(parameters, f"{name}.qkv"),
+            out=Linear.take(parameters, f"{name}.out"),
+            qk_norm_SD=qk_norm_SD,
+            epsilon=spec.rms_norm_eps,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            window=window,
+        )
+
+    def __call__(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Write the tokens' keys and values, attend, and return [tokens, hidden size]."""
+        tokens = hidden_TH.shape[0]
+        qkv_TSD = self.qkv(hidden_TH).view(tokens, -1, self.head_dim)
+        rotated = self.num_heads + self.num_kv_heads
+        if self.qk_norm_SD is not None:
+            qkv_TSD[:, :rotated] = rms_norm(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
+        apply_rope_(qkv_TSD[:, :rotated], inputs.cos_TD, inputs.sin_TD)
+        if inputs.fresh_blocks_F.shape[0]:
+            clear_blocks(inputs.fresh_blocks_F, layer_cache)
+        write_kv(qkv_TSD[:, self.num_heads :], inputs.kv_rows, layer_cache)
+        attended_TND = paged_attention(
+            qkv_TSD[:, : self.num_heads],
+            layer_cache,
+            inputs.plans[self.window],
+            scale=self.head_dim**-0.5,
+            workspace=inputs.workspace,
+        )
+        return self.out(attended_TND.view(tokens, -1))

@@ -1,0 +1,104 @@
+"""One step's batch as the decoder takes it, built from the executor's arrays.
+
+Owns the way from rows (contiguous runs of positions) to per-token tensors and attention plans; numpy without
+a loop over rows. Called once a step, before the layers run.
+
+Shapes: R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.attention_plan import AttentionPlan, build_attention_plan
+from .model_spec import ModelSpec
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """The tokens of one step and where they stand.
+
+    ``slot_mapping_T`` is block * block_size + offset of each token; ``rope_lengths_T`` is only there for
+    dynamic rope; ``fresh_blocks_F`` are blocks entered at their first position and not filled: they are
+    cleared before they are written. ``longest`` is the largest position plus one.
+
+    Shapes: token_ids_T, positions_T, rope_lengths_T, slot_mapping_T [tokens] int64; fresh_blocks_F [blocks]
+    int64
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    rope_lengths_T: Tensor | None
+    slot_mapping_T: Tensor
+    fresh_blocks_F: Tensor
+    longest: int
+    attention: Mapping[int | None, AttentionPlan]
+
+
+def build_forward_batch(
+    *,
+    token_ids: Tensor,
+    starts: Int32Array,
+    counts: Int32Array,
+    prompt_lengths: Int32Array,
+    block_tables: Int32Array,
+    block_size: int,
+    spec: ModelSpec,
+    device: torch.device,
+) -> ForwardBatch:
+    """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
+    sequence.
+
+    Shapes: token_ids [tokens] int64 on ``device``, the rows' tokens one row after the other; starts, counts,
+    prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
+    a row's last block is never read
+    """
+    starts64, counts64 = starts.astype(np.int64), counts.astype(np.int64)
+    rows_T = np.repeat(np.arange(len(starts64)), counts64)
+    positions_T = np.arange(len(rows_T)) + np.repeat(starts64 - (np.cumsum(counts64) - counts64), counts64)
+    if token_ids.shape[0] != len(positions_T):
+        raise ValueError(f"rows of {len(positions_T)} tokens in all came with {token_ids.shape[0]} token ids")
+    blocks_T = block_tables[rows_T, positions_T // block_size].astype(np.int64)
+    rope_lengths_T = None
+    if spec.rope.depends_on_prompt_length:
+        lengths_T = np.maximum(prompt_lengths.astype(np.int64)[rows_T], positions_T + 1)
+        rope_lengths_T = torch.from_numpy(lengths_T).to(device)
+    return ForwardBatch(
+        token_ids_T=token_ids,
+        positions_T=torch.from_numpy(positions_T).to(device),
+        rope_lengths_T=rope_lengths_T,
+        slot_mapping_T=torch.from_numpy(blocks_T * block_size + positions_T % block_size).to(device),
+        fresh_blocks_F=torch.from_numpy(_fresh_blocks(starts64, counts64, block_tables, block_size)).to(device),
+        longest=int(positions_T.max(initial=-1)) + 1,
+        attention={
+            window: build_attention_plan(
+                starts=starts,
+                counts=counts,
+                block_tables=block_tables,
+                block_size=block_size,
+                kv_heads=spec.num_kv_heads,
+                window=window,
+                device=device,
+            )
+            for window in spec.windows
+        },
+    )
+
+
+def _fresh_blocks(
+    starts: NDArray[np.int64], counts: NDArray[np.int64], block_tables: Int32Array, block_size: int
+) -> NDArray[np.int64]:
+    # Only a row's last block can be entered at its beginning and left unfilled.
+    lasts = starts + counts - 1
+    indices = lasts // block_size
+    fresh = np.flatnonzero((starts <= indices * block_size) & (lasts % block_size != block_size - 1))
+    blocks: NDArray[np.int64] = block_tables[fresh, indices[fresh]].astype(np.int64)
+    return blocks

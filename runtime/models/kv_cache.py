@@ -1,0 +1,56 @@
+"""The paged KV cache of one rank: one tensor a layer.
+
+Owns the memory. Which block belongs to whom is the engine's business.
+
+Shapes: a layer's cache is [2, num_blocks, KV heads, block size, head size], keys first, so that a range of
+heads of a block is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.kv_blocks import copy_blocks
+from .model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCache:
+    """Keys and values of all layers, in blocks."""
+
+    layers: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KvCache:
+        """Allocate a cache of zeros."""
+        shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        return cls(layers=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)))
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the blocks there are."""
+        return self.layers[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Return the token positions of a block."""
+        return self.layers[0].shape[3]
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes the cache takes."""
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+    def copy_blocks(self, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """Copy whole blocks in every layer, as if one after the other.
+
+        Shapes: sources, targets [copies] int32
+        """
+        copy_blocks(self.layers, sources, targets)

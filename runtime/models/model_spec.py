@@ -1,0 +1,190 @@
+"""What a model is, as far as computing it goes: frozen values without torch.
+
+Owns the vocabulary between the registry (which fills it in from config.json), the weights, the decoder and
+the engine. Knows nothing of files and nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...placement.model_facts import ModelFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions without scaling, and what all kinds of scaling share."""
+
+    theta: float
+    head_dim: int
+
+    @property
+    def depends_on_prompt_length(self) -> bool:
+        """Say whether the rotation of a position depends on how long the prompt is."""
+        return False
+
+    @property
+    def prompt_length_threshold(self) -> int | None:
+        """Return the longest prompt whose length does not matter; None when it never does."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRope(RopeSpec):
+    """Positions divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicRope(RopeSpec):
+    """NTK scaling whose base grows with the length once it exceeds ``max_positions`` (see ``rope``)."""
+
+    factor: float
+    max_positions: int
+
+    @property
+    def depends_on_prompt_length(self) -> bool:
+        """Say whether the rotation of a position depends on how long the prompt is: here it does."""
+        return True
+
+    @property
+    def prompt_length_threshold(self) -> int | None:
+        """Return the longest prompt whose length does not matter."""
+        return self.max_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope(RopeSpec):
+    """Llama 3.1: long wavelengths divided by ``factor``, short ones kept, a smooth ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnRope(RopeSpec):
+    """YaRN: a ramp over dimensions between interpolation and extrapolation, and scaled cosines and sines."""
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseMlpSpec:
+    """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSpec:
+    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalize_top_k: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One layer: token i sees token j when 0 <= i - j < ``window``; None sees all before it."""
+
+    window: int | None
+    mlp: DenseMlpSpec | MoeSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model, complete: two equal specs compute the same function of their weights.
+
+    ``dtype`` is the name the checkpoint gives ("float32", "bfloat16", "float16"), None when it gives none.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeSpec
+    layers: tuple[LayerSpec, ...]
+    max_position_embeddings: int
+    dtype: str | None
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Return the distinct windows of the layers, in order of first use."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+    @property
+    def max_model_len(self) -> int:
+        """Return the longest sequence the model is made for, scaled positions included."""
+        if isinstance(self.rope, DynamicRope):
+            return int(self.rope.max_positions * self.rope.factor)
+        return self.max_position_embeddings
+
+    def prefix_cache_key(self, prompt_length: int) -> str | None:
+        """Return what a cached block's keys depend on besides its tokens, None when on nothing.
+
+        With dynamic rope the keys of a prompt longer than the threshold are rotated by an angle that depends
+        on the prompt's length: only prompts of equal length may share blocks.
+        """
+        threshold = self.rope.prompt_length_threshold
+        if threshold is None or prompt_length <= threshold:
+            return None
+        return f"rope-length-{prompt_length}"
+
+    def facts(self) -> ModelFacts:
+        """Return the sizes that placement works with."""
+        attention = self._attention_parameters()
+        total = active = 0
+        for layer in self.layers:
+            norms = 2 * self.hidden_size
+            total += attention + norms + _mlp_parameters(self, layer.mlp, active=False)
+            active += attention + norms + _mlp_parameters(self, layer.mlp, active=True)
+        table = self.vocab_size * self.hidden_size
+        total += self.hidden_size + table * (1 if self.tie_word_embeddings else 2)
+        active += self.hidden_size + table
+        return ModelFacts(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            parameters=total,
+            active_parameters=active,
+            windows=tuple(layer.window for layer in self.layers),
+        )
+
+    def _attention_parameters(self) -> int:
+        q_size = self.num_heads * self.head_dim
+        qkv_size = q_size + 2 * self.num_kv_heads * self.head_dim
+        biases = qkv_size * self.qkv_bias + self.hidden_size * self.o_bias
+        return self.hidden_size * (qkv_size + q_size) + biases + 2 * self.head_dim * self.qk_norm
+
+
+def _mlp_parameters(spec: ModelSpec, mlp: DenseMlpSpec | MoeSpec, *, active: bool) -> int:
+    size = mlp.intermediate_size
+    one = 3 * spec.hidden_size * size
+    if isinstance(mlp, DenseMlpSpec):
+        return one + (2 * size + spec.hidden_size) * spec.mlp_bias
+    experts = mlp.top_k if active else mlp.num_experts
+    return one * experts + spec.hidden_size * mlp.num_experts

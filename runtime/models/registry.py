@@ -1,0 +1,305 @@
+"""From a Hugging Face directory's config.json to a ``ModelSpec``: one small description per architecture.
+
+Owns what each family leaves unsaid in its config.json (the defaults are those of transformers) and what it
+never says at all (biases, norms, where experts are). Refuses by name what the decoder does not compute,
+rather than computing something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config_fields import ConfigFields, read_json
+from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
+from .rope_config import read_rope
+
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 10_000
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What sets one architecture apart: defaults for absent keys, and functions of the others.
+
+    ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads.
+    """
+
+    kv_heads: int | None
+    head_dim: int | None = None
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    qkv_bias: Callable[[ConfigFields], bool]
+    o_bias: Callable[[ConfigFields], bool]
+    mlp_bias: Callable[[ConfigFields], bool]
+    qk_norm: bool = False
+    windows: Callable[[ConfigFields, int], tuple[int | None, ...]]
+    mlps: Callable[[ConfigFields, int], tuple[DenseMlpSpec | MoeSpec, ...]]
+
+
+def read_model_spec(path: str | Path) -> ModelSpec:
+    """Read and check config.json in the directory ``path``.
+
+    Raises: CheckpointError naming the file and the field.
+    """
+    directory = Path(path)
+    fields = read_json(directory / "config.json")
+    names = fields.items("architectures")
+    known = ", ".join(FAMILIES)
+    if not names or not isinstance(names[0], str):
+        raise fields.problem("architectures", f"names no architecture; known are {known}")
+    family = FAMILIES.get(names[0])
+    if family is None:
+        raise fields.problem("architectures", f"{names[0]!r} is not supported; known are {known}")
+    _refuse_what_we_do_not_compute(fields)
+    return _describe(names[0], family, fields)
+
+
+def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelSpec:
+    num_layers = fields.integer("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise fields.problem("num_hidden_layers", f"{num_layers} is more than the {MAX_LAYERS} we allow")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = _kv_heads(family, fields, num_heads)
+    head_dim = _head_dim(family, fields, num_heads)
+    max_positions = fields.integer("max_position_embeddings", family.max_positions)
+    windows, mlps = family.windows(fields, num_layers), family.mlps(fields, num_layers)
+    bos_token_ids = fields.token_ids("bos_token_id", family.bos_token_id)
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias(fields),
+        o_bias=family.o_bias(fields),
+        mlp_bias=family.mlp_bias(fields),
+        qk_norm=family.qk_norm,
+        rope=read_rope(fields, head_dim=head_dim, max_positions=max_positions, default_theta=family.rope_theta),
+        layers=tuple(LayerSpec(window=w, mlp=m) for w, m in zip(windows, mlps, strict=True)),
+        max_position_embeddings=max_positions,
+        dtype=_dtype(fields),
+        eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
+        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+    )
+
+
+def _refuse_what_we_do_not_compute(fields: ConfigFields) -> None:
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.problem("hidden_act", f"{activation!r} is not supported; only 'silu' is")
+    if fields.is_set("quantization_config"):
+        method = fields.table("quantization_config").values.get("quant_method", "unknown")
+        raise fields.problem("quantization_config", f"quantized checkpoints ({method!r}) are not supported")
+
+
+def _dtype(fields: ConfigFields) -> str | None:
+    for name in ("dtype", "torch_dtype"):
+        if fields.is_set(name):
+            dtype = fields.text(name).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise fields.problem(name, f"{dtype!r} is not supported; known are {', '.join(DTYPES)}")
+            return dtype
+    return None
+
+
+def _kv_heads(family: Family, fields: ConfigFields, num_heads: int) -> int:
+    absent = family.kv_heads if not fields.has("num_key_value_heads") else None
+    num_kv_heads = fields.integer("num_key_value_heads", absent or num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.problem("num_key_value_heads", f"{num_heads} heads cannot be shared by {num_kv_heads} KV heads")
+    return num_kv_heads
+
+
+def _head_dim(family: Family, fields: ConfigFields, num_heads: int) -> int:
+    if fields.is_set("head_dim"):
+        return fields.integer("head_dim")
+    if family.head_dim is not None:
+        return family.head_dim
+    hidden_size = fields.integer("hidden_size")
+    if hidden_size % num_heads:
+        raise fields.problem("hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
+    return hidden_size // num_heads
+
+
+def _never(_: ConfigFields) -> bool:
+    return False
+
+
+def _always(_: ConfigFields) -> bool:
+    return True
+
+
+def _attention_bias(fields: ConfigFields) -> bool:
+    return fields.boolean("attention_bias", False)
+
+
+def _llama_mlp_bias(fields: ConfigFields) -> bool:
+    return fields.boolean("mlp_bias", False)
+
+
+def _no_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    return _checked_layer_types(fields, (None,) * num_layers)
+
+
+def _mistral_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    absent = not fields.has("sliding_window")
+    return _checked_layer_types(fields, (4096 if absent else _window(fields),) * num_layers)
+
+
+def _mixtral_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    return _checked_layer_types(fields, (_window(fields),) * num_layers)
+
+
+def _qwen_window(fields: ConfigFields) -> int | None:
+    if not fields.boolean("use_sliding_window", False):
+        return None
+    return _window(fields) if fields.has("sliding_window") else 4096
+
+
+def _qwen_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    window = _qwen_window(fields)
+    if not fields.is_set("layer_types"):
+        full_layers = fields.integer("max_window_layers", 28, minimum=0)
+        return tuple(window if layer >= full_layers else None for layer in range(num_layers))
+    kinds = fields.items("layer_types")
+    if len(kinds) != num_layers:
+        raise fields.problem("layer_types", f"{num_layers} layers need as many entries, got {len(kinds)}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.problem("layer_types", f"{kind!r} is not supported")
+        if kind == "sliding_attention" and window is None:
+            raise fields.problem("layer_types", "has sliding layers, but use_sliding_window or sliding_window is off")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _qwen3_moe_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    return _checked_layer_types(fields, (_qwen_window(fields),) * num_layers)
+
+
+def _window(fields: ConfigFields) -> int | None:
+    return fields.integer("sliding_window") if fields.is_set("sliding_window") else None
+
+
+def _checked_layer_types(fields: ConfigFields, windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    # These families give all layers the same window; a layer_types that says otherwise means another
+    # architecture.
+    kinds = fields.items("layer_types")
+    expected = tuple("full_attention" if window is None else "sliding_attention" for window in windows)
+    if kinds and kinds != expected:
+        raise fields.problem("layer_types", f"this architecture needs {list(expected)}, got {list(kinds)}")
+    return windows
+
+
+def _dense_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    return (DenseMlpSpec(intermediate_size=fields.integer("intermediate_size")),) * num_layers
+
+
+def _mixtral_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    size = fields.integer("intermediate_size")
+    return (
+        _moe(fields, experts=fields.integer("num_local_experts", 8), top_k=2, size=size, normalize=True),
+    ) * num_layers
+
+
+def _qwen3_moe_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    # transformers maps both names to one field; files of either age have one of them.
+    experts = fields.integer("num_experts", fields.integer("num_local_experts", 128, minimum=0), minimum=0)
+    step = fields.integer("decoder_sparse_step", 1)
+    dense_layers = fields.items("mlp_only_layers")
+    normalize = fields.boolean("norm_topk_prob", False)
+    mlps: list[DenseMlpSpec | MoeSpec] = []
+    for layer in range(num_layers):
+        if layer in dense_layers or experts == 0 or (layer + 1) % step:
+            mlps.append(DenseMlpSpec(intermediate_size=fields.integer("intermediate_size")))
+        else:
+            size = fields.integer("moe_intermediate_size")
+            mlps.append(_moe(fields, experts=experts, top_k=8, size=size, normalize=normalize))
+    return tuple(mlps)
+
+
+def _moe(fields: ConfigFields, *, experts: int, top_k: int, size: int, normalize: bool) -> MoeSpec:
+    top_k = fields.integer("num_experts_per_tok", top_k)
+    if experts > MAX_EXPERTS:
+        raise fields.problem("num_experts", f"{experts} is more than the {MAX_EXPERTS} we allow")
+    if top_k > experts:
+        raise fields.problem("num_experts_per_tok", f"{top_k} is more than the {experts} experts there are")
+    return MoeSpec(num_experts=experts, top_k=top_k, intermediate_size=size, normalize_top_k=normalize)
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        kv_heads=None,
+        max_positions=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_llama_mlp_bias,
+        windows=_no_windows,
+        mlps=_dense_mlps,
+    ),
+    "MistralForCausalLM": Family(
+        kv_heads=8,
+        max_positions=131_072,
+        bos_token_id=1,
+        eos_token_id=2,
+        qkv_bias=_never,
+        o_bias=_never,
+        mlp_bias=_never,
+        windows=_mistral_windows,
+        mlps=_dense_mlps,
+    ),
+    "Qwen2ForCausalLM": Family(
+        kv_heads=32,
+        max_positions=32_768,
+        qkv_bias=_always,
+        o_bias=_never,
+        mlp_bias=_never,
+        windows=_qwen_windows,
+        mlps=_dense_mlps,
+    ),
+    "Qwen3ForCausalLM": Family(
+        kv_heads=32,
+        head_dim=128,
+        max_positions=32_768,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_never,
+        qk_norm=True,
+        windows=_qwen_windows,
+        mlps=_dense_mlps,
+    ),
+    "MixtralForCausalLM": Family(
+        kv_heads=8,
+        max_positions=131_072,
+        rope_theta=1_000_000.0,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        qkv_bias=_never,
+        o_bias=_never,
+        mlp_bias=_never,
+        windows=_mixtral_windows,
+        mlps=_mixtral_mlps,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        kv_heads=4,
+        max_positions=32_768,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_never,
+        qk_norm=True,
+        windows=_qwen3_moe_windows,
+        mlps=_qwen3_moe_mlps,
+    ),
+}

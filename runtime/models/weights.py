@@ -1,0 +1,69 @@
+"""From files to parameters: everything is checked first, then each parameter is allocated and filled in
+place.
+
+Owns the order: names, shapes and types of all tensors are held against the spec before anything is allocated,
+and nothing stays when loading fails. At most one tensor beyond the parameters exists at any time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...sdk.errors import CheckpointError
+from .checkpoint import DTYPE_BYTES, CheckpointReader
+from .layout import Parameter, Piece, is_ignorable, parameter_layout
+from .model_spec import ModelSpec
+
+
+def load_parameters(
+    path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Load every parameter of ``spec`` from the directory ``path``, by its name in ``parameter_layout``.
+
+    Raises: CheckpointError naming the file and the tensor.
+    """
+    directory = Path(path)
+    with CheckpointReader.open(directory) as reader:
+        layout = parameter_layout(spec, reader.tensors)
+        check_tensors(directory, reader, layout, spec)
+        return {parameter.name: _load(reader, parameter, dtype, device) for parameter in layout}
+
+
+def check_tensors(directory: Path, reader: CheckpointReader, layout: tuple[Parameter, ...], spec: ModelSpec) -> None:
+    """Hold the stored tensors against the layout: all there, of the right shape and type, and no others.
+
+    Raises: CheckpointError naming the file and the tensor.
+    """
+    expected = {piece.tensor for parameter in layout for piece in parameter.pieces}
+    for parameter in layout:
+        for piece in parameter.pieces:
+            _check_tensor(directory, reader, piece)
+    for name, header in reader.tensors.items():
+        if name not in expected and not is_ignorable(name, spec):
+            raise CheckpointError(
+                str(header.file),
+                f"is unexpected: {spec.architecture} as configured has no use for it",
+                tensor=name,
+            )
+
+
+def _check_tensor(directory: Path, reader: CheckpointReader, piece: Piece) -> None:
+    header = reader.tensors.get(piece.tensor)
+    if header is None:
+        raise CheckpointError(str(directory), "is missing from the checkpoint", tensor=piece.tensor)
+    if header.shape != piece.shape:
+        problem = f"has shape {list(header.shape)}, config.json asks for {list(piece.shape)}"
+        raise CheckpointError(str(header.file), problem, tensor=piece.tensor)
+    if header.dtype not in DTYPE_BYTES:
+        problem = f"has type {header.dtype}, supported are {', '.join(DTYPE_BYTES)}"
+        raise CheckpointError(str(header.file), problem, tensor=piece.tensor)
+
+
+def _load(reader: CheckpointReader, parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+    for piece in parameter.pieces:
+        reader.read_into(piece.tensor, piece.place_in(tensor))
+    return tensor

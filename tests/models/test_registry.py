@@ -1,0 +1,307 @@
+"""From config.json to ModelSpec: what each family leaves unsaid, and both ages of the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slipstream.runtime.models.generation_defaults import GenerationDefaults, read_generation_defaults
+from slipstream.runtime.models.model_spec import (
+    DenseMlpSpec,
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    YarnRope,
+)
+from slipstream.runtime.models.registry import FAMILIES, read_model_spec
+from slipstream.sdk.errors import CheckpointError
+
+SIZES: dict[str, object] = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+}
+Spec = Callable[..., ModelSpec]
+
+
+@pytest.fixture
+def spec_of(tmp_path: Path) -> Spec:
+    def read(architecture: str, **fields: object) -> ModelSpec:
+        config = {"architectures": [architecture], **SIZES, **fields}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return read_model_spec(tmp_path)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kv_heads", "head_dim", "positions", "theta", "epsilon", "bos", "eos"),
+    [
+        ("LlamaForCausalLM", 32, 8, 2048, 1e4, 1e-6, 1, (2,)),
+        ("MistralForCausalLM", 8, 8, 131072, 1e4, 1e-6, 1, (2,)),
+        ("Qwen2ForCausalLM", 32, 8, 32768, 1e4, 1e-6, None, ()),
+        ("Qwen3ForCausalLM", 32, 128, 32768, 1e4, 1e-6, None, ()),
+        ("MixtralForCausalLM", 8, 8, 131072, 1e6, 1e-5, 1, (2,)),
+        ("Qwen3MoeForCausalLM", 4, 8, 32768, 1e4, 1e-6, None, ()),
+    ],
+)
+def test_defaults_of_absent_keys(
+    spec_of: Spec,
+    architecture: str,
+    kv_heads: int,
+    head_dim: int,
+    positions: int,
+    theta: float,
+    epsilon: float,
+    bos: int | None,
+    eos: tuple[int, ...],
+) -> None:
+    spec = spec_of(architecture, moe_intermediate_size=64)
+    assert (spec.num_kv_heads, spec.head_dim) == (kv_heads, head_dim)
+    assert (spec.max_position_embeddings, spec.rms_norm_eps) == (positions, epsilon)
+    assert spec.rope == RopeSpec(theta=theta, head_dim=head_dim)
+    assert (spec.bos_token_id, spec.eos_token_ids) == (bos, eos)
+    assert not spec.tie_word_embeddings
+    assert spec.dtype is None
+
+
+def test_every_family_is_covered_by_the_defaults_above() -> None:
+    assert set(FAMILIES) == {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen3MoeForCausalLM",
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "biases", "qk_norm"),
+    [
+        ("LlamaForCausalLM", (True, True, True), False),
+        ("MistralForCausalLM", (False, False, False), False),
+        ("Qwen2ForCausalLM", (True, False, False), False),
+        ("Qwen3ForCausalLM", (True, True, False), True),
+        ("MixtralForCausalLM", (False, False, False), False),
+        ("Qwen3MoeForCausalLM", (True, True, False), True),
+    ],
+)
+def test_biases_when_the_file_asks_for_all(
+    spec_of: Spec, architecture: str, biases: tuple[bool, bool, bool], qk_norm: bool
+) -> None:
+    spec = spec_of(architecture, attention_bias=True, mlp_bias=True, moe_intermediate_size=64)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == biases
+    assert spec.qk_norm is qk_norm
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "windows"),
+    [
+        ("LlamaForCausalLM", {"sliding_window": 7}, [None] * 4),
+        ("MistralForCausalLM", {}, [4096] * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, [None] * 4),
+        ("MistralForCausalLM", {"sliding_window": 7}, [7] * 4),
+        ("MixtralForCausalLM", {}, [None] * 4),
+        ("MixtralForCausalLM", {"sliding_window": 7}, [7] * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "max_window_layers": 0}, [None] * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "use_sliding_window": True}, [None] * 4),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3},
+            [None, None, None, 7],
+        ),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 0}, [4096] * 4),
+        (
+            "Qwen3ForCausalLM",
+            {
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [7, None, 7, None],
+        ),
+        ("Qwen3MoeForCausalLM", {"sliding_window": 7, "moe_intermediate_size": 8}, [None] * 4),
+        (
+            "Qwen3MoeForCausalLM",
+            {"sliding_window": 7, "use_sliding_window": True, "moe_intermediate_size": 8},
+            [7] * 4,
+        ),
+    ],
+)
+def test_windows(spec_of: Spec, architecture: str, fields: dict[str, object], windows: list[int | None]) -> None:
+    spec = spec_of(architecture, **fields)
+    assert [layer.window for layer in spec.layers] == windows
+    assert spec.windows == tuple(dict.fromkeys(windows))
+
+
+@pytest.mark.parametrize(
+    ("fields", "dense_layers"),
+    [
+        ({}, []),
+        ({"mlp_only_layers": [0, 3]}, [0, 3]),
+        ({"decoder_sparse_step": 2}, [0, 2]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 1, 2]),
+        ({"num_experts": 0}, [0, 1, 2, 3]),
+    ],
+)
+def test_dense_layers_among_expert_layers(spec_of: Spec, fields: dict[str, object], dense_layers: list[int]) -> None:
+    spec = spec_of("Qwen3MoeForCausalLM", moe_intermediate_size=96, norm_topk_prob=True, **fields)
+    dense = DenseMlpSpec(intermediate_size=512)
+    moe = MoeSpec(num_experts=128, top_k=8, intermediate_size=96, normalize_top_k=True)
+    assert [layer.mlp for layer in spec.layers] == [dense if i in dense_layers else moe for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_either_name_of_the_number_of_experts(spec_of: Spec, name: str) -> None:
+    fields = {name: 16, "moe_intermediate_size": 8}
+    mlp = spec_of("Qwen3MoeForCausalLM", **fields).layers[0].mlp
+    assert isinstance(mlp, MoeSpec)
+    assert mlp.num_experts == 16
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"rope_type": "default"}, RopeSpec(theta=7.0, head_dim=8)),
+        ({"rope_type": "linear", "factor": 2}, LinearRope(theta=7.0, head_dim=8, factor=2.0)),
+        (
+            {"rope_type": "dynamic", "factor": 2},
+            DynamicRope(theta=7.0, head_dim=8, factor=2.0, max_positions=2048),
+        ),
+        (
+            {"rope_type": "llama3", **LLAMA3},
+            Llama3Rope(
+                theta=7.0,
+                head_dim=8,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=64,
+            ),
+        ),
+        (
+            {"rope_type": "yarn", "factor": 1.0},
+            YarnRope(
+                theta=7.0,
+                head_dim=8,
+                factor=1.0,
+                original_max_positions=2048,
+                attention_factor=1.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=True,
+            ),
+        ),
+    ],
+)
+def test_old_and_new_style_of_rope_are_one(spec_of: Spec, scaling: dict[str, object], expected: RopeSpec) -> None:
+    inner = {name: value for name, value in scaling.items() if name != "rope_type"}
+    styles: list[dict[str, object]] = [
+        {"rope_parameters": {**scaling, "rope_theta": 7}},
+        {"rope_theta": 7, "rope_scaling": scaling},
+        {"rope_theta": 7, "rope_scaling": {**inner, "type": scaling["rope_type"]}},
+        {"rope_theta": 7, "rope_parameters": scaling},
+        {"rope_scaling": scaling, "rope_parameters": {"rope_type": "linear", "factor": 99}, "rope_theta": 7},
+    ]
+    for style in styles:
+        found = spec_of("LlamaForCausalLM", **style).rope
+        assert found == expected, style
+        assert type(found) is type(expected)
+
+
+def test_original_length_beside_the_rope_table_wins(spec_of: Spec) -> None:
+    rope = spec_of(
+        "LlamaForCausalLM",
+        rope_scaling={"rope_type": "llama3", **LLAMA3},
+        original_max_position_embeddings=32,
+    ).rope
+    assert isinstance(rope, Llama3Rope)
+    assert rope.original_max_positions == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "float16", "torch_dtype": "float32"}, "float16"),
+        ({"dtype": None, "torch_dtype": "torch.float32"}, "float32"),
+    ],
+)
+def test_dtype_of_either_age(spec_of: Spec, fields: dict[str, object], dtype: str) -> None:
+    assert spec_of("LlamaForCausalLM", **fields).dtype == dtype
+
+
+def test_end_tokens_may_be_several(spec_of: Spec) -> None:
+    assert spec_of("LlamaForCausalLM", eos_token_id=[5, 7, 5]).eos_token_ids == (5, 7)
+    assert spec_of("LlamaForCausalLM", eos_token_id=None).eos_token_ids == ()
+
+
+def test_prefix_cache_key_only_for_long_prompts_of_dynamic_rope(spec_of: Spec) -> None:
+    plain = spec_of("LlamaForCausalLM")
+    assert plain.prefix_cache_key(10**6) is None
+    dynamic = spec_of("LlamaForCausalLM", rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert dynamic.rope.depends_on_prompt_length
+    assert dynamic.rope.prompt_length_threshold == 2048
+    assert dynamic.prefix_cache_key(2048) is None
+    assert dynamic.prefix_cache_key(2049) is not None
+    assert dynamic.prefix_cache_key(2049) != dynamic.prefix_cache_key(2050)
+    assert (plain.max_model_len, dynamic.max_model_len) == (2048, 8192)
+
+
+def test_active_parameters_leave_out_unused_experts(spec_of: Spec) -> None:
+    facts = spec_of("MixtralForCausalLM").facts()
+    one_expert = 3 * 256 * 512
+    assert facts.parameters - facts.active_parameters == 4 * (8 - 2) * one_expert + 1000 * 256
+
+
+def test_no_generation_config_means_no_suggestions(tmp_path: Path) -> None:
+    assert read_generation_defaults(tmp_path) == GenerationDefaults()
+
+
+def test_generation_config(tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text(
+        json.dumps(
+            {
+                "bos_token_id": 1,
+                "eos_token_id": [2, 3],
+                "pad_token_id": 0,
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "top_k": 20,
+                "repetition_penalty": 1.05,
+            }
+        )
+    )
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(
+        eos_token_ids=(2, 3),
+        bos_token_id=1,
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        top_k=20,
+        repetition_penalty=1.05,
+    )
+    file.write_text('{"temperature": "warm"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: temperature: must be a number"):
+        read_generation_defaults(tmp_path)
