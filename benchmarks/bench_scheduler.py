@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
 from slipstream.benchmarks.report import write_report
 from slipstream.runtime.config import SchedulerConfig
 from slipstream.runtime.engine.engine import Engine
@@ -52,9 +53,7 @@ def measure(sequences: int, *, steps: int, ahead: bool, seed: int) -> Point:
         max_num_batched_tokens=max(8192, sequences),
     )
     executor = NullExecutor(max_slots=sequences, vocab_size=32_000)
-    engine = Engine(
-        Scheduler(config), executor, clock=time.monotonic, ahead=ahead, step_timeout_s=10.0
-    )
+    engine = Engine(Scheduler(config), executor, clock=time.monotonic, ahead=ahead, step_timeout_s=10.0)
     for index in range(sequences):
         # Different prompt lengths, so that sequences do not all ask for a block at the same step.
         prompt = generator.integers(0, 32_000, size=PROMPT_TOKENS - index % BLOCK_SIZE, dtype=np.int32)
@@ -105,7 +104,9 @@ def main() -> None:
         for ahead in (True, False)
     ]
     reference = next((point for point in points if point.sequences == 256 and point.ahead), None)
-    print(f"{'sequences':>9} {'ahead':>6} {'median ms':>10} {'P99 ms':>8} {'max ms':>8} {'us/sequence':>12} {'vs linear':>10}")
+    print(
+        f"{'sequences':>9} {'ahead':>6} {'median ms':>10} {'P99 ms':>8} {'max ms':>8} {'us/sequence':>12} {'vs linear':>10}"
+    )
     for point in points:
         linear = "-"
         if reference is not None:

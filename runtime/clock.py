@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 
 Clock = Callable[[], float]
 """Returns seconds, monotonic."""
 
 monotonic_clock: Clock = time.monotonic
+
+
+def strftime_now(layout: str) -> str:
+    """Return the local date or time in a ``strftime`` layout; chat templates ask for it."""
+    return datetime.now().strftime(layout)

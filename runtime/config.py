@@ -62,6 +62,7 @@ def require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(name, f"must be an integer of at least 1, got {value!r}")
 
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ONE_FOR_NOW = ("tensor_parallel_size", "pipeline_parallel_size")

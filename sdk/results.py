@@ -62,7 +62,8 @@ class CompletionOutput:
 
     ``finish_reason`` is None while it runs, then ``"stop"`` (end-of-sequence token, stop id or stop string),
     ``"length"`` (``max_tokens`` or the model's limit), ``"abort"``, or ``"error"`` (the model's logits were not
-    numbers: what it had generated until then stands). ``stop_reason`` is the stop string or stop id that ended it, None for the end-of-sequence token.
+    numbers: what it had generated until then stands). ``stop_reason`` is the stop string or stop id that ended it,
+    None for the end-of-sequence token.
     """
 
     index: int

@@ -88,7 +88,8 @@ def make_sequences(request: EngineRequest, *, first_id: int, arrival: int, root:
         prompt_length=len(prompt),
         max_length=len(prompt) + request.max_tokens,
         root=root,
-        prompt_logprobs_due=request.params.prompt_logprobs is not None,
+        # Nothing precedes a prompt's first token: it has no log-probability.
+        prompt_logprobs_due=request.params.prompt_logprobs is not None and len(prompt) > 1,
     )
     others = [
         replace(

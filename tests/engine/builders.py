@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from slipstream.runtime.config import SchedulerConfig
 from slipstream.runtime.engine.engine import Engine
 from slipstream.runtime.engine.scheduler import Scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from slipstream.runtime.engine.engine import Engine
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.messages import StepPlan, StepResult

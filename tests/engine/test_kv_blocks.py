@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from slipstream.runtime.engine.kv_blocks import PREFIX_CACHE, KvBlockPool, Owner, chain_digest, root_digest
 
 ONE, TWO = Owner(1), Owner(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.messages import FinishReason, StepPlan, StepResult
 from slipstream.sdk.errors import InvalidRequest, Overloaded

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from slipstream.runtime.engine.sequence import sample_seed
 from slipstream.runtime.messages import EngineRequest
 from slipstream.tests.engine.builders import Bench, bench, config, request

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+
 from slipstream.runtime.messages import StepPlan, StepResult
 
 VOCABULARY = 97

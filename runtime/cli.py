@@ -1,0 +1,168 @@
+"""The command line ``slipstream``: reads arguments, calls the runtime, prints.
+
+A process entry point: the runtime (and torch with it) is imported inside the commands, so that ``--help`` answers at
+once and the light client can be installed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .. import __version__
+from ..sdk.errors import InvalidRequest, SlipstreamError
+from ..sdk.params import SamplingParams
+from ..sdk.results import RequestOutput
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+app = typer.Typer(
+    name="slipstream",
+    help="Slipstream: a distributed inference runtime for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
+
+ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    """Slipstream: a distributed inference runtime for large language models."""
+    if version:
+        typer.echo(f"slipstream {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="a prompt; may be repeated")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a file, one prompt a line; - is standard input")] = None,
+    chat: Annotated[bool, typer.Option(help="send each prompt as a user message through the chat template")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt")] = False,
+    max_tokens: Annotated[int, typer.Option(help="most new tokens a prompt")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own")] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus; default: the model's own")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off; default: the model's own")] = None,
+    min_p: Annotated[float | None, typer.Option(help="0 is off; default: the model's own")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="samples a prompt")] = 1,
+    seed: Annotated[int | None, typer.Option(help="makes the sampling repeat")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends the text; may be repeated")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="go on after the end token")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_model_len: LengthOption = None,
+    max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
+    block_size: Annotated[int, typer.Option(help="token positions of a KV block")] = 16,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
+) -> None:
+    """Generate text for prompts and print it, streamed when there is one prompt."""
+    texts = _read_prompts(prompt, prompts_file)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "block_size": block_size,
+        "enable_prefix_caching": enable_prefix_caching,
+    }
+    with _open_model(model, options) as llm:
+        given: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "seed": seed,
+        }
+        params = replace(
+            llm.get_default_sampling_params(),
+            max_tokens=max_tokens,
+            n=n,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        prompts = [llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts]
+        if len(prompts) == 1 and n == 1 and not as_json:
+            for piece in llm.stream(prompts, params):
+                typer.echo(piece.text, nl=False)
+            typer.echo()
+        else:
+            _print_outputs(llm.generate(prompts, params), as_json=as_json)
+
+
+@app.command()
+def demo(
+    model: Annotated[Path, typer.Argument(help="directory of the model")] = _DEMO_MODEL,
+    max_tokens: Annotated[int, typer.Option(help="most new tokens a prompt")] = 96,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="with a temperature: makes the sampling repeat")] = 0,
+) -> None:
+    """Answer several prompts at once on the bundled model, streamed, then show how long things took."""
+    from .demo import run_demo
+
+    with _open_model(str(model), {"max_num_seqs": 32}) as llm:
+        run_demo(llm, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed))
+
+
+def _open_model(model: str, options: dict[str, Any]) -> LLM:
+    from .llm import LLM
+
+    return LLM(model, **options)
+
+
+def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """Return the prompts given as options and those in a file, one a line."""
+    texts = list(prompts or [])
+    if file is not None:
+        content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        texts += [line for line in content.splitlines() if line.strip()]
+    if not texts:
+        raise InvalidRequest("--prompt", "give at least one, or --prompts-file")
+    return texts
+
+
+def _print_outputs(outputs: list[RequestOutput], *, as_json: bool) -> None:
+    for output in outputs:
+        if as_json:
+            typer.echo(json.dumps(asdict(output), ensure_ascii=False))
+            continue
+        for sample in output.outputs:
+            typer.secho(f"{output.prompt}", fg="bright_black", nl=False)
+            typer.echo(sample.text)
+            typer.secho(f"-- {len(sample.token_ids)} tokens, {sample.finish_reason}", fg="bright_black")
+
+
+def main() -> None:
+    """Run the command line; errors that Slipstream raises on purpose are printed as one line, without a traceback."""
+    try:
+        app()
+    except (SlipstreamError, ImportError, OSError) as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Carries out step plans on a model: copies blocks, gathers inputs, runs the decoder, draws tokens.
+
+Owns the rank's side of every running sequence: its tokens, its block table, its sampling state, and the KV cache. The
+scheduler sends deltas; drawn tokens are written here first, so that the next step can read them before the scheduler
+has heard of them. Steps run one after the other on a thread of their own; torch releases the interpreter lock while
+it computes, so the next step is planned meanwhile.
+
+On a request's way: after the scheduler, around models and sampler.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..clock import monotonic_clock
+from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
+from ..models.decoder import Decoder
+from ..models.forward import build_forward_batch
+from ..models.kv_cache import KvCache
+from .sampler import SampledRows, Sampler, prompt_token_logprobs
+
+# Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
+_PROMPT_LOGPROB_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Where each row of a plan stands in the flat batch.
+
+    Shapes: first, last [rows]: index of the row's first and last token; slot_T, position_T [tokens]
+    """
+
+    first: Int32Array
+    last: Int32Array
+    slot_T: Int32Array
+    position_T: Int32Array
+
+
+def _lay_out(plan: StepPlan) -> _Rows:
+    ends = np.cumsum(plan.counts, dtype=np.int32)
+    first = ends - plan.counts
+    within = np.arange(int(ends[-1]), dtype=np.int32) - np.repeat(first, plan.counts)
+    return _Rows(
+        first=first,
+        last=ends - 1,
+        slot_T=np.repeat(plan.slots, plan.counts),
+        position_T=np.repeat(plan.starts, plan.counts) + within,
+    )
+
+
+class ModelExecutor:
+    """Runs plans on one device.
+
+    Shapes: token table [slots, max_length] int32, block table [slots, max_blocks] int32, both on the host
+    """
+
+    def __init__(
+        self, *, model: Decoder, cache: KvCache, block_size: int, max_slots: int, max_length: int, device: torch.device
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._block_size = block_size
+        self._device = device
+        self._sampler = Sampler(max_slots)
+        self._tokens = np.zeros((max_slots, max_length), dtype=np.int32)
+        self._block_table = np.zeros((max_slots, -(-max_length // block_size)), dtype=np.int32)
+        self._prompt_length = np.zeros(max_slots, dtype=np.int32)
+        self._prompt_logprobs: dict[int, int] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-step")
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Queue a step behind those submitted before."""
+        return self._thread.submit(self._run, plan)
+
+    def close(self) -> None:
+        """Wait for queued steps and free the thread."""
+        self._thread.shutdown(wait=True)
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
+        start_s = monotonic_clock()
+        # Copies come first: a source may have been freed and handed out again, and is written by this very step.
+        self._cache.copy_blocks(plan.copy_sources, plan.copy_targets)
+        for admitted in plan.admitted:
+            self._admit(admitted)
+        self._block_table[plan.block_slots, plan.block_indices] = plan.block_ids
+        rows = _lay_out(plan)
+        hidden_TH = self._forward(plan, rows)
+        prompt_logprobs = self._score_prompts(plan, rows, hidden_TH)
+        drawn = self._sample(plan, rows, hidden_TH)
+        return StepResult(
+            step=plan.step,
+            token_ids=drawn.token_ids,
+            execute_s=monotonic_clock() - start_s,
+            logprobs=drawn.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            invalid_rows=drawn.invalid_rows,
+        )
+
+    def _admit(self, admitted: AdmittedSequence) -> None:
+        slot = admitted.slot
+        self._tokens[slot, : len(admitted.token_ids)] = admitted.token_ids
+        self._block_table[slot, : len(admitted.block_ids)] = admitted.block_ids
+        self._prompt_length[slot] = admitted.prompt_length
+        self._sampler.admit(admitted)
+        self._prompt_logprobs.pop(slot, None)
+        if admitted.wants_prompt_logprobs and admitted.params.prompt_logprobs is not None:
+            self._prompt_logprobs[slot] = admitted.params.prompt_logprobs
+
+    def _forward(self, plan: StepPlan, rows: _Rows) -> torch.Tensor:
+        token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
+        batch = build_forward_batch(
+            token_ids=token_ids_T.to(self._device),
+            starts=plan.starts,
+            counts=plan.counts,
+            prompt_lengths=self._prompt_length[plan.slots],
+            block_tables=self._block_table[plan.slots],
+            block_size=self._block_size,
+            spec=self._model.spec,
+            device=self._device,
+        )
+        return self._model.forward(batch, self._cache)
+
+    def _sample(self, plan: StepPlan, rows: _Rows, hidden_TH: torch.Tensor) -> SampledRows:
+        """Draw for the rows that are due; the answer counts rows as the plan does."""
+        tokens = np.full(len(plan.slots), -1, dtype=np.int32)
+        drawing = np.flatnonzero(plan.samples)
+        if not len(drawing):
+            return SampledRows(token_ids=tokens)
+        last = torch.from_numpy(rows.last[drawing].astype(np.int64)).to(self._device)
+        slots = plan.slots[drawing]
+        positions = (plan.starts + plan.counts)[drawing]
+        logits_RV = self._model.logits(hidden_TH.index_select(0, last))
+        sampled = self._sampler.sample(logits_RV, slots, positions.astype(np.int64), self._tokens)
+        tokens[drawing] = sampled.token_ids
+        # The very last token of a sequence at the model's limit has no place in the table, and needs none.
+        fits = positions < self._tokens.shape[1]
+        self._tokens[slots[fits], positions[fits]] = sampled.token_ids[fits]
+        return SampledRows(
+            token_ids=tokens,
+            logprobs={int(drawing[index]): entry for index, entry in sampled.logprobs.items()},
+            invalid_rows=tuple(int(drawing[index]) for index in sampled.invalid_rows),
+        )
+
+    def _score_prompts(
+        self, plan: StepPlan, rows: _Rows, hidden_TH: torch.Tensor
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """Return, for rows that want it, the log-probabilities of the prompt tokens that this step predicts."""
+        if not self._prompt_logprobs:
+            return {}
+        scores: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for row, slot in enumerate(plan.slots.tolist()):
+            start = int(plan.starts[row])
+            count = min(int(plan.counts[row]), int(self._prompt_length[slot]) - 1 - start)
+            if slot not in self._prompt_logprobs or count <= 0:
+                continue
+            entries: list[TokenLogprobs] = []
+            for begin in range(0, count, _PROMPT_LOGPROB_ROWS):
+                end = min(begin + _PROMPT_LOGPROB_ROWS, count)
+                first = int(rows.first[row])
+                logits_NV = self._model.logits(hidden_TH[first + begin : first + end])
+                targets = self._tokens[slot, start + 1 + begin : start + 1 + end]
+                entries += prompt_token_logprobs(logits_NV, targets, self._prompt_logprobs[slot])
+            scores[row] = tuple(entries)
+        return scores

@@ -1,0 +1,119 @@
+"""The command line as a user types it, and the list of its options (adding one means editing the list here)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from slipstream import __version__
+from slipstream.runtime.cli import app, main
+
+DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
+
+OPTIONS = {
+    "generate": {
+        # what to generate for, and how to print it
+        *("prompt", "prompts_file", "chat", "as_json"),
+        # sampling, named as in SamplingParams
+        *("max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "ignore_eos"),
+        # engine, named as in EngineOptions
+        *("dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+        "enable_prefix_caching",
+    },
+    "demo": {"max_tokens", "temperature", "seed"},
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["slipstream", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+
+
+def test_the_options_are_frozen() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {parameter.name for parameter in command.params if parameter.param_type_name == "option"} - {"help"}
+        for name, command in commands.items()
+    }
+    assert found == OPTIONS
+
+
+def test_version_and_help_answer_without_torch() -> None:
+    program = (
+        "import sys; from slipstream.runtime.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'the runtime was loaded'\n"
+    )
+    for argument, expected in [("--version", __version__), ("--help", "generate")]:
+        command = [sys.executable, "-P", "-c", program, argument]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+def test_generate_prints_json_for_several_prompts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("x = \n\nfor i in\n", encoding="utf-8")
+    arguments = ["--prompts-file", str(file), "-p", "def f", "--json", "--temperature", "0", "--max-tokens", "5"]
+    run(monkeypatch, "generate", DEMO_MODEL, *arguments)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["def f", "x = ", "for i in"]
+    assert all(0 < len(row["outputs"][0]["token_ids"]) <= 5 and row["finished"] for row in rows)
+
+
+def test_generate_streams_one_prompt_as_plain_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["-p", "import", "--temperature", "0", "--max-tokens", "12"]
+    run(monkeypatch, "generate", DEMO_MODEL, *arguments)
+    streamed = capsys.readouterr().out
+    run(monkeypatch, "generate", DEMO_MODEL, *arguments, "--json")
+    assert streamed == json.loads(capsys.readouterr().out)["outputs"][0]["text"] + "\n"
+
+
+def test_generate_as_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "generate", DEMO_MODEL, "--chat", "-p", "Write `add`.", "--json", "--max-tokens", "3", "-n", "2")
+    row = json.loads(capsys.readouterr().out)
+    assert "<|user|>" in row["prompt"] and len(row["outputs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "/no/such/model", "-p", "x"], "/no/such/model: is not a directory"),
+        (["generate", DEMO_MODEL], "--prompt: give at least one"),
+        (["generate", DEMO_MODEL, "-p", "x", "--temperature", "-1"], "temperature: must be"),
+        (["generate", DEMO_MODEL, "-p", "x", "--dtype", "int3"], "dtype: must be one of"),
+        (["generate", DEMO_MODEL, "-p", "x", "--block-size", "0"], "block_size: must be"),
+        (["generate", DEMO_MODEL, "--prompts-file", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_an_error_is_one_clear_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["slipstream", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed and printed.count("\n") == 1
+
+
+def test_the_demo_shows_every_answer_and_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "demo", "--max-tokens", "8")
+    printed = capsys.readouterr().out
+    assert all(f"prompt [{place}]" in printed for place in range(1, 7))
+    assert "answered together" in printed and "tokens/s" in printed
