@@ -104,17 +104,16 @@ def main() -> None:
         for ahead in (True, False)
     ]
     reference = next((point for point in points if point.sequences == 256 and point.ahead), None)
-    print(
-        f"{'sequences':>9} {'ahead':>6} {'median ms':>10} {'P99 ms':>8} {'max ms':>8} {'us/sequence':>12} {'vs linear':>10}"
-    )
+    columns = ("sequences", "ahead", "median ms", "P99 ms", "max ms", "us/sequence", "vs linear")
+    print("  ".join(f"{name:>11}" for name in columns))
     for point in points:
         linear = "-"
         if reference is not None:
             linear = f"{point.median_ms / reference.median_ms / (point.sequences / 256):.2f}"
-        print(
-            f"{point.sequences:>9} {point.ahead!s:>6} {point.median_ms:>10.3f} {point.p99_ms:>8.3f} "
-            f"{point.max_ms:>8.3f} {point.median_ms * 1e3 / point.sequences:>12.2f} {linear:>10}"
-        )
+        figures = (f"{value:.3f}" for value in (point.median_ms, point.p99_ms, point.max_ms))
+        each_us = f"{point.median_ms * 1e3 / point.sequences:.2f}"
+        row = (f"{point.sequences}", f"{point.ahead}", *figures, each_us, linear)
+        print("  ".join(f"{cell:>11}" for cell in row))
     if reference is not None:
         ratio = reference.median_ms / LIMIT_MS_AT_256
         print(f"at 256 sequences: {reference.median_ms:.3f} ms, {ratio:.2f} of the limit of {LIMIT_MS_AT_256} ms")

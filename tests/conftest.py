@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import zlib
 
@@ -39,13 +38,10 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torch_threads() -> None:
-    """Give torch the cores of this process, or what OMP_NUM_THREADS says, and no more."""
+def _one_torch_thread() -> None:
+    """One thread: the tensors are tiny, and threads waiting for each other on a busy machine cost far more."""
     try:
         import torch  # noqa: PLC0415 (the tests of the light client run without it)
     except ModuleNotFoundError:
         return
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # The models here are small: beyond eight threads torch only gets in its own way.
-        torch.set_num_threads(min(cores, 8))
+    torch.set_num_threads(1)
