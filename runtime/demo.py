@@ -16,13 +16,14 @@ from ..sdk.params import SamplingParams
 from ..sdk.results import RequestOutput, StreamOutput
 from .llm import LLM
 
+# None ends with a space or a line break: the model's tokenizer joins those with what follows.
 PROMPTS = (
-    'def parse_version(text):\n    """Return a version string as a tuple of integers.',
-    "class Stack:\n    def __init__(self):\n        self._items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser(",
+    'def parse_version(text):\n    """Return a version string as',
+    "class Stack:\n    def __init__(self):\n        self._items = []\n\n    def push(self, item):",
+    "import os\nimport sys\nimport",
     "    def __repr__(self):\n        return",
     'def read_lines(path):\n    """Read a file and return its lines."""\n    with open(path',
-    "try:\n    import threading\nexcept ImportError:\n",
+    "    for key, value in",
 )
 
 

@@ -29,9 +29,12 @@ class KvCache:
     def allocate(
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KvCache:
-        """Allocate a cache of zeros."""
+        """Allocate a cache with any contents: on a CPU, memory is taken only when a block is first written.
+
+        What a block held before never counts: whoever enters a block clears it (``build_forward_batch``).
+        """
         shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        return cls(layers=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)))
+        return cls(layers=tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)))
 
     @property
     def num_blocks(self) -> int:
