@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slipstream import LLM, SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
