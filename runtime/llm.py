@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike, fspath
 from types import TracebackType
@@ -150,7 +150,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
-    ) -> Iterator[StreamOutput]:
+    ) -> Generator[StreamOutput, None, None]:
         """Generate for every prompt together and yield each piece as it comes.
 
         The requests are checked at once, and started with the first ``next``. Leaving the loop early aborts what has
@@ -239,7 +239,7 @@ class LLM:
                     progress.advance(task)
         return [collector.output for _, collector in made]
 
-    def _run(self, made: list[tuple[EngineRequest, RequestCollector]]) -> Iterator[StreamOutput]:
+    def _run(self, made: list[tuple[EngineRequest, RequestCollector]]) -> Generator[StreamOutput, None, None]:
         """Run one call's requests to their end, yielding every piece."""
         job = _Job([request for request, _ in made])
         collectors = {request.request_id: collector for request, collector in made}

@@ -9,7 +9,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Required, TypedDict
 
 import numpy as np
 
@@ -19,22 +19,17 @@ from .messages import EngineRequest, Int32Array
 from .text.tokenizer import Tokenizer
 
 
-class TextPrompt(TypedDict, total=False):
-    """A prompt as text; ``cache_salt`` keeps its cached prefix apart from others'."""
-
-    prompt: str
-    cache_salt: str
-
-
 class TokensPrompt(TypedDict, total=False):
     """A prompt as token ids; ``prompt`` is its text, where the caller has it."""
 
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Required[list[int]]
     prompt: str
     cache_salt: str
 
 
-Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+Prompt = str | Sequence[int] | Mapping[str, object]
+"""Text; token ids; or a dictionary with ``prompt`` or ``prompt_token_ids`` and, to keep its cached prefix apart from
+others', ``cache_salt``."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 

@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_every_form_of_a_prompt_gives_the_same(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
     assert tokenizer is not None
     ids = tokenizer.encode(PROMPTS[0])
-    forms = [PROMPTS[0], {"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}, ids]
+    forms: list[Any] = [PROMPTS[0], {"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}, ids]
     texts = {llm.generate(form, GREEDY)[0].outputs[0].text for form in forms}
     assert len(texts) == 1
     assert {output.outputs[0].text for output in llm.generate(forms, [GREEDY] * 4)} == texts
@@ -201,7 +202,7 @@ def test_more_requests_than_the_queue_holds_wait_outside() -> None:
         ({"prompt_token_ids": [5] * 512}, "prompt"),
     ],
 )
-def test_a_bad_prompt_is_refused_by_name_before_any_work(llm: LLM, prompt: object, field: str) -> None:
+def test_a_bad_prompt_is_refused_by_name_before_any_work(llm: LLM, prompt: Any, field: str) -> None:
     for call in (llm.generate, llm.stream):
         with pytest.raises(InvalidRequest) as refused:
             call(["x = 1", prompt] if field != "prompts" else prompt, GREEDY)
@@ -219,7 +220,7 @@ def test_a_bad_prompt_is_refused_by_name_before_any_work(llm: LLM, prompt: objec
         ({"temperature": 1}, "sampling_params"),
     ],
 )
-def test_parameters_that_do_not_fit_the_model_are_refused_by_name(llm: LLM, params: object, field: str) -> None:
+def test_parameters_that_do_not_fit_the_model_are_refused_by_name(llm: LLM, params: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         llm.generate("x = 1", params)
     assert refused.value.field == field

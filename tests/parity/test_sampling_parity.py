@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from slipstream.tests.worker.plain_sampling import plain_draw, plain_edits
 NEW_TOKENS = 40
 STOP = 2
 
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 1.3},
     "top_p": {"temperature": 0.9, "top_p": 0.7},
@@ -62,7 +63,12 @@ def test_tokens_equal_the_plain_implementation(name: str, reference: Reference) 
     asked = prompts(4)
     expected = [plain_continuation(reference, prompt, params, 99) for prompt in asked]
     # Small chunks and few blocks: penalties must survive chunking and preemption.
-    options = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 112, "num_gpu_blocks_override": 12}
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_model_len": 112,
+        "num_gpu_blocks_override": 12,
+    }
     with LLM(str(reference.path), long_prefill_token_threshold=7, block_size=16, **options) as llm:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], params)
     assert [output.outputs[0].token_ids for output in outputs] == expected
