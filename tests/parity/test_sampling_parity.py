@@ -123,3 +123,27 @@ def test_a_model_whose_logits_are_not_numbers_fails_by_name(reference: Reference
         output = llm.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=8))[0]
         assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("error", [])
         assert llm._engine.scheduler.pool.available == llm._engine.scheduler.pool.num_blocks
+
+
+def test_log_probabilities_survive_chunks_and_preemption(reference: Reference) -> None:
+    """A prompt that is interrupted and computed again reports each of its positions once, with the same values."""
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2, prompt_logprobs=2, n=2)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts(8)]
+    options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 112}
+    with LLM(str(reference.path), **options) as llm:
+        plain = llm.generate(asked, params)
+    with LLM(str(reference.path), long_prefill_token_threshold=7, num_gpu_blocks_override=10, **options) as llm:
+        pressed = llm.generate(asked, params)
+    assert sum(output.metrics.preemptions for output in pressed) > 0
+    for expected, got in zip(plain, pressed, strict=True):
+        assert expected.prompt_logprobs is not None and got.prompt_logprobs is not None
+        assert len(got.prompt_logprobs) == len(got.prompt_token_ids)
+        pairs = list(zip(expected.prompt_logprobs[1:], got.prompt_logprobs[1:], strict=True))
+        for sample, other in zip(expected.outputs, got.outputs, strict=True):
+            assert sample.token_ids == other.token_ids
+            assert sample.logprobs is not None and other.logprobs is not None
+            pairs += zip(sample.logprobs, other.logprobs, strict=True)
+        for one, two in pairs:
+            assert one is not None and two is not None
+            for token in one.keys() & two.keys():
+                assert one[token].logprob == pytest.approx(two[token].logprob, abs=1e-4)
