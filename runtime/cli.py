@@ -117,14 +117,14 @@ def generate(
 def demo(
     model: Annotated[Path, typer.Argument(help="directory of the model")] = _DEMO_MODEL,
     max_tokens: Annotated[int, typer.Option(help="most new tokens a prompt")] = 96,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(help="with a temperature: makes the sampling repeat")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
+    seed: Annotated[int, typer.Option(help="makes the sampling repeat")] = 0,
 ) -> None:
     """Answer several prompts at once on the bundled model, streamed, then show how long things took."""
     from .demo import run_demo
 
     with _open_model(str(model), {"max_num_seqs": 32}) as llm:
-        run_demo(llm, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed))
+        run_demo(llm, SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=seed))
 
 
 def _open_model(model: str, options: dict[str, Any]) -> LLM:
