@@ -36,7 +36,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop and free everything; called once, after the last result."""
+        """Stop and free everything, without waiting for a step that may never end; called once."""
         ...
 
 
@@ -57,6 +57,7 @@ class Engine:
         self._depth = 1 if ahead else 0
         self._step_timeout_s = step_timeout_s
         self._failure: EngineError | None = None
+        self._closed = False
 
     def submit(self, request: EngineRequest) -> list[Sequence]:
         """Queue a request; see ``Scheduler.submit``."""
@@ -109,12 +110,19 @@ class Engine:
         return failure
 
     def close(self) -> None:
-        """End every request, wait for the steps in flight, and close the executor. Closing twice does nothing."""
+        """End every request, wait for the steps in flight, and close the executor. Closing twice does nothing.
+
+        Raises: EngineError when one of those steps fails; the executor is closed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
         for request_id in self.scheduler.live_request_ids:
             self.scheduler.abort(request_id)
         in_flight, self._in_flight = self._in_flight, deque()
-        for plan, handle in in_flight:
-            self._take_in(plan, handle)
-        if self._failure is None:
-            self._failure = EngineError("the engine is closed")
+        try:
+            for plan, handle in in_flight:
+                self._take_in(plan, handle)
+        finally:
+            self._failure = self._failure or EngineError("the engine is closed")
             self._executor.close()

@@ -77,8 +77,8 @@ class ModelExecutor:
         return self._thread.submit(self._run, plan)
 
     def close(self) -> None:
-        """Wait for queued steps and free the thread."""
-        self._thread.shutdown(wait=True)
+        """Let the thread end after the step it is at. Not waited for: after a time-out that step may never end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:

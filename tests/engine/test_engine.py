@@ -66,6 +66,9 @@ def test_a_failed_step_ends_everything_with_a_clear_error(failure: Exception, me
         engine.submit(request("c", [1]))
     with pytest.raises(EngineError, match=message):
         engine.step()
+    engine.close()
+    engine.close()
+    assert executor.closed == 1
 
 
 def test_close_ends_what_runs_and_can_be_called_twice() -> None:
