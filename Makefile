@@ -15,7 +15,7 @@ BENCHES := $(sort $(wildcard benchmarks/bench_*.py))
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers bench clean
+.PHONY: help demo test check lint types layers proto bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -40,6 +40,9 @@ types: $(VENV)/.dev ## mypy, strict
 
 layers: $(VENV)/.dev ## who may import whom, and the limits of size
 	$(BIN)/python -m pytest -q tests/architecture
+
+proto: $(VENV)/.dev ## write the engine protocol's Python code anew from its .proto
+	$(BIN)/python tests/rpc/proto_codegen.py
 
 bench: $(VENV)/.dev ## run the benchmarks; results go to benchmarks/results
 	@mkdir -p benchmarks/results

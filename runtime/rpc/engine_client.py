@@ -1,7 +1,7 @@
 """What a gateway can ask of an engine, wherever that engine is: the contract that every transport implements.
 
-Values only; knows neither gRPC nor HTTP. One ``EngineClient`` stands for one replica. A contract suite in ``tests`` runs
-on every implementation.
+Values only; knows neither gRPC nor HTTP. One ``EngineClient`` stands for one replica. A contract suite in ``tests``
+runs on every implementation.
 """
 
 from __future__ import annotations

@@ -79,12 +79,23 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/",),
+    "google.protobuf": ("runtime/rpc/", "sdk/"),
+    "grpc_health": ("runtime/rpc/",),
+    "grpc_reflection": ("runtime/rpc/",),
     "typer": ("runtime/cli.py",),
     "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py"),
     "time": ("runtime/clock.py",),
     "datetime": ("runtime/clock.py",),
 }
 """Dependency → the files, or folders ending in a slash, that may import it."""
+
+DISTRIBUTIONS = {
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "google": "protobuf",
+}
+"""Imported package → the distribution that it comes with, where the names differ."""
 
 FORBIDDEN = {
     "transformers": "it is the reference that tests compare with, never a dependency",
@@ -96,7 +107,7 @@ FORBIDDEN = {
 }
 """Dependency → why no file of the package imports it."""
 
-MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py"})
+MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py", "runtime/worker/main.py"})
 """Files that load what they need when it is asked for."""
 
 FORBIDDEN_FILE_NAMES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py", "common.py"})

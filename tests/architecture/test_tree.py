@@ -69,7 +69,7 @@ def test_runtime_extra_covers_third_party_imports() -> None:
     names = {text.partition(">")[0].strip() for text in declared}
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in python_files(package=True)}
     imported = {
-        found.target.partition(".")[0]: f"{module.path}:{found.line}"
+        rules.DISTRIBUTIONS.get(package := found.target.partition(".")[0], package): f"{module.path}:{found.line}"
         for module in checker.parse(sources).values()
         for found in module.imports
         if not found.ours and found.target.partition(".")[0] not in sys.stdlib_module_names
