@@ -82,6 +82,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "google.protobuf": ("runtime/rpc/", "sdk/"),
     "grpc_health": ("runtime/rpc/",),
     "grpc_reflection": ("runtime/rpc/",),
+    "fastapi": ("runtime/gateway/",),
+    "starlette": ("runtime/gateway/",),
+    "uvicorn": ("runtime/gateway/main.py",),
+    "pydantic": ("runtime/gateway/",),
+    "orjson": ("runtime/gateway/",),
+    "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
     "typer": ("runtime/cli.py",),
     "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py"),
     "time": ("runtime/clock.py",),
@@ -94,8 +100,13 @@ DISTRIBUTIONS = {
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "google": "protobuf",
+    "prometheus_client": "prometheus-client",
+    "typing_extensions": "typing-extensions",
 }
 """Imported package → the distribution that it comes with, where the names differ."""
+
+LOADED_BY_OTHERS = {"httptools": "uvicorn, which is told its name"}
+"""Distribution that no file of ours imports → who does."""
 
 FORBIDDEN = {
     "transformers": "it is the reference that tests compare with, never a dependency",
