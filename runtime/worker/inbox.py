@@ -30,15 +30,15 @@ class Inbox(Generic[Item]):
             return True
 
     def close(self) -> None:
-        """Let the taker have what is there, and then None. Idempotent."""
+        """Take no more items, and let the taker have None from now on. Idempotent."""
         with self._condition:
             self._closed = True
             self._condition.notify()
 
     def take(self, *, wait_s: float | None) -> list[Item] | None:
-        """Wait up to ``wait_s`` seconds, None without limit, and take all items; None once closed and empty."""
+        """Wait up to ``wait_s`` seconds, None without limit, and take all items; None once closed."""
         with self._condition:
             if not self._items and not self._closed and wait_s != 0:
                 self._condition.wait(wait_s)
             items, self._items = self._items, []
-            return None if self._closed and not items else items
+            return None if self._closed else items
