@@ -89,13 +89,6 @@ class _Writer:
             for prompt, output in enumerate(outputs)
             for sample in output.outputs
         ]
-        if self._body.return_token_ids:
-            for choice in choices:
-                choice["prompt_token_ids"] = outputs[choice["index"] // self._params.n].prompt_token_ids
-        if self._body.prompt_logprobs is not None:
-            for choice in choices:
-                tables = outputs[choice["index"] // self._params.n].prompt_logprobs
-                choice["prompt_logprobs"] = None if tables is None else [_plain_table(table) for table in tables]
         return {**self._envelope, "choices": choices, "usage": self._usage(outputs)}
 
     async def events(self, pieces: AsyncGenerator[Piece], outputs: list[RequestOutput]) -> AsyncGenerator[bytes]:
@@ -111,7 +104,9 @@ class _Writer:
                     piece.prompt, piece.sample, piece.output, piece.text, piece.token_ids, piece.logprobs, piece,
                     first=first,
                 )  # fmt: skip
-                if not (choice["text"] or choice["logprobs"] or choice["finish_reason"] or choice.get("token_ids")):
+                if not (
+                    first or choice["text"] or choice["logprobs"] or piece.finish_reason or choice.get("token_ids")
+                ):
                     continue
                 event: Completion = {**self._envelope, "choices": [choice]}
                 if include_usage:
@@ -147,6 +142,10 @@ class _Writer:
         }
         if self._body.return_token_ids:
             choice["token_ids"] = token_ids
+            if first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        if first and self._body.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = [_plain_table(table) for table in output.prompt_logprobs]
         return choice
 
     def _logprobs(self, index: int, entries: list[Entry]) -> CompletionLogprobs | None:

@@ -64,7 +64,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None]) -> int:
     Raises: ConfigError; CheckpointError; OSError when the address cannot be bound
     """
     log_as_json(options.log_level)
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     directory = Path(options.engine.tokenizer or options.engine.model).expanduser()
     replica = Replica(
         tokenizer=Tokenizer.from_directory(directory, strftime_now=strftime_now),

@@ -40,7 +40,7 @@ class CompletionChoice(TypedDict):
     stop_reason: int | str | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[list[dict[str, Any] | None] | None]
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
 
 
 class Completion(TypedDict):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,33 @@ from slipstream.runtime.text.tokenizer import Tokenizer
 from slipstream.tests.fakes.scripted_engine import ScriptedEngine
 from slipstream.tests.text.tiny_tokenizers import byte_level
 
+PATIENCE_S = 30.0
+
+
+def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run a test on an event loop of its own, and not for ever."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                await test(*args, **kwargs)
+
+        asyncio.run(bounded())
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others run until a condition holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -83,15 +109,14 @@ def parse_events(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in blocks]
 
 
-_EPOCHS = itertools.count()
-
-
 @asynccontextmanager
 async def serving(
     *, defaults: GenerationDefaults | None = None, attached: bool = True, **settings: Any
 ) -> AsyncIterator[Setup]:
     tokenizer = make_tokenizer()
-    engine = ScriptedEngine(vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.eos_token_id or 0,))
+    engine = ScriptedEngine(
+        vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.eos_token_id or 0,), max_model_len=1024
+    )
     replica = Replica(tokenizer=tokenizer, defaults=defaults or GenerationDefaults())
     settings.setdefault("served_model_names", ("tiny", "alias"))
     gateway = make_gateway(

@@ -25,6 +25,16 @@ OPTIONS = {
         *("dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
         "enable_prefix_caching",
     },
+    "serve": {
+        # where, as what, and for whom
+        *("host", "port", "served_model_name", "api_key_file", "tool_call_parser", "log_level"),
+        # what clients may cost, and how long starting and stopping may take
+        *("max_concurrent_requests", "max_body_bytes", "request_timeout_s", "drain_timeout_s", "start_timeout_s"),
+        # engine, named as in EngineOptions
+        *("tokenizer", "seed", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        *("max_queued_requests", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization"),
+        *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
+    },
     "demo": {"max_tokens", "temperature", "seed"},
 }
 
