@@ -31,7 +31,7 @@ from ..engine.sequence import Sequence, SequenceState
 from ..rpc.engine_client import EngineFacts, EngineLoadReport
 from ..rpc.outbox import Outbox
 from ..rpc.session import Abort, AbortSample, Command, Drain, Drained, Load, Opened, Rejected, Submit
-from .driver_session import DriverSession, Leave, LiveRequest, News, Post
+from .driver_session import DriverSession, Enter, Leave, LiveRequest, News, Post
 from .inbox import Inbox
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class EngineLoop:
             )
             self._sessions[session] = News(session=session)
             session.post([Opened(epoch=self._facts.epoch, load=self._latest)])
+        self._inbox.put((session, Enter()))
         return session
 
     def close(self, *, timeout_s: float) -> bool:
@@ -134,7 +135,7 @@ class EngineLoop:
             return 0.0
         return self._limits.load_period_s if self._sessions else None
 
-    def _carry_out(self, session: DriverSession, command: Command | Leave) -> None:
+    def _carry_out(self, session: DriverSession, command: Command | Enter | Leave) -> None:
         with self._lock:
             news = self._sessions.get(session)
         if news is None:
@@ -151,6 +152,8 @@ class EngineLoop:
                     self._abort_sample(live, live.sequences[index])
             case Drain():
                 self._draining = news.wants_drained = True
+            case Enter():
+                pass
             case Leave():
                 self._leave(news)
 

@@ -23,11 +23,16 @@ _SCORES_PER_EVENT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Enter:
+    """The session is there: wakes an engine that sleeps, so that load is told from now on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
     """The session is over: abort what it has."""
 
 
-Post = tuple["DriverSession", Command | Leave]
+Post = tuple["DriverSession", Command | Enter | Leave]
 
 
 class DriverSession:
