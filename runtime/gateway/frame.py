@@ -6,6 +6,7 @@ of our insides.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,6 +46,9 @@ class RequestFrame:
         try:
             self._check_key(scope)
             await self._app(scope, receive, framed_send)
+        except asyncio.CancelledError:
+            record.outcome = "cancelled"
+            raise
         except Exception as error:
             if not isinstance(error, HttpRefusal):
                 logger.exception("request failed", extra={"request_id": record.request_id})

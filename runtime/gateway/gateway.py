@@ -15,7 +15,10 @@ from .settings import GatewaySettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
-    """Everything that a request meets. ``clock`` is monotonic, ``wall_clock`` counts seconds since 1970."""
+    """Everything that a request meets.
+
+    Units: ``clock``, monotonic seconds; ``wall_clock``, and ``started_s`` on it, seconds since 1970
+    """
 
     settings: GatewaySettings
     replica: Replica
@@ -25,6 +28,7 @@ class Gateway:
     readiness: Readiness
     clock: Clock
     wall_clock: Clock
+    started_s: int
 
 
 def make_gateway(settings: GatewaySettings, replica: Replica, *, clock: Clock, wall_clock: Clock) -> Gateway:
@@ -39,4 +43,5 @@ def make_gateway(settings: GatewaySettings, replica: Replica, *, clock: Clock, w
         readiness=Readiness(replica, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s),
         clock=clock,
         wall_clock=wall_clock,
+        started_s=int(wall_clock()),
     )

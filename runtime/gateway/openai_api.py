@@ -70,7 +70,7 @@ def _card(gateway: Gateway, name: str) -> ModelCard:
     return {
         "id": name,
         "object": "model",
-        "created": int(gateway.wall_clock()),
+        "created": gateway.started_s,
         "owned_by": "slipstream",
         "max_model_len": length,
     }

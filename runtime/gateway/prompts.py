@@ -66,6 +66,9 @@ async def prepare(
     Raises: InvalidRequest naming ``prompt``
     """
 
+    if isinstance(prompt, str):
+        _check_length(model, "prompt", len(prompt))
+
     def make() -> PreparedPrompt:
         if isinstance(prompt, str) and not add_special_tokens:
             prepared = _without_special_tokens(model, prompt)
@@ -104,6 +107,7 @@ async def prepare_chat(
             )  # fmt: skip
         except RecursionError as error:
             raise InvalidRequest("messages", "are nested too deeply") from error
+        _check_length(model, "messages", len(text))
         prepared = _without_special_tokens(model, text + answer_prefix, field="messages")
         return replace(prepared, cache_salt=cache_salt)
 
@@ -166,6 +170,12 @@ def _without_special_tokens(model: ServedModel, text: str, *, field: str = "prom
         return model.factory.prepare({"prompt": text, "prompt_token_ids": token_ids})
     except InvalidRequest as error:
         raise InvalidRequest(field, error.problem) from error
+
+
+def _check_length(model: ServedModel, field: str, chars: int) -> None:
+    if chars > model.max_prompt_chars:
+        limit = model.facts.max_model_len
+        raise InvalidRequest(field, f"{chars} characters are more than max_model_len={limit} tokens can hold")
 
 
 async def _beside(size: int, make: Callable[[], T]) -> T:

@@ -17,13 +17,17 @@ from ..text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One incarnation of the engine, with what a request needs to know about its model."""
+    """One incarnation of the engine, with what a request needs to know about its model.
+
+    ``max_prompt_chars``: longer text has more tokens than the model takes, whatever it says.
+    """
 
     client: EngineClient
     facts: EngineFacts
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     factory: RequestFactory
+    max_prompt_chars: int
 
 
 class Replica:
@@ -33,6 +37,8 @@ class Replica:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self._seed = seed
+        # Text cannot be tokenized into fewer tokens than this allows: what is far too long is refused without trying.
+        self._longest_token_chars = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
         self._model: ServedModel | None = None
 
     @property
@@ -59,7 +65,12 @@ class Replica:
             seed=self._seed,
         )
         self._model = ServedModel(
-            client=client, facts=facts, tokenizer=self.tokenizer, defaults=self.defaults, factory=factory
+            client=client,
+            facts=facts,
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            factory=factory,
+            max_prompt_chars=facts.max_model_len * self._longest_token_chars,
         )
 
     def detach(self) -> None:
