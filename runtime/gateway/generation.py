@@ -17,6 +17,7 @@ from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from ..collector import RequestCollector
 from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent
+from .errors import Draining
 from .gateway import Gateway
 from .record import RequestRecord
 from .replica import ServedModel
@@ -89,6 +90,10 @@ class PromptRun:
             if not self.output.finished:
                 raise EngineUnavailable("the engine's answer ended before the request did")
             ended = True
+        except EngineUnavailable as error:
+            if self._gateway.admission.draining:
+                raise Draining("the server stopped before the request was done") from error
+            raise
         finally:
             if not ended:
                 self._gateway.metrics.aborted.inc()

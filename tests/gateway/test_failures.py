@@ -126,6 +126,20 @@ async def test_a_draining_gateway_finishes_what_runs() -> None:
 
 
 @asynchronous
+async def test_what_a_stop_cuts_says_so() -> None:
+    async with serving() as setup:
+        setup.engine.hold.clear()
+        setup.engine.hold_after, setup.engine.fail_after = 1, 2
+        running = Connection(setup, {"prompt": "x", "stream": True, "max_tokens": 9})
+        await until(lambda: len(running.sent) > 1)
+        setup.gateway.admission.draining = True
+        setup.engine.hold.set()
+        await running.task
+        assert json.loads(parse_events(running.text)[-1])["error"]["code"] == "draining"
+        assert_nothing_left(setup)
+
+
+@asynchronous
 async def test_no_engine_yet() -> None:
     async with serving(attached=False) as setup:
         answer = await setup.post("/v1/completions", {"prompt": "x"})
