@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...sdk.errors import Overloaded, SlipstreamError
+from ...sdk.errors import EngineUnavailable, Overloaded, SlipstreamError
 from ..engine.sequence import Sequence
 from ..messages import TokenLogprobs
 from ..rpc.engine_client import EngineLoadReport, PromptScores
@@ -51,12 +51,17 @@ class DriverSession:
 
     def send(self, command: Command) -> None:
         """Take a command. A submit too many is refused; any other too many ends the session."""
-        if isinstance(command, Submit):
-            if not self._inbox.put((self, command), limit=self._max_commands):
-                self.refuse(command.key, Overloaded(f"{self._max_commands} commands wait for the engine already"))
         # Aborts make room, so they may wait where a submit may not; a well-behaved gateway never has this many.
-        elif not self._inbox.put((self, command), limit=2 * self._max_commands):
-            self.end(Overloaded(f"{2 * self._max_commands} commands wait for the engine already"))
+        limit = self._max_commands if isinstance(command, Submit) else 2 * self._max_commands
+        if self._inbox.put((self, command), limit=limit):
+            return
+        error: SlipstreamError = Overloaded(f"{limit} commands wait for the engine already")
+        if self._inbox.closed:
+            error = EngineUnavailable("the engine has stopped")
+        if isinstance(command, Submit):
+            self.refuse(command.key, error)
+        elif not self._inbox.closed:
+            self.end(error)
 
     async def receive(self) -> list[Event]:
         """Wait for the next events; [] when this side has closed."""

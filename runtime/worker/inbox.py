@@ -29,6 +29,11 @@ class Inbox(Generic[Item]):
                 self._condition.notify()
             return True
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody takes items any more."""
+        return self._closed
+
     def close(self) -> None:
         """Take no more items, and let the taker have None from now on. Idempotent."""
         with self._condition:

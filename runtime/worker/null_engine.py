@@ -13,6 +13,7 @@ from ..messages import StepPlan, StepResult
 from .null_executor import NullExecutor
 
 _BLOCK_SIZE = 16
+_MAX_BLOCKS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ def launch_null_engine(options: NullEngineOptions, *, clock: Clock) -> Engine:
     blocks = -(-options.max_model_len // _BLOCK_SIZE) * options.max_num_seqs
     config = SchedulerConfig(
         max_model_len=options.max_model_len,
-        num_blocks=min(blocks, 1 << 18),
+        num_blocks=min(max(blocks, 1), _MAX_BLOCKS),
         block_size=_BLOCK_SIZE,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),

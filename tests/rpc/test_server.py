@@ -218,13 +218,13 @@ def test_health_and_reflection() -> None:
             address = await server.start()
             assert stat.S_IMODE(Path(address).stat().st_mode) & 0o077 == 0, "the socket is this user's alone"
             async with grpc.aio.insecure_channel(f"unix:{address}") as channel:
-                health = health_pb2_grpc.HealthStub(channel)
+                health: Any = health_pb2_grpc.HealthStub(channel)
                 for serving in (True, False):
                     await server.set_serving(serving)
                     for service in ("", "slipstream.v1.Engine"):
                         reply = await health.Check(health_pb2.HealthCheckRequest(service=service))
                         assert (reply.status == health_pb2.HealthCheckResponse.SERVING) == serving
-                reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+                reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
                 asked = reflection.ServerReflectionInfo(
                     iter([reflection_pb2.ServerReflectionRequest(list_services="")])
                 )
