@@ -79,11 +79,6 @@ class DriverProcess:
             raise EngineUnavailable(f"the driver ended with status {status} before it was ready")
         return cls(process, address)
 
-    @property
-    def process_id(self) -> int:
-        """The process' id."""
-        return self._process.pid
-
     async def wait(self) -> int:
         """Wait until the driver has ended and return its status."""
         return await self._process.wait()

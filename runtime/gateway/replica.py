@@ -25,7 +25,6 @@ class ServedModel:
     client: EngineClient
     facts: EngineFacts
     tokenizer: Tokenizer
-    defaults: GenerationDefaults
     factory: RequestFactory
     max_prompt_chars: int
 
@@ -68,7 +67,6 @@ class Replica:
             client=client,
             facts=facts,
             tokenizer=self.tokenizer,
-            defaults=self.defaults,
             factory=factory,
             max_prompt_chars=facts.max_model_len * self._longest_token_chars,
         )

@@ -29,11 +29,17 @@ class Driver(Protocol):
 
     address: str
 
-    async def wait(self) -> int: ...
+    async def wait(self) -> int:
+        """Wait until it has ended and return its status."""
+        ...
 
-    async def stop(self, *, timeout_s: float) -> None: ...
+    async def stop(self, *, timeout_s: float) -> None:
+        """Ask it to end, and end it when it has not done so in time."""
+        ...
 
-    async def kill(self) -> None: ...
+    async def kill(self) -> None:
+        """End it at once."""
+        ...
 
 
 class SupervisedClient(EngineClient, Protocol):
@@ -82,7 +88,6 @@ class Supervisor:
         self._driver: Driver | None = None
         self._client: SupervisedClient | None = None
         self._stopping = asyncio.Event()
-        self.restarts = 0
 
     async def run(self) -> None:
         """Keep a driver running until ``stop`` is called.
@@ -103,7 +108,6 @@ class Supervisor:
             if await self._stopped_within(pause_s):
                 return
             started_s = self._clock()
-            self.restarts += 1
             try:
                 await self._start()
             except SlipstreamError as error:
