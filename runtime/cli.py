@@ -32,6 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
@@ -173,6 +176,36 @@ def serve(
         drain_timeout_s=drain_timeout_s, log_level=log_level,
     )  # fmt: skip
     raise typer.Exit(serve_gateway(options, announce=typer.echo))
+
+
+@bench.command("serve")
+def bench_serve(
+    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
+    num_prompts: Annotated[int, typer.Option(help="requests to send")] = 100,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="requests on their way at once. Default: 32; with a rate 4096")
+    ] = None,
+    request_rate: Annotated[
+        float | None, typer.Option(help="requests per second, at random times. Default: each client waits its turn")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prompt, about")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 64,
+    request_timeout_s: Annotated[float, typer.Option(help="seconds that a request may take")] = 300.0,
+    seed: Annotated[int, typer.Option(help="makes prompts and arrivals repeat")] = 0,
+    api_key_file: Annotated[Path | None, typer.Option(help="a file with the API key")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to")] = None,
+) -> None:
+    """Put load on any server with OpenAI's API and show how it bore it."""
+    from .load_test.main import run_load_test
+    from .load_test.plan import LoadPlan
+
+    plan = LoadPlan(
+        num_prompts=num_prompts, max_concurrency=max_concurrency, request_rate=request_rate,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, request_timeout_s=request_timeout_s, seed=seed,
+    )  # fmt: skip
+    if not run_load_test(base_url, plan, model=model, api_key_file=api_key_file, json_file=json_file):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -40,10 +40,13 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "worker": _VALUES | _BELOW_SHELLS,
     "controller": _VALUES | _BELOW_SHELLS,
     "gateway": _VALUES | _BELOW_SHELLS,
+    # Clients of any server's HTTP API: they know nothing of how ours works.
+    "api_client": _VALUES,
+    "load_test": _VALUES | {"api_client"},
     # The ways in.
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "demo": _VALUES | {"llm"},
-    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "llm", "demo"},
+    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "load_test", "llm", "demo"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
@@ -88,8 +91,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pydantic": ("runtime/gateway/",),
     "orjson": ("runtime/gateway/",),
     "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
+    "httpx": ("runtime/api_client/",),
     "typer": ("runtime/cli.py",),
-    "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py"),
+    "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py", "runtime/load_test/"),
     "time": ("runtime/clock.py",),
     "datetime": ("runtime/clock.py",),
 }

@@ -35,6 +35,13 @@ OPTIONS = {
         *("max_queued_requests", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization"),
         *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
     },
+    "bench serve": {
+        # whom, and as who
+        *("base_url", "model", "api_key_file"),
+        # how much load, in which loop, repeatable; where the figures go
+        *("num_prompts", "max_concurrency", "request_rate", "prompt_tokens", "output_tokens", "request_timeout_s"),
+        *("seed", "json_file"),
+    },
     "demo": {"max_tokens", "temperature", "seed"},
 }
 
@@ -48,7 +55,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_the_options_are_frozen() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = {
+        " ".join(filter(None, (name, below))): command
+        for name, group in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+        for below, command in getattr(group, "commands", {"": group}).items()
+    }
     found = {
         name: {parameter.name for parameter in command.params if parameter.param_type_name == "option"} - {"help"}
         for name, command in commands.items()
