@@ -40,7 +40,7 @@ async def _run(
         chosen = model or await choose_model(client)
         how = f"{plan.concurrency} clients" if plan.request_rate is None else f"{plan.request_rate:g} requests/s"
         console.print(f"{plan.num_prompts} requests to {chosen} at {client.url}, {how}", markup=False)
-        with Progress(console=console, transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("requests", total=plan.num_prompts)
             generator = LoadGenerator(
                 client, chosen, plan, clock=monotonic_clock, on_end=lambda _: progress.advance(bar)

@@ -21,7 +21,7 @@ def to_table(figures: LoadStatistics) -> RenderableType:
         f"{figures.completed} of {figures.requests} requests in {figures.duration_s:.2f} s:"
         f" {figures.requests_per_s:.2f} requests/s, {figures.output_tokens_per_s:.1f} output tokens/s"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("milliseconds")
     for name in ("mean", *(f"P{percent}" for percent in QUANTILES), "max"):
         table.add_column(name, justify="right")
@@ -30,7 +30,7 @@ def to_table(figures: LoadStatistics) -> RenderableType:
     sizes = f"tokens: {figures.prompt_tokens} in prompts, {figures.output_tokens} in answers"
     if figures.uncounted:
         sizes += f" ({figures.uncounted} answers came without a count; their pieces were counted)"
-    lines: list[RenderableType] = [table, Text(sizes)]
+    lines: list[RenderableType] = [Text(title), table, Text(sizes)]
     for kind, count in figures.errors.items():
         lines.append(Text(f"{count} failed: {kind}: {figures.details[kind]}", style="red"))
     return Group(*lines)
