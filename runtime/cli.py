@@ -208,6 +208,39 @@ def bench_serve(
         raise typer.Exit(1)
 
 
+@app.command("chat")
+def chat_with(
+    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 1024,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the server's own")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="a file with the API key")] = None,
+) -> None:
+    """Chat in the terminal with any server with OpenAI's API. /reset, /exit; Ctrl-C stops an answer."""
+    from .chat import run_chat
+
+    options: dict[str, Any] = {"max_tokens": max_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    run_chat(
+        base_url, model=model, api_key_file=api_key_file, system=system, options=options, read=_read_line,
+        show=_show,
+    )  # fmt: skip
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()
+        return None
+
+
+def _show(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
 @app.command()
 def demo(
     model: Annotated[Path, typer.Argument(help="directory of the model")] = _DEMO_MODEL,

@@ -61,6 +61,10 @@ class ApiClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
         await self._http.aclose()
 
     async def models(self) -> list[str]:
@@ -69,6 +73,13 @@ class ApiClient:
             case {"data": list(models)}:
                 return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
         raise ApiError("bad answer", f"{self.url}/models does not list models")
+
+    async def first_model(self) -> str:
+        """Return the first model that the server offers. Raises: ApiError."""
+        models = await self.models()
+        if not models:
+            raise ApiError("bad answer", f"{self.url}/models lists no model: name one")
+        return models[0]
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return its whole answer. Raises: ApiError."""

@@ -29,14 +29,6 @@ class LoadResult:
     end_s: float
 
 
-async def choose_model(client: ApiClient) -> str:
-    """Return the first model that a server lists. Raises: ApiError."""
-    models = await client.models()
-    if not models:
-        raise ApiError("bad answer", f"{client.url}/models lists no model: name one")
-    return models[0]
-
-
 class LoadGenerator:
     """Runs a plan against one model of one server. ``on_end`` is called with each record as its request ends."""
 

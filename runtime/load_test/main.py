@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from ..api_client.client import ApiClient, read_api_key
 from ..clock import monotonic_clock
-from .generator import LoadGenerator, LoadResult, choose_model
+from .generator import LoadGenerator, LoadResult
 from .plan import LoadPlan
 from .report import to_json, to_table, write_json
 from .statistics import summarize
@@ -37,7 +37,7 @@ async def _run(
     base_url: str, plan: LoadPlan, model: str | None, api_key: str | None, console: Console
 ) -> tuple[str, LoadResult]:
     async with ApiClient(base_url, api_key=api_key, max_connections=plan.concurrency) as client:
-        chosen = model or await choose_model(client)
+        chosen = model or await client.first_model()
         how = f"{plan.concurrency} clients" if plan.request_rate is None else f"{plan.request_rate:g} requests/s"
         console.print(f"{plan.num_prompts} requests to {chosen} at {client.url}, {how}", markup=False)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -43,10 +43,11 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Clients of any server's HTTP API: they know nothing of how ours works.
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
+    "chat": _VALUES | {"api_client"},
     # The ways in.
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "demo": _VALUES | {"llm"},
-    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "load_test", "llm", "demo"},
+    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 

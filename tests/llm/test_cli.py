@@ -42,6 +42,8 @@ OPTIONS = {
         *("num_prompts", "max_concurrency", "request_rate", "prompt_tokens", "output_tokens", "request_timeout_s"),
         *("seed", "json_file"),
     },
+    # whom to talk to, and how it answers
+    "chat": {"base_url", "model", "api_key_file", "system", "max_tokens", "temperature"},
     "demo": {"max_tokens", "temperature", "seed"},
 }
 

@@ -14,7 +14,7 @@ from slipstream.runtime.api_client.client import ApiClient, read_api_key
 from slipstream.runtime.api_client.errors import ApiError
 from slipstream.runtime.api_client.events import MAX_LINE_BYTES, EventDecoder
 from slipstream.runtime.clock import monotonic_clock
-from slipstream.runtime.load_test.generator import LoadGenerator, LoadResult, choose_model
+from slipstream.runtime.load_test.generator import LoadGenerator, LoadResult
 from slipstream.runtime.load_test.main import run_load_test
 from slipstream.runtime.load_test.plan import LoadPlan
 from slipstream.sdk.errors import ConfigError
@@ -30,7 +30,7 @@ async def load(
     server: ApiServer, plan: LoadPlan, *, arrivals: Sequence[float] | None = None, calibrate: bool = False
 ) -> LoadResult:
     async with ApiClient(server.url, api_key="secret", max_connections=plan.concurrency) as client:
-        generator = LoadGenerator(client, await choose_model(client), plan, clock=monotonic_clock)
+        generator = LoadGenerator(client, await client.first_model(), plan, clock=monotonic_clock)
         if calibrate:
             await generator.calibrate()
         return await generator.run(arrivals)
