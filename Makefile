@@ -1,10 +1,12 @@
 # Each target does its own set-up, in the virtual environment .venv of this clone, and repeats it when pyproject.toml
 # changes. Variables to override on the command line:
 #   PYTHON  the interpreter to make the environment with (3.11 or newer)
+#   MODEL   what `make serve` serves
 #   TORCH   the torch to install first; TORCH= leaves the choice to pip, or keeps a torch that .venv already has
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+MODEL ?= examples/demo_model
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ BENCHES := $(sort $(wildcard benchmarks/bench_*.py))
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers bench clean
+.PHONY: help demo serve test check lint types layers proto bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -23,6 +25,9 @@ help: ## list the targets
 
 demo: $(VENV)/.runtime ## answer several prompts at once on the bundled model, streamed to the terminal
 	@$(BIN)/slipstream demo
+
+serve: $(VENV)/.runtime ## serve the bundled model with OpenAI's API; MODEL= names another, SERVE_ARGS= adds options
+	@$(BIN)/slipstream serve $(MODEL) $(SERVE_ARGS)
 
 test: $(VENV)/.dev ## run the tests (no GPU, minutes)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -40,6 +45,9 @@ types: $(VENV)/.dev ## mypy, strict
 
 layers: $(VENV)/.dev ## who may import whom, and the limits of size
 	$(BIN)/python -m pytest -q tests/architecture
+
+proto: $(VENV)/.dev ## write the engine protocol's Python code anew from its .proto
+	$(BIN)/python tests/rpc/proto_codegen.py
 
 bench: $(VENV)/.dev ## run the benchmarks; results go to benchmarks/results
 	@mkdir -p benchmarks/results

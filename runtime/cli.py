@@ -32,6 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
@@ -111,6 +114,131 @@ def generate(
             typer.echo()
         else:
             _print_outputs(llm.generate(prompts, params), as_json=as_json)
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is all of them")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes any free one")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="what clients call the model; may be repeated. Default: the folder's name")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="API keys that are let in, one a line")] = None,
+    max_concurrent_requests: Annotated[int, typer.Option(help="prompts on their way at once; more get 429")] = 2048,
+    max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
+    request_timeout_s: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
+    drain_timeout_s: Annotated[float, typer.Option(help="seconds to finish what runs after SIGTERM")] = 60.0,
+    start_timeout_s: Annotated[float, typer.Option(help="seconds that loading the model may take")] = 1800.0,
+    tool_call_parser: Annotated[str, typer.Option(help="auto, none, hermes, llama3_json or mistral")] = "auto",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+    tokenizer: Annotated[str | None, typer.Option(help="directory of another tokenizer")] = None,
+    seed: Annotated[int | None, typer.Option(help="makes requests without a seed repeat from run to run")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_model_len: LengthOption = None,
+    max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
+    max_queued_requests: Annotated[int, typer.Option(help="requests that wait in the engine; more get 429")] = 4096,
+    block_size: Annotated[int, typer.Option(help="token positions of a KV block")] = 16,
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="size of the KV cache")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="share of free memory to use")] = 0.9,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority")] = "fcfs",
+    step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,
+) -> None:
+    """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""
+    from .config import EngineOptions
+    from .gateway.auth import read_api_keys
+    from .gateway.main import ServeOptions
+    from .gateway.main import serve as serve_gateway
+    from .gateway.settings import GatewaySettings, RequestLimits
+
+    engine = EngineOptions(
+        model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
+        scheduling_policy=scheduling_policy, step_timeout_s=step_timeout_s,
+    )  # fmt: skip
+    settings = GatewaySettings(
+        served_model_names=tuple(served_model_name or [Path(model).expanduser().resolve().name]),
+        api_keys=() if api_key_file is None else read_api_keys(api_key_file),
+        tool_call_parser=tool_call_parser,
+        limits=RequestLimits(
+            max_concurrent_requests=max_concurrent_requests,
+            max_body_bytes=max_body_bytes,
+            request_timeout_s=request_timeout_s,
+        ),
+    )
+    options = ServeOptions(
+        host=host, port=port, engine=engine, settings=settings, start_timeout_s=start_timeout_s,
+        drain_timeout_s=drain_timeout_s, log_level=log_level,
+    )  # fmt: skip
+    raise typer.Exit(serve_gateway(options, announce=typer.echo))
+
+
+@bench.command("serve")
+def bench_serve(
+    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
+    num_prompts: Annotated[int, typer.Option(help="requests to send")] = 100,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="requests on their way at once. Default: 32; with a rate 4096")
+    ] = None,
+    request_rate: Annotated[
+        float | None, typer.Option(help="requests per second, at random times. Default: each client waits its turn")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prompt, about")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 64,
+    request_timeout_s: Annotated[float, typer.Option(help="seconds that a request may take")] = 300.0,
+    seed: Annotated[int, typer.Option(help="makes prompts and arrivals repeat")] = 0,
+    api_key_file: Annotated[Path | None, typer.Option(help="a file with the API key")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to")] = None,
+) -> None:
+    """Put load on any server with OpenAI's API and show how it bore it."""
+    from .load_test.main import run_load_test
+    from .load_test.plan import LoadPlan
+
+    plan = LoadPlan(
+        num_prompts=num_prompts, max_concurrency=max_concurrency, request_rate=request_rate,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, request_timeout_s=request_timeout_s, seed=seed,
+    )  # fmt: skip
+    if not run_load_test(base_url, plan, model=model, api_key_file=api_key_file, json_file=json_file):
+        raise typer.Exit(1)
+
+
+@app.command("chat")
+def chat_with(
+    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 1024,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the server's own")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="a file with the API key")] = None,
+) -> None:
+    """Chat in the terminal with any server with OpenAI's API. /reset, /exit; Ctrl-C stops an answer."""
+    from .chat import run_chat
+
+    options: dict[str, Any] = {"max_tokens": max_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    run_chat(
+        base_url, model=model, api_key_file=api_key_file, system=system, options=options, read=_read_line,
+        show=_show,
+    )  # fmt: skip
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()
+        return None
+
+
+def _show(text: str) -> None:
+    typer.echo(text, nl=False)
 
 
 @app.command()

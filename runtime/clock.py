@@ -11,6 +11,9 @@ Clock = Callable[[], float]
 
 monotonic_clock: Clock = time.monotonic
 
+wall_clock: Clock = time.time
+"""Seconds since 1970: for dates that people and other programs read, never for durations."""
+
 
 def strftime_now(layout: str) -> str:
     """Return the local date or time in a ``strftime`` layout; chat templates ask for it."""

@@ -5,6 +5,8 @@
     ├── ConfigError        bad constructor or command-line option             blame: caller
     ├── CheckpointError    unusable model directory; names file and tensor    blame: caller
     ├── Overloaded         a bounded queue is full                            blame: us, retryable
+    ├── DeadlineExceeded   the request's time is over                         blame: us, retryable
+    ├── EngineUnavailable  a replica cannot be reached, or was lost           blame: peer, retryable
     └── EngineError        a step failed or took too long                     blame: us, retryable
 
 Each class says whether the same call may succeed later (``retryable``) and who has to act (``blame``). Mapping to
@@ -71,6 +73,19 @@ class Overloaded(SlipstreamError):
     """A bounded queue is full; the same request may be accepted later."""
 
     retryable = True
+
+
+class DeadlineExceeded(SlipstreamError):
+    """A request did not end within its time and was aborted."""
+
+    retryable = True
+
+
+class EngineUnavailable(SlipstreamError):
+    """A replica did not answer, or its connection was lost while requests were on their way."""
+
+    retryable = True
+    blame = Blame.PEER
 
 
 class EngineError(SlipstreamError):

@@ -40,10 +40,14 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "worker": _VALUES | _BELOW_SHELLS,
     "controller": _VALUES | _BELOW_SHELLS,
     "gateway": _VALUES | _BELOW_SHELLS,
+    # Clients of any server's HTTP API: they know nothing of how ours works.
+    "api_client": _VALUES,
+    "load_test": _VALUES | {"api_client"},
+    "chat": _VALUES | {"api_client"},
     # The ways in.
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "demo": _VALUES | {"llm"},
-    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "llm", "demo"},
+    "cli": _VALUES | _BELOW_SHELLS | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
@@ -79,12 +83,35 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/",),
+    "google.protobuf": ("runtime/rpc/", "sdk/"),
+    "grpc_health": ("runtime/rpc/",),
+    "grpc_reflection": ("runtime/rpc/",),
+    "fastapi": ("runtime/gateway/",),
+    "starlette": ("runtime/gateway/",),
+    "uvicorn": ("runtime/gateway/main.py",),
+    "pydantic": ("runtime/gateway/",),
+    "orjson": ("runtime/gateway/",),
+    "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
+    "httpx": ("runtime/api_client/",),
     "typer": ("runtime/cli.py",),
-    "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py"),
+    "rich": ("runtime/cli.py", "runtime/demo.py", "runtime/llm.py", "runtime/load_test/"),
     "time": ("runtime/clock.py",),
     "datetime": ("runtime/clock.py",),
 }
 """Dependency → the files, or folders ending in a slash, that may import it."""
+
+DISTRIBUTIONS = {
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "google": "protobuf",
+    "prometheus_client": "prometheus-client",
+    "typing_extensions": "typing-extensions",
+}
+"""Imported package → the distribution that it comes with, where the names differ."""
+
+LOADED_BY_OTHERS = {"httptools": "uvicorn, which is told its name"}
+"""Distribution that no file of ours imports → who does."""
 
 FORBIDDEN = {
     "transformers": "it is the reference that tests compare with, never a dependency",
@@ -96,7 +123,7 @@ FORBIDDEN = {
 }
 """Dependency → why no file of the package imports it."""
 
-MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py"})
+MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py", "runtime/worker/main.py"})
 """Files that load what they need when it is asked for."""
 
 FORBIDDEN_FILE_NAMES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py", "common.py"})

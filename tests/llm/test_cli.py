@@ -25,6 +25,25 @@ OPTIONS = {
         *("dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
         "enable_prefix_caching",
     },
+    "serve": {
+        # where, as what, and for whom
+        *("host", "port", "served_model_name", "api_key_file", "tool_call_parser", "log_level"),
+        # what clients may cost, and how long starting and stopping may take
+        *("max_concurrent_requests", "max_body_bytes", "request_timeout_s", "drain_timeout_s", "start_timeout_s"),
+        # engine, named as in EngineOptions
+        *("tokenizer", "seed", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        *("max_queued_requests", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization"),
+        *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
+    },
+    "bench serve": {
+        # whom, and as who
+        *("base_url", "model", "api_key_file"),
+        # how much load, in which loop, repeatable; where the figures go
+        *("num_prompts", "max_concurrency", "request_rate", "prompt_tokens", "output_tokens", "request_timeout_s"),
+        *("seed", "json_file"),
+    },
+    # whom to talk to, and how it answers
+    "chat": {"base_url", "model", "api_key_file", "system", "max_tokens", "temperature"},
     "demo": {"max_tokens", "temperature", "seed"},
 }
 
@@ -38,7 +57,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_the_options_are_frozen() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = {
+        " ".join(filter(None, (name, below))): command
+        for name, group in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+        for below, command in getattr(group, "commands", {"": group}).items()
+    }
     found = {
         name: {parameter.name for parameter in command.params if parameter.param_type_name == "option"} - {"help"}
         for name, command in commands.items()

@@ -1,0 +1,199 @@
+"""Prompts on their way through the engine: events in, pieces of text out.
+
+Owns what happens to a prompt between admission and answer: its collector, its stop strings, its share of the metrics,
+its end. Leaving a generation early aborts it at the engine. It must not know how answers are written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from ...sdk.errors import EngineError, EngineUnavailable
+from ...sdk.results import CompletionOutput, Logprob, RequestOutput
+from ..collector import RequestCollector
+from ..messages import EngineRequest, FinishReason
+from ..rpc.engine_client import RequestEvent, SampleEvent
+from .errors import Draining
+from .gateway import Gateway
+from .record import RequestRecord
+from .replica import ServedModel
+
+_QUEUED_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one event added to one sample.
+
+    ``logprobs`` has a table for each of ``token_ids`` when they were asked for. ``finish_reason`` comes with the last
+    piece; ``output`` is the prompt's result so far, and goes on growing.
+    """
+
+    prompt: int
+    sample: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    output: RequestOutput
+
+
+class PromptRun:
+    """One prompt on its way."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        model: ServedModel,
+        request: EngineRequest,
+        record: RequestRecord,
+        *,
+        index: int,
+        text: str | None,
+    ) -> None:
+        self._gateway = gateway
+        self._model = model
+        self._request = request
+        self._record = record
+        self._index = index
+        self._collector = RequestCollector(
+            request, prompt=text, tokenizer=model.tokenizer, eos_token_ids=model.facts.eos_token_ids
+        )
+        self._last_token_s: list[float | None] = [None] * request.params.n
+        self.output = self._collector.output
+
+    async def pieces(self, *, timeout_s: float) -> AsyncGenerator[Piece]:
+        """Run to the end and yield what comes.
+
+        Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up
+        """
+        events = cast("AsyncGenerator[RequestEvent]", self._model.client.generate(self._request, timeout_s=timeout_s))
+        ended = False
+        self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    for position_scores in event.prompt_scores:
+                        self._collector.add_prompt_logprobs(position_scores.position, position_scores.entries)
+                    self._note(event)
+                    for sample in event.samples:
+                        if (piece := self._take(sample)) is None:
+                            continue
+                        if sample.finish_reason is None and piece.finish_reason is not None:
+                            await self._model.client.abort_sample(self._request.request_id, sample.index)
+                        yield piece
+            if not self.output.finished:
+                raise EngineUnavailable("the engine's answer ended before the request did")
+            ended = True
+        except EngineUnavailable as error:
+            if self._gateway.admission.draining:
+                raise Draining("the server stopped before the request was done") from error
+            raise
+        finally:
+            if not ended:
+                self._gateway.metrics.aborted.inc()
+
+    def _note(self, event: RequestEvent) -> None:
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, event.cached_tokens)
+        if event.queue_s is not None:
+            self._gateway.metrics.queue_s.observe(event.queue_s)
+
+    def _take(self, event: SampleEvent) -> Piece | None:
+        """Take a sample's news in; None when it has ended already, by a stop string that the engine did not know."""
+        sample = self.output.outputs[event.index]
+        if sample.finished:
+            return None
+        now_s = self._gateway.clock()
+        first = len(sample.token_ids)
+        text = ""
+        for place, token_id in enumerate(event.token_ids):
+            logprobs = event.logprobs[place] if event.logprobs else None
+            text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s).text
+            if self._collector.found_stop_string(event.index):
+                text += self._collector.end(event.index, FinishReason.STOP, None, now_s=now_s).text
+                break
+        else:
+            if event.finish_reason is not None:
+                self._refuse_broken_end(event.finish_reason)
+                text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s).text
+        self._measure(event.index, len(sample.token_ids) - first, now_s)
+        return self._piece(event.index, sample, text, first)
+
+    def _refuse_broken_end(self, reason: FinishReason) -> None:
+        """Raise for an end that is no answer: a truncated text must not look like a whole one."""
+        if reason is FinishReason.ERROR:
+            raise EngineError("the model's logits were not numbers: no token can be drawn from them")
+        if reason is FinishReason.ABORT:
+            raise EngineUnavailable("the engine gave the request up: it is stopping")
+
+    def _piece(self, index: int, sample: CompletionOutput, text: str, first: int) -> Piece:
+        return Piece(
+            prompt=self._index,
+            sample=index,
+            text=text,
+            token_ids=sample.token_ids[first:],
+            logprobs=[] if sample.logprobs is None else sample.logprobs[first:],
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            output=self.output,
+        )
+
+    def _measure(self, index: int, tokens: int, now_s: float) -> None:
+        if tokens == 0:
+            return
+        metrics = self._gateway.metrics
+        last_s = self._last_token_s[index]
+        self._last_token_s[index] = now_s
+        if last_s is not None:
+            metrics.inter_token_s.observe(now_s - last_s)
+        elif index == 0:
+            ttft_s = now_s - self._record.arrival_s
+            metrics.ttft_s.observe(ttft_s)
+            if self._record.ttft_s is None:
+                self._record.ttft_s = ttft_s
+        metrics.output_tokens.inc(tokens)
+        self._record.output_tokens += tokens
+        self._gateway.readiness.saw_token(self._model)
+
+
+async def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:
+    """Run prompts side by side and yield their pieces as they come; the first error ends all of them."""
+    if len(runs) == 1:
+        async with aclosing(runs[0].pieces(timeout_s=timeout_s)) as pieces:
+            async for piece in pieces:
+                yield piece
+        return
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(_QUEUED_PIECES)
+    # No task group: it must not stay open across a yield. The tasks never outlive this generator all the same.
+    tasks = [asyncio.create_task(_pump(run.pieces(timeout_s=timeout_s), queue)) for run in runs]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(pieces: AsyncIterator[Piece], queue: asyncio.Queue[Piece | Exception | None]) -> None:
+    """Move one prompt's pieces into the common queue, then None, or what went wrong."""
+    try:
+        async with aclosing(cast("AsyncGenerator[Piece]", pieces)) as closing:
+            async for piece in closing:
+                await queue.put(piece)
+    except Exception as error:
+        await queue.put(error)
+    else:
+        await queue.put(None)

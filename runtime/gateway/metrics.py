@@ -1,0 +1,89 @@
+"""What a gateway counts and times, in Prometheus' form.
+
+Owns the names (prefix ``slipstream_``) and their buckets. Each gateway has a registry of its own, so that several can
+live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..rpc.engine_client import EngineLoadReport
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class _Gauges(Collector):
+    """Values that are looked up when they are asked for."""
+
+    def __init__(self, load: Callable[[], EngineLoadReport | None], in_flight: Callable[[], int]) -> None:
+        self._load = load
+        self._in_flight = in_flight
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        yield GaugeMetricFamily("slipstream_engine_up", "whether an engine is attached", value=int(load is not None))
+        text = "prompts that the gateway has let in and that have not ended"
+        yield GaugeMetricFamily("slipstream_gateway_in_flight", text, value=self._in_flight())
+        if load is None:
+            return
+        for name, value, text in (
+            ("requests_running", load.running, "sequences that the engine runs"),
+            ("requests_waiting", load.waiting, "sequences that wait in the engine"),
+            ("queue_room", load.queue_room, "requests that the engine's queue still takes"),
+            ("kv_blocks", load.blocks_total, "KV blocks"),
+            ("kv_blocks_available", load.blocks_available, "KV blocks that are free or can be evicted"),
+            ("preemptions", load.preemptions, "sequences preempted since the engine started"),
+            ("prefix_hits", load.prefix_hits, "prompt blocks found in the prefix cache since the engine started"),
+            ("prefix_misses", load.prefix_misses, "prompt blocks not found there since the engine started"),
+            ("engine_draining", int(load.draining), "whether the engine takes no more requests"),
+        ):
+            yield GaugeMetricFamily(f"slipstream_{name}", text, value=value)
+
+
+class GatewayMetrics:
+    """The gateway's own counters and histograms; gauges come from ``load`` and ``in_flight``."""
+
+    def __init__(self, *, load: Callable[[], EngineLoadReport | None], in_flight: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Gauges(load, in_flight))
+        self._requests = Counter(
+            "slipstream_requests", "HTTP requests by endpoint and outcome", ["endpoint", "outcome"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._request_s = Histogram(
+            "slipstream_request_seconds", "from arrival to last byte", ["endpoint"],
+            buckets=_REQUEST_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self.ttft_s = self._histogram("time_to_first_token", "from arrival to a prompt's first token", _TTFT_BUCKETS_S)
+        self.inter_token_s = self._histogram(
+            "inter_token", "between one token of a sample and its next", _INTER_TOKEN_BUCKETS_S
+        )
+        self.queue_s = self._histogram("queue", "from arrival at the engine to the first step", _TTFT_BUCKETS_S)
+        self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests that the engine took")
+        self.output_tokens = self._counter("output_tokens", "tokens delivered")
+        self.aborted = self._counter("aborted", "prompts given up before their end: client gone, error or stop")
+        self.engine_starts = self._counter("engine_starts", "engine processes that became ready")
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"slipstream_{name}_seconds", text, buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"slipstream_{name}", text, registry=self._registry)
+
+    def request_ended(self, endpoint: str, outcome: str, elapsed_s: float) -> None:
+        """Count one HTTP request."""
+        self._requests.labels(endpoint, outcome).inc()
+        self._request_s.labels(endpoint).observe(elapsed_s)
+
+    def exposition(self) -> bytes:
+        """Return everything in the text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,46 @@
+"""What is known of one HTTP request: for its line in the log and its place in the metrics."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+_SCOPE_KEY = "slipstream.record"
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """One HTTP request, filled in as it goes.
+
+    ``request_id`` is the client's ``x-request-id`` where it sent one that is safe to log. ``outcome`` is ``ok``,
+    ``cancelled`` (the client went away) or that of the error.
+    """
+
+    request_id: str
+    arrival_s: float
+    outcome: str = "ok"
+    error: str | None = None
+    answer_id: str | None = None
+    stream: bool = False
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft_s: float | None = None
+
+
+def open_record(scope: Scope, *, now_s: float) -> RequestRecord:
+    """Make the record of a request that arrived now, and leave it in its scope."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    request_id = given.decode("ascii") if _SAFE_ID.fullmatch(given) else secrets.token_hex(16)
+    record = RequestRecord(request_id=request_id, arrival_s=now_s)
+    scope[_SCOPE_KEY] = record
+    return record
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """Return the record of the request that a scope belongs to."""
+    record: RequestRecord = scope[_SCOPE_KEY]
+    return record

@@ -1,0 +1,1 @@
+"""The wire between gateway and replica: the engine protocol, over gRPC or in one process."""

@@ -1,0 +1,108 @@
+"""An engine in another process, over gRPC: one connection, one stream, all requests on it.
+
+Owns the stream and its two tasks. When the stream is lost, everything that waits ends with EngineUnavailable and the
+client is done: whoever wants to go on makes a new one, because what the replica holds is a new session's then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import grpc
+
+from ...sdk.errors import EngineUnavailable, InvalidRequest, Overloaded
+from .codec import encode_command
+from .codec_events import decode_event, decode_facts
+from .engine_client import EngineFacts
+from .session import Command, Submit
+from .session_client import DEFAULT_MAX_LIVE_REQUESTS, SessionClient
+from .wire import CLIENT_OPTIONS, FACTS, SERVICE, SESSION, target_of
+
+_MAX_UNSENT_BYTES = 64 << 20
+
+_Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class GrpcEngineClient(SessionClient):
+    """The ``EngineClient`` of the driver at ``address``, a socket's path or ``host:port``.
+
+    Raises: ConfigError naming ``address``
+    """
+
+    def __init__(self, address: str, *, max_live_requests: int = DEFAULT_MAX_LIVE_REQUESTS) -> None:
+        super().__init__(max_live_requests=max_live_requests)
+        self._target = target_of(address)
+        self._channel: grpc.aio.Channel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
+        self._something_unsent = asyncio.Event()
+
+    async def _connect(self) -> EngineFacts:
+        self._channel = grpc.aio.insecure_channel(self._target, options=CLIENT_OPTIONS)
+        ask: Any = self._channel.unary_unary(f"/{SERVICE}/{FACTS}")
+        open_session: Any = self._channel.stream_stream(f"/{SERVICE}/{SESSION}")
+        try:
+            facts = decode_facts(await ask(b"", wait_for_ready=True))
+        except grpc.aio.AioRpcError as error:
+            raise _lost(error) from error
+        except InvalidRequest as error:
+            raise EngineUnavailable(f"the replica cannot be understood: {error}") from error
+        self._task = asyncio.create_task(self._run(open_session(wait_for_ready=True)), name="engine session")
+        return facts
+
+    def _send(self, command: Command) -> None:
+        data = encode_command(command)
+        if isinstance(command, Submit) and self._unsent_bytes + len(data) > _MAX_UNSENT_BYTES:
+            raise Overloaded(f"{self._unsent_bytes} bytes of requests wait to be sent to the replica already")
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        self._something_unsent.set()
+
+    async def _disconnect(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def _run(self, call: _Call) -> None:
+        """Carry events in and commands out until the stream ends, however it ends."""
+        failure = EngineUnavailable("the connection to the replica was left")
+        writer = asyncio.create_task(self._write(call), name="engine session, commands")
+        try:
+            async for data in call:
+                self._take(decode_event(data))
+            failure = EngineUnavailable("the replica ended the session")
+        except grpc.aio.AioRpcError as error:
+            failure = _lost(error)
+        except InvalidRequest as error:
+            failure = EngineUnavailable(f"the replica sent what is no news: {error}")
+        except EngineUnavailable as error:
+            failure = error
+        finally:
+            self._fail_all(failure)
+            call.cancel()
+            writer.cancel()
+            await asyncio.wait([writer])
+
+    async def _write(self, call: _Call) -> None:
+        while True:
+            while self._unsent:
+                data = self._unsent.popleft()
+                self._unsent_bytes -= len(data)
+                try:
+                    await call.write(data)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    # The stream is over; the reader is told why.
+                    return
+            self._something_unsent.clear()
+            await self._something_unsent.wait()
+
+
+def _lost(error: grpc.aio.AioRpcError) -> EngineUnavailable:
+    return EngineUnavailable(f"the replica was lost: {error.code().name}, {error.details()}")

@@ -1,0 +1,116 @@
+"""What a gateway can ask of an engine, wherever that engine is: the contract that every transport implements.
+
+Values only; knows neither gRPC nor HTTP. One ``EngineClient`` stands for one replica. A contract suite in ``tests``
+runs on every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..messages import EngineRequest, FinishReason, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a replica says of itself when it is met: enough to tokenize for it and to check requests.
+
+    ``epoch`` differs each time the replica's process starts; answers of an earlier one are never taken for its own.
+    """
+
+    epoch: str
+    model: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoadReport:
+    """How busy a replica is; sent with steps, and on a timer while there are none."""
+
+    running: int
+    waiting: int
+    queue_room: int
+    blocks_total: int
+    blocks_available: int
+    preemptions: int
+    prefix_hits: int
+    prefix_misses: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleEvent:
+    """What one or more steps meant for one sample of a request.
+
+    ``finish_reason`` comes once, with the last event; ``stop_token_id`` is the token that ended it, where one did.
+    ``logprobs`` has an entry for each token when they were asked for.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """Log-probabilities of prompt tokens from ``position`` on."""
+
+    position: int
+    entries: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEvent:
+    """News of one request.
+
+    Units: queue_s, seconds between its arrival at the engine and its first step, in the event that ends a sample
+    """
+
+    request_id: str
+    samples: tuple[SampleEvent, ...] = ()
+    prompt_scores: tuple[PromptScores, ...] = ()
+    cached_tokens: int = 0
+    preemptions: int = 0
+    queue_s: float | None = None
+
+
+class EngineClient(Protocol):
+    """One replica, as a gateway sees it. Safe to use from many tasks of one event loop."""
+
+    async def connect(self, *, timeout_s: float) -> EngineFacts:
+        """Meet the replica; raise EngineUnavailable when it does not answer in time."""
+        ...
+
+    def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncIterator[RequestEvent]:
+        """Submit a request and yield its news until every sample has ended.
+
+        Leaving the iterator early, by ``aclose`` or cancellation, aborts the request at the engine.
+        Raises: InvalidRequest; Overloaded (retryable); EngineUnavailable (retryable) when the replica is lost;
+        DeadlineExceeded when ``timeout_s`` seconds have passed, the request being aborted
+        """
+        ...
+
+    async def abort_sample(self, request_id: str, index: int) -> None:
+        """End one sample (its stop string was found); its last event still comes. Idempotent."""
+        ...
+
+    def load(self) -> EngineLoadReport | None:
+        """Return the newest load report, None before the first."""
+        ...
+
+    async def drain(self, *, timeout_s: float) -> bool:
+        """Ask the replica to take no more requests and wait until it has none; return whether it got there."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the replica; requests still on their way are aborted."""
+        ...

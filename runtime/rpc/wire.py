@@ -1,0 +1,59 @@
+"""What client and server must agree on beside the messages: method names, addresses, limits of the connection."""
+
+from __future__ import annotations
+
+from ...sdk.errors import ConfigError
+from .codec import MAX_MESSAGE_BYTES
+
+SERVICE = "slipstream.v1.Engine"
+FACTS = "Facts"
+SESSION = "Session"
+
+_MAX_SOCKET_PATH_BYTES = 107  # sun_path, less its final zero
+_KEEPALIVE_MS = 10_000
+_KEEPALIVE_TIMEOUT_MS = 10_000
+_SIZES = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_SIZES,
+    # A peer that is stopped, or behind a cut link, is noticed although the connection stands.
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A gateway waits for a driver that is just starting: ask often, it is on the same machine or next to it.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Channels to one address are separate connections, or closing one would not end its session.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_SIZES,
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    # Two drivers that were given one port must not share its connections.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def target_of(address: str) -> str:
+    """Return the gRPC target of a socket's path, or of ``host:port``.
+
+    Raises: ConfigError naming ``address``
+    """
+    if "/" not in address:
+        _, colon, port = address.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65_535:
+            raise ConfigError("address", f"must be a socket's path (with a slash) or host:port, got {address!r}")
+        return address
+    path = address.removeprefix("unix:")
+    if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError("address", f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, got {path!r}")
+    return f"unix:{path}"

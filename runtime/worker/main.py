@@ -1,0 +1,224 @@
+"""The driver process: ``python -m slipstream.runtime.worker.main --socket PATH MODEL``.
+
+Launches the engine, serves it over gRPC and prints one line of JSON, ``{"ready": true, "address": ...}``, when requests
+are taken. The first SIGTERM or SIGINT drains: requests that run may finish within ``--drain-timeout``, new ones are
+refused; a second signal stops at once. The process ends when the one that started it does.
+
+Exit status: 0 after a drain; 1 when it was stopped at once; 2 for a wrong option or checkpoint; 3 when the engine
+failed, which a new process can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from dataclasses import fields
+from typing import Any
+
+import uvloop
+
+from ...sdk.errors import CheckpointError, ConfigError, EngineUnavailable
+from ..clock import monotonic_clock
+from ..config import EngineOptions
+from ..engine.engine import Engine
+from ..rpc.engine_client import EngineFacts
+from ..rpc.in_process import InProcessEngineClient
+from ..rpc.server import EngineServer
+from .driver import DriverLimits, EngineLoop
+from .null_engine import NullEngineOptions, launch_null_engine
+
+EXIT_DRAINED, EXIT_STOPPED, EXIT_REFUSED, EXIT_ENGINE_FAILED = 0, 1, 2, 3
+
+_NOT_FOR_A_DRIVER = ("model", "tokenizer", "skip_tokenizer_init")  # text is the gateway's business
+_PARENT_PERIOD_S = 1.0
+_STOP_TIMEOUT_S = 5.0
+_MEET_TIMEOUT_S = 10.0
+# The step loop and the server's event loop share the interpreter: this bounds how long one makes the other wait.
+_SWITCH_INTERVAL_S = 0.001
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a driver until it is told to stop; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.model is None and not options.null:
+        parser.error("MODEL is missing: give a Hugging Face directory, or --null")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if options.exit_with_parent:
+        _exit_with_parent()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        engine, facts = _launch_null(options) if options.null else _launch(options)
+        loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=DriverLimits(max_sessions=options.max_sessions))
+        loop.start()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            status = runner.run(_serve(loop, options.socket or options.listen, options.drain_timeout))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    if not loop.close(timeout_s=0.0):
+        # A step that does not end holds a thread that cannot be joined: leave it behind.
+        os._exit(status)
+    return status
+
+
+async def _serve(loop: EngineLoop, address: str, drain_timeout_s: float) -> int:
+    """Serve until a signal or the engine's end; return the exit status."""
+    signals = _Signals()
+    own = InProcessEngineClient(loop)
+    await own.connect(timeout_s=_MEET_TIMEOUT_S)
+    server = EngineServer(loop, address)
+    shown = await server.start()
+    print(json.dumps({"ready": True, "address": shown}), flush=True)
+    try:
+        await _first_of(signals.first.wait(), own.wait_lost())
+        if not signals.first.is_set():
+            return EXIT_ENGINE_FAILED
+        await server.set_serving(False)
+        try:
+            await _first_of(signals.second.wait(), own.drain(timeout_s=drain_timeout_s))
+        except EngineUnavailable:
+            return EXIT_ENGINE_FAILED
+        return EXIT_STOPPED if signals.second.is_set() else EXIT_DRAINED
+    finally:
+        # The sessions end with the loop, after what they have not read yet; the server gives them time for it.
+        patience_s = 0.0 if signals.second.is_set() else _STOP_TIMEOUT_S
+        await asyncio.to_thread(loop.close, timeout_s=patience_s)
+        await server.stop(grace_s=patience_s)
+        await own.close()
+
+
+class _Signals:
+    """The first SIGTERM or SIGINT, and the second."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._note)
+
+    def _note(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _first_of(*waits: Any) -> None:
+    """Wait until one of these has ended, raising what it raised, and leave the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# ------------------------------------------------------------------ engines
+
+
+def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
+    # Only here: a driver without a model starts without torch.
+    from .launch import launch_engine
+
+    given = {name: getattr(options, name) for name in _engine_options() if getattr(options, name) is not None}
+    launched = launch_engine(EngineOptions(model=options.model, **given), clock=monotonic_clock)
+    facts = EngineFacts(
+        epoch=secrets.token_hex(8),
+        model=options.model,
+        vocab_size=launched.spec.vocab_size,
+        max_model_len=launched.config.max_model_len,
+        max_num_seqs=launched.config.max_num_seqs,
+        eos_token_ids=launched.eos_token_ids,
+        dtype=str(launched.dtype).removeprefix("torch."),
+        device=str(launched.device),
+    )
+    return launched.engine, facts
+
+
+def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    null = NullEngineOptions(vocab_size=options.null_vocab_size, step_time_s=options.null_step_time, **given)
+    facts = EngineFacts(
+        epoch=secrets.token_hex(8),
+        model=options.model or "null",
+        vocab_size=null.vocab_size,
+        max_model_len=null.max_model_len,
+        max_num_seqs=null.max_num_seqs,
+        eos_token_ids=(),
+        dtype="none",
+        device="none",
+    )
+    return launch_null_engine(null, clock=monotonic_clock), facts
+
+
+# ------------------------------------------------------------------ options
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Serve one engine to gateways, over gRPC."
+    parser = argparse.ArgumentParser(prog="python -m slipstream.runtime.worker.main", description=description)
+    parser.allow_abbrev = False
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory; with --null a name", nargs="?")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", metavar="PATH", help="listen on a unix socket")
+    where.add_argument("--listen", metavar="HOST:PORT", help="listen on an address; port 0 takes any free one")
+    parser.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="S", help="seconds (default: 30)")
+    parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="gateways at once (default: 64)")
+    parser.add_argument(
+        "--exit-with-parent",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stop at once when the process that started this one ends (default: yes)",
+    )
+    null = parser.add_argument_group("without a model")
+    null.add_argument(
+        "--null", action="store_true", help="an engine that draws tokens from a hash, to measure the rest"
+    )
+    null.add_argument("--null-vocab-size", type=int, default=32_000, metavar="N")
+    null.add_argument("--null-step-time", type=_seconds, default=0.0, metavar="S", help="seconds a step takes")
+    engine = parser.add_argument_group("engine options, as of LLM")
+    for name, kind in _engine_options().items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            engine.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            engine.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper())
+    return parser
+
+
+def _engine_options() -> dict[str, type]:
+    """Return the engine's options: name → the type of its value. None, where it is allowed, is left unsaid."""
+    kinds: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+    options = [field for field in fields(EngineOptions) if field.name not in _NOT_FOR_A_DRIVER]
+    return {field.name: kinds[str(field.type).partition(" ")[0]] for field in options}
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return value
+
+
+def _exit_with_parent() -> None:
+    """End this process soon after its parent has, whatever it is doing: nobody would be left to stop it."""
+    parent, never = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            never.wait(_PARENT_PERIOD_S)
+        os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, name="slipstream-parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

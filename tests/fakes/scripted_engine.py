@@ -1,0 +1,146 @@
+"""An ``EngineClient`` without an engine: its tokens are a function of the request, and a test decides when they come.
+
+The answer to a prompt is the prompt's own tokens from the beginning again, shifted by the sample's index, so that a
+test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import numpy as np
+
+from slipstream.runtime.messages import EngineRequest, FinishReason, TokenLogprobs
+from slipstream.runtime.rpc.engine_client import (
+    EngineFacts,
+    EngineLoadReport,
+    PromptScores,
+    RequestEvent,
+    SampleEvent,
+)
+from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, Overloaded
+
+
+class ScriptedEngine:
+    """Deterministic tokens; ``tokens_per_event`` of them come together."""
+
+    def __init__(self, *, vocab_size: int, eos_token_ids: tuple[int, ...] = (), max_model_len: int = 256) -> None:
+        self.facts = EngineFacts(
+            epoch="scripted-1",
+            model="scripted",
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            max_num_seqs=64,
+            eos_token_ids=eos_token_ids,
+            dtype="float32",
+            device="cpu",
+        )
+        self.script: list[int] | None = None
+        self.tokens_per_event = 1
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.hold_after = 0
+        self.fail_after: int | None = None
+        self.overloaded = False
+        self.finish_reason: FinishReason | None = None
+        self.requests: list[EngineRequest] = []
+        self.live: set[str] = set()
+        self.aborted: list[str] = []
+        self.aborted_samples: list[tuple[str, int]] = []
+        self.changed = asyncio.Condition()
+
+    async def connect(self, *, timeout_s: float) -> EngineFacts:
+        return self.facts
+
+    async def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncGenerator[RequestEvent]:
+        if self.overloaded:
+            raise Overloaded("the queue is full")
+        self.requests.append(request)
+        self.live.add(request.request_id)
+        ended = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for event in self._events(request):
+                    yield event
+            ended = True
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{timeout_s:g} s have passed") from error
+        finally:
+            self.live.discard(request.request_id)
+            if not ended:
+                self.aborted.append(request.request_id)
+
+    async def _events(self, request: EngineRequest) -> AsyncGenerator[RequestEvent]:
+        if request.params.prompt_logprobs is not None:
+            entries = tuple(self._logprobs(request, int(token)) for token in request.prompt_token_ids[1:])
+            yield RequestEvent(
+                request_id=request.request_id, prompt_scores=(PromptScores(position=1, entries=entries),)
+            )
+        answers = [self.answer(request, index) for index in range(request.params.n)]
+        places = [0] * len(answers)
+        drawn = 0
+        while any(place < len(answer) for place, answer in zip(places, answers, strict=True)):
+            if drawn >= self.hold_after:
+                await self.hold.wait()
+            await asyncio.sleep(0)
+            for index, answer in enumerate(answers):
+                if places[index] >= len(answer):
+                    continue
+                if (request.request_id, index) in self.aborted_samples:
+                    places[index] = len(answer)
+                    sample = SampleEvent(index=index, token_ids=(), finish_reason=FinishReason.ABORT)
+                else:
+                    tokens = answer[places[index] : places[index] + self.tokens_per_event]
+                    places[index] += len(tokens)
+                    drawn += len(tokens)
+                    sample = self._sample(request, index, tokens, last=places[index] >= len(answer))
+                yield RequestEvent(request_id=request.request_id, samples=(sample,), cached_tokens=0, queue_s=0.0)
+                if self.fail_after is not None and drawn >= self.fail_after:
+                    raise EngineUnavailable("the replica was lost")
+
+    def answer(self, request: EngineRequest, index: int) -> list[int]:
+        """Return the tokens of one sample."""
+        source = self.script or request.prompt_token_ids.tolist()
+        tokens: list[int] = []
+        for place in range(request.max_tokens):
+            token = source[(place + index) % len(source)]
+            tokens.append(token)
+            if token in request.stop_ids and len(tokens) > request.params.min_tokens:
+                break
+        return tokens
+
+    def _sample(self, request: EngineRequest, index: int, tokens: list[int], *, last: bool) -> SampleEvent:
+        stop = tokens[-1] if tokens[-1] in request.stop_ids else None
+        reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
+        wants = request.params.logprobs is not None
+        return SampleEvent(
+            index=index,
+            token_ids=tuple(tokens),
+            logprobs=tuple(self._logprobs(request, token) for token in tokens) if wants else (),
+            finish_reason=(self.finish_reason or reason) if last else None,
+            stop_token_id=stop if last else None,
+        )
+
+    def _logprobs(self, request: EngineRequest, token: int) -> TokenLogprobs:
+        top = max(request.params.logprobs or 0, request.params.prompt_logprobs or 0)
+        ids = [token, *((token + offset) % self.facts.vocab_size for offset in range(top))]
+        values = [-0.5, *(-0.5 - offset for offset in range(top))]
+        return TokenLogprobs(
+            token_ids=np.array(ids, dtype=np.int32), logprobs=np.array(values, dtype=np.float32), rank=1
+        )
+
+    async def abort_sample(self, request_id: str, index: int) -> None:
+        self.aborted_samples.append((request_id, index))
+
+    def load(self) -> EngineLoadReport | None:
+        return EngineLoadReport(
+            running=len(self.live), waiting=0, queue_room=10, blocks_total=100, blocks_available=100 - len(self.live),
+            preemptions=0, prefix_hits=0, prefix_misses=0, draining=False,
+        )  # fmt: skip
+
+    async def drain(self, *, timeout_s: float) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass

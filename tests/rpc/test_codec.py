@@ -1,0 +1,409 @@
+"""The codec, both ways: what goes round comes back the same, and hostile bytes are refused by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.runtime.messages import EngineRequest, FinishReason, TokenLogprobs
+from slipstream.runtime.rpc import codec, codec_events
+from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport, PromptScores
+from slipstream.runtime.rpc.generated import engine_pb2 as pb
+from slipstream.runtime.rpc.session import (
+    Abort,
+    AbortSample,
+    Closed,
+    Drain,
+    Drained,
+    Ending,
+    Load,
+    Opened,
+    Rejected,
+    StepNews,
+    Submit,
+)
+from slipstream.sdk.errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    SlipstreamError,
+)
+from slipstream.sdk.params import SamplingParams
+from slipstream.tests.rpc import proto_codegen
+
+INT32 = 2**31 - 1
+tokens = st.integers(0, INT32)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+keys = st.integers(1, 2**64 - 1)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare values that hold arrays."""
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    if isinstance(one, SlipstreamError):
+        return type(one) is type(other) and str(one) == str(other)
+    if hasattr(one, "__dataclass_fields__"):
+        return type(one) is type(other) and all(
+            same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)
+        )
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+# ------------------------------------------------------------------ commands
+
+
+@st.composite
+def params(draw: st.DrawFn) -> SamplingParams:
+    max_tokens = draw(st.none() | st.integers(1, INT32))
+    number = st.floats
+    return SamplingParams(
+        n=draw(st.integers(1, 128)),
+        presence_penalty=draw(number(-2, 2)),
+        frequency_penalty=draw(number(-2, 2)),
+        repetition_penalty=draw(number(0, 100, exclude_min=True)),
+        temperature=draw(number(0, 100)),
+        top_p=draw(number(0, 1, exclude_min=True)),
+        top_k=draw(tokens),
+        min_p=draw(number(0, 1)),
+        stop=tuple(draw(st.lists(texts, max_size=3))),
+        stop_token_ids=tuple(draw(st.lists(tokens, max_size=3))),
+        ignore_eos=draw(st.booleans()),
+        max_tokens=max_tokens,
+        min_tokens=draw(st.integers(0, max_tokens or INT32)),
+        logprobs=draw(st.none() | st.integers(0, 64)),
+        prompt_logprobs=draw(st.none() | st.integers(0, 64)),
+        skip_special_tokens=draw(st.booleans()),
+        include_stop_str_in_output=draw(st.booleans()),
+        logit_bias=draw(st.dictionaries(tokens, number(-100, 100), max_size=4)),
+    )
+
+
+@st.composite
+def submits(draw: st.DrawFn) -> Submit:
+    request = EngineRequest(
+        request_id=draw(texts),
+        prompt_token_ids=np.array(draw(st.lists(tokens, max_size=40)), dtype=np.int32),
+        params=draw(params()),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        stop_ids=tuple(draw(st.lists(tokens, max_size=5))),
+        max_tokens=draw(st.integers(1, INT32)),
+        arrival_time_s=0.0,
+        priority=draw(st.integers(-(2**31), INT32)),
+        cache_salt=draw(st.none() | texts),
+    )
+    timeout_s = draw(st.floats(0, codec.MAX_TIMEOUT_S, exclude_min=True))
+    return Submit(key=draw(keys), request=request, timeout_s=timeout_s)
+
+
+commands = (
+    submits()
+    | st.builds(Abort, key=keys)
+    | st.builds(AbortSample, key=keys, index=st.integers(0, 127))
+    | st.just(Drain())
+)
+
+
+@given(commands)
+def test_commands_come_back_the_same(command: Any) -> None:
+    assert same(codec.decode_command(codec.encode_command(command)), command)
+
+
+def test_a_seed_travels_resolved_and_the_gateways_clock_does_not() -> None:
+    request = replace(plain(), params=SamplingParams(seed=-3), seed=2**64 - 3, arrival_time_s=17.0)
+    back = codec.decode_command(codec.encode_command(Submit(key=1, request=request, timeout_s=1.0)))
+    assert isinstance(back, Submit)
+    assert (back.request.seed, back.request.params.seed, back.request.arrival_time_s) == (2**64 - 3, None, 0.0)
+
+
+def plain() -> EngineRequest:
+    return EngineRequest(
+        request_id="r",
+        prompt_token_ids=np.array([1, 2], dtype=np.int32),
+        params=SamplingParams(),
+        seed=1,
+        stop_ids=(2,),
+        max_tokens=16,
+        arrival_time_s=0.0,
+    )
+
+
+def wire_submit() -> pb.ClientMessage:
+    return pb.ClientMessage.FromString(codec.encode_command(Submit(key=5, request=plain(), timeout_s=1.0)))
+
+
+WRONG_SUBMITS: dict[str, list[dict[str, Any]]] = {
+    "request_id": [{"request_id": ""}, {"request_id": 257 * "x"}],
+    "prompt_token_ids": [{"prompt_token_ids": [-1]}, {"prompt_token_ids": [1, -(2**31)]}],
+    "prompt": [{"prompt_token_ids": (codec.MAX_PROMPT_TOKENS + 1) * [0]}],
+    "stop_ids": [{"stop_ids": [-1]}, {"stop_ids": 257 * [1]}],
+    "max_tokens": [{"max_tokens": 0}, {"max_tokens": 2**32 - 1}],
+    "cache_salt": [{"cache_salt": 4097 * "x"}],
+    "timeout_s": [{"timeout_s": value} for value in (0.0, -1.0, math.nan, math.inf, 1e300)],
+}
+WRONG_PARAMS: dict[str, list[dict[str, Any]]] = {
+    "n": [{"n": 0}, {"n": 129}, {"n": 2**32 - 1}],
+    "temperature": [{"temperature": value} for value in (-1.0, math.nan, math.inf)],
+    "top_p": [{"top_p": 0.0}],
+    "top_k": [{"top_k": 2**32 - 1}],
+    "repetition_penalty": [{"repetition_penalty": 0.0}],
+    "logprobs": [{"logprobs": 65}],
+    "stop": [{"stop": 65 * ["x"]}, {"stop": [""]}, {"stop": [2000 * "x"]}],
+    "stop_token_ids": [{"stop_token_ids": 129 * [1]}, {"stop_token_ids": [-1]}],
+    "logit_bias": [
+        {"bias_token_ids": [1]},
+        {"bias_token_ids": [1], "bias_amounts": [math.nan]},
+        {"bias_token_ids": [-1], "bias_amounts": [1.0]},
+        {"bias_token_ids": 1025 * [1], "bias_amounts": 1025 * [1.0]},
+    ],
+}
+
+
+def wrong(table: dict[str, list[dict[str, Any]]]) -> list[Any]:
+    return [
+        pytest.param(field, changes, id=f"{field}-{number}")
+        for field, each in table.items()
+        for number, changes in enumerate(each)
+    ]
+
+
+def change(message: Any, changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, list):
+            del getattr(message, name)[:]
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+
+
+@pytest.mark.parametrize(("field", "changes"), wrong(WRONG_SUBMITS))
+def test_a_wrong_submit_names_field_and_request(field: str, changes: dict[str, Any]) -> None:
+    message = wire_submit()
+    change(message.submit, changes)
+    with pytest.raises(codec.BadSubmit) as caught:
+        codec.decode_command(message.SerializeToString())
+    assert (caught.value.field, caught.value.key) == (field, 5)
+
+
+@pytest.mark.parametrize(("field", "changes"), wrong(WRONG_PARAMS))
+def test_wrong_parameters_name_the_field(field: str, changes: dict[str, Any]) -> None:
+    message = wire_submit()
+    change(message.submit.params, changes)
+    with pytest.raises(codec.BadSubmit) as caught:
+        codec.decode_command(message.SerializeToString())
+    assert (caught.value.field, caught.value.key) == (field, 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("message", pb.ClientMessage()),
+        ("key", pb.ClientMessage(submit=pb.Submit())),
+        ("key", pb.ClientMessage(abort=pb.Abort())),
+        ("index", pb.ClientMessage(abort_sample=pb.AbortSample(key=1, index=2**32 - 1))),
+    ],
+)
+def test_a_wrong_command_is_refused(field: str, message: pb.ClientMessage) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        codec.decode_command(message.SerializeToString())
+    assert caught.value.field == field and not isinstance(caught.value, codec.BadSubmit)
+
+
+@pytest.mark.parametrize("decode", [codec.decode_command, codec_events.decode_event, codec_events.decode_facts])
+def test_a_message_too_large_is_not_even_read(decode: Any) -> None:
+    with pytest.raises(InvalidRequest, match="bytes long"):
+        decode(bytes(codec.MAX_MESSAGE_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        ("priority", replace(plain(), priority=2**31)),
+        ("request_id", replace(plain(), request_id="")),
+        ("request", replace(plain(), request_id="\ud800")),
+        ("stop_ids", replace(plain(), stop_ids=tuple(range(300)))),
+    ],
+)
+def test_what_cannot_travel_is_refused_before_it_is_sent(field: str, request_: EngineRequest) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        codec.encode_command(Submit(key=1, request=request_, timeout_s=1.0))
+    assert caught.value.field == field
+
+
+# ------------------------------------------------------------------ events
+
+counts = st.integers(0, 2**32 - 1)
+loads = st.builds(
+    EngineLoadReport,
+    **dict.fromkeys(("running", "waiting", "queue_room", "blocks_total", "blocks_available"), counts),
+    **dict.fromkeys(("preemptions", "prefix_hits", "prefix_misses"), st.integers(0, 2**64 - 1)),
+    draining=st.booleans(),
+)
+errors = st.builds(InvalidRequest, texts, texts) | st.one_of(
+    *(st.builds(kind, texts) for kind in (Overloaded, DeadlineExceeded, EngineUnavailable, EngineError))
+)
+endings = st.builds(
+    Ending,
+    key=keys,
+    index=st.integers(0, 127),
+    reason=st.sampled_from(FinishReason),
+    stop_token_id=st.none() | tokens,
+    cached_tokens=counts,
+    preemptions=counts,
+    queue_s=st.none() | st.floats(0, 1e9),
+)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> TokenLogprobs:
+    ids = draw(st.lists(tokens, min_size=1, max_size=5))
+    values = st.floats(max_value=0, width=32, allow_nan=False)
+    return TokenLogprobs(
+        token_ids=np.array(ids, dtype=np.int32),
+        logprobs=np.array([draw(values) for _ in ids], dtype=np.float32),
+        rank=draw(counts),
+    )
+
+
+@st.composite
+def news(draw: st.DrawFn) -> StepNews:
+    size = draw(st.integers(0, 6))
+    asking = draw(st.sets(st.sampled_from(range(size)))) if size else set()
+    scores = st.builds(PromptScores, position=counts, entries=st.lists(entries(), max_size=4).map(tuple))
+    return StepNews(
+        keys=[draw(keys) for _ in range(size)],
+        indices=[draw(st.integers(0, 127)) for _ in range(size)],
+        token_ids=[draw(tokens) for _ in range(size)],
+        logprobs={place: draw(entries()) for place in sorted(asking)},
+        prompt_scores=draw(st.lists(st.tuples(keys, scores), max_size=2)),
+        endings=draw(st.lists(endings, max_size=3)),
+        load=draw(loads),
+    )
+
+
+events = (
+    news()
+    | st.builds(Opened, epoch=texts, load=loads)
+    | st.builds(Rejected, key=keys, error=errors)
+    | st.builds(Load, load=loads)
+    | st.just(Drained())
+    | st.builds(Closed, error=errors)
+)
+
+
+@given(events)
+def test_events_come_back_the_same(event: Any) -> None:
+    assert same(codec_events.decode_event(codec_events.encode_event(event)), event)
+
+
+facts = st.builds(
+    EngineFacts,
+    **dict.fromkeys(("epoch", "model", "dtype", "device"), texts),
+    **dict.fromkeys(("vocab_size", "max_model_len", "max_num_seqs"), counts),
+    eos_token_ids=st.lists(tokens, max_size=4).map(tuple),
+)
+
+
+@given(facts)
+def test_facts_come_back_the_same(given_facts: EngineFacts) -> None:
+    assert codec_events.decode_facts(codec_events.encode_facts(given_facts)) == given_facts
+
+
+def test_another_version_of_the_protocol_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="protocol_version"):
+        codec_events.decode_facts(pb.FactsReply(protocol_version=99).SerializeToString())
+
+
+def columns(**changes: Any) -> pb.LogprobColumns:
+    return pb.LogprobColumns(**{"counts": [1], "token_ids": [1], "logprobs": [0.0], "ranks": [1], **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "step"),
+    [
+        ("sample_indices", {"keys": [1]}),
+        ("token_ids", {"keys": [1], "sample_indices": [0]}),
+        ("sample_indices", {"keys": [1], "sample_indices": [2**32 - 1], "token_ids": [1]}),
+        ("logprobs", {"logprobs": columns()}),
+        ("logprobs", {"logprobs": columns(ranks=[])}),
+        ("logprobs", {"logprobs": columns(counts=[2**32 - 1])}),
+        ("logprobs", {"logprobs": columns(counts=[2])}),
+        ("logprobs", {"logprobs": columns(logprobs=[])}),
+        ("prompt_scores", {"prompt_scores": [pb.PromptScores(key=1, scores=pb.LogprobColumns(counts=[0], ranks=[0]))]}),
+        ("reason", {"endings": [pb.Ending(key=1)]}),
+        ("reason", {"endings": [pb.Ending(key=1, reason=77)]}),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_news_name_the_column(field: str, step: dict[str, Any]) -> None:
+    message = pb.ServerMessage(step=pb.StepNews(**step))
+    with pytest.raises(InvalidRequest) as caught:
+        codec_events.decode_event(message.SerializeToString())
+    assert caught.value.field == field
+
+
+def test_an_unknown_kind_of_error_is_the_engines() -> None:
+    error = pb.Error(kind=77, problem="odd")  # type: ignore[arg-type]
+    message = pb.ServerMessage(rejected=pb.Rejected(key=1, error=error))
+    event = codec_events.decode_event(message.SerializeToString())
+    assert isinstance(event, Rejected) and type(event.error) is EngineError
+
+
+def test_an_error_that_quotes_half_a_character_travels() -> None:
+    event = Rejected(key=1, error=InvalidRequest("stop", f"{9999 * 'x'}\ud800"))
+    assert isinstance(codec_events.decode_event(codec_events.encode_event(event)), Rejected)
+    short = Rejected(key=1, error=InvalidRequest("stop", "\ud800"))
+    back = codec_events.decode_event(codec_events.encode_event(short))
+    assert isinstance(back, Rejected) and "ud800" in str(back.error)
+
+
+# ------------------------------------------------------------------ any bytes
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_command_or_refused(data: bytes) -> None:
+    try:
+        codec.decode_command(data)
+    except InvalidRequest as error:
+        assert error.field
+
+
+@given(commands, st.data())
+def test_damaged_commands_are_commands_or_refused(command: Any, data: st.DataObject) -> None:
+    raw = bytearray(codec.encode_command(command))
+    for _ in range(data.draw(st.integers(1, 4))):
+        if raw:
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        codec.decode_command(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+    except InvalidRequest as error:
+        assert error.field
+
+
+@given(events, st.data())
+def test_damaged_events_are_events_or_refused(event: Any, data: st.DataObject) -> None:
+    raw = bytearray(codec_events.encode_event(event))
+    for _ in range(data.draw(st.integers(1, 4))):
+        if raw:
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        codec_events.decode_event(bytes(raw))
+    except InvalidRequest as error:
+        assert error.field
+
+
+def test_generated_code_is_current() -> None:
+    folder = proto_codegen.RPC / "generated"
+    checked_in = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("engine_pb2.py*")}
+    assert checked_in == proto_codegen.generate(), "run `make proto`"
