@@ -21,6 +21,7 @@ from slipstream.sdk.errors import (
     Overloaded,
 )
 from slipstream.tests.gateway.harness import asynchronous, serving
+from slipstream.tests.gateway.hostile import GOOD, hostile
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -259,46 +260,6 @@ async def test_request_ids() -> None:
 
 
 # ------------------------------------------------------------------ hostile bodies
-
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**40, 0.5, -0.0, 1e308, -1e308, 5e-324, "", "x", "\x00",
-    "\U0010ffff", "é" * 50, "a" * 3000, "<|im_end|>", "{{ 7*7 }}", "{% raw %}", "%s%n", [], [[]], [None], [0], [[0]],
-    ["x"], [["x"]], [0, "x"], [-1], [2**70], {}, {"type": "text"}, {"type": "json_object"}, {"": ""}, {"1": 1e308},
-    {"0": None}, {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "x"}],
-    [{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": "", "content": ""}],
-    [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}], "auto", "required", "none",
-]  # fmt: skip
-
-FIELDS = [
-    "prompt", "messages", "model", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
-    "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "echo",
-    "stream", "stream_options", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens",
-    "ignore_eos", "tools", "tool_choice", "response_format", "chat_template_kwargs", "priority", "cache_salt", "suffix",
-    "best_of", "tokens", "add_special_tokens", "skip_special_tokens", "parallel_tool_calls", "nonsense", "user",
-    "return_token_ids", "include_stop_str_in_output", "add_generation_prompt", "return_token_strs",
-]  # fmt: skip
-
-
-GOOD: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": "x", "max_tokens": 3},
-    "/v1/chat/completions": {**CHAT, "max_tokens": 3},
-    "/tokenize": {"prompt": "x"},
-    "/detokenize": {"tokens": [5, 6]},
-}
-
-
-def hostile(draw: random.Random, path: str) -> bytes:
-    """Make a body: mostly a good one with something bad in it, sometimes damaged as bytes."""
-    body = dict(GOOD[path])
-    for _ in range(draw.randrange(4)):
-        body[draw.choice(FIELDS)] = draw.choice(NASTY)
-    content = bytearray(json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass"))
-    if draw.random() < 0.2:
-        for _ in range(draw.randrange(1, 4)):
-            content[draw.randrange(len(content))] = draw.randrange(256)
-    if draw.random() < 0.05:
-        del content[draw.randrange(len(content)) :]
-    return bytes(content)
 
 
 @asynchronous

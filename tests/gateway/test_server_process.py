@@ -15,6 +15,7 @@ import pytest
 from slipstream import LLM, SamplingParams
 from slipstream.tests.gateway.server_process import PATIENCE_S, Server, eventually, make_model, running_server
 
+STREAMS = 50
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
@@ -139,9 +140,9 @@ def test_a_stop_lets_what_runs_finish(model: Path, tmp_path: Path) -> None:
         client = server.openai.with_options(api_key="a-secret-key")
         streams = [
             client.completions.create(
-                model="tiny", prompt="x", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+                model="tiny", prompt="x", max_tokens=800, stream=True, extra_body={"ignore_eos": True}
             )
-            for _ in range(8)
+            for _ in range(STREAMS)
         ]
         driver = server.driver()
         server.process.send_signal(signal.SIGTERM)
@@ -149,11 +150,11 @@ def test_a_stop_lets_what_runs_finish(model: Path, tmp_path: Path) -> None:
         with pytest.raises(openai.InternalServerError) as refused:
             client.completions.create(model="tiny", prompt="x")
         assert refused.value.status_code == 503
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
             ended = list(pool.map(lambda stream: [chunk.choices[0] for chunk in stream], streams))
         assert all(choices[-1].finish_reason == "length" for choices in ended)
         assert server.process.wait(PATIENCE_S) == 0
         assert not driver.is_running()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
     served = [line for line in lines if line["message"] == "request" and line.get("output_tokens")]
-    assert len(served) == 8 and all(line["request_id"] and line["output_tokens"] == 200 for line in served)
+    assert len(served) == STREAMS and all(line["request_id"] and line["output_tokens"] == 800 for line in served)
