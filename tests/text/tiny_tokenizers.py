@@ -41,7 +41,11 @@ def byte_fallback(strip: int = 1) -> Tokenizer:
     """Llama 2, Mistral (``strip`` 1) and Gemma (0): spaces as underlines, unknown characters as byte tokens."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False, initial_alphabet=["▁"], limit_alphabet=60)
+    # The ASCII of the corpus and no more: among characters of equal count the trainer would choose by chance.
+    alphabet = ["▁", *sorted({char for text in CORPUS for char in text if char.isascii() and char != " "})]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, show_progress=False, initial_alphabet=alphabet, limit_alphabet=len(alphabet)
+    )
     trained.train_from_iterator(CORPUS, trainer)
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
