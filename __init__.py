@@ -20,6 +20,7 @@ from .sdk.errors import (
 )
 from .sdk.params import SamplingParams
 from .sdk.results import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
+from .sdk.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from .runtime.llm import LLM
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "SamplingParams",
+    "StructuredOutputsParams",
     "RequestOutput",
     "CompletionOutput",
     "StreamOutput",

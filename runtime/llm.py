@@ -222,6 +222,8 @@ class LLM:
                     str(self._next_request), prompt, own_params, arrival_time_s=self._clock(), priority=own_priority
                 )
             self._engine.scheduler.check_fits(request)
+            if own_params.structured_outputs is not None:
+                self._launched.grammars.compile(own_params.structured_outputs)
             collector = RequestCollector(
                 request, prompt=prompt.text, tokenizer=self._tokenizer, eos_token_ids=self._launched.eos_token_ids
             )

@@ -24,12 +24,13 @@ BoolArray = NDArray[np.bool_]
 
 
 class FinishReason(Enum):
-    """Why a sequence ended."""
+    """Why a sequence ended. ``GRAMMAR``: its constraint became too complex to say which token may come next."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    GRAMMAR = "grammar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,8 @@ class StepResult:
 
     Shapes: token_ids [rows of the plan] int32, -1 where nothing was drawn
     ``logprobs`` by row; ``prompt_logprobs`` by row: entry ``i`` belongs to position ``starts[row] + 1 + i``.
-    ``invalid_rows`` had logits that no token can be drawn from (NaN, infinities): their sequences fail.
+    ``invalid_rows`` had logits that no token can be drawn from (NaN, infinities), and the grammars of ``grammar_rows``
+    no longer said which tokens may be: their sequences fail.
     Units: execute_s, seconds the executor worked
     """
 
@@ -130,3 +132,4 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     invalid_rows: tuple[int, ...] = ()
+    grammar_rows: tuple[int, ...] = ()

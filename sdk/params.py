@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import InvalidRequest
+from .structured import StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
@@ -26,9 +27,9 @@ class SamplingParams:
     """Parameters of one request, with vLLM's names and defaults.
 
     Order of effects on the logits of a position: ``logit_bias`` and ``min_tokens`` (end tokens masked), repetition,
-    frequency and presence penalties, temperature, ``min_p``, ``top_k``, ``top_p`` (over what top-k left). The token is
-    then ``argmax(logits / temperature + gumbel(hash(seed, position, token)))``: it does not depend on what else is in
-    the batch, nor on how often the request was interrupted.
+    frequency and presence penalties, ``structured_outputs``, temperature, ``min_p``, ``top_k``, ``top_p`` (over what
+    top-k left). The token is then ``argmax(logits / temperature + gumbel(hash(seed, position, token)))``: it does not
+    depend on what else is in the batch, nor on how often the request was interrupted.
 
     - ``temperature`` 0 is greedy; ``top_p`` 1, ``top_k`` 0 (or -1) and ``min_p`` 0 are off.
     - ``seed``: with a seed a request repeats; without one the engine draws it. Sequence ``i`` of ``n`` uses a seed
@@ -37,6 +38,8 @@ class SamplingParams:
     - ``stop``: strings that end the text, not included unless ``include_stop_str_in_output``; ``stop_token_ids``
       likewise, always kept in ``token_ids``. Neither acts before ``min_tokens``.
     - ``max_tokens`` None: as many as the model's length allows.
+    - ``structured_outputs``: what the text must look like. The engine lets no other token be drawn, and the answer ends
+      when it is complete; ``min_tokens`` gives way to that, and ``ignore_eos`` does not go with it.
     - ``logprobs`` k: the k most likely tokens and the drawn one; ``prompt_logprobs`` the same over the prompt.
 
     Raises: InvalidRequest, naming the field.
@@ -63,6 +66,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -76,6 +80,9 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         if self.stop and not self.detokenize:
             raise InvalidRequest("stop", "stop strings need detokenize=True; use stop_token_ids instead")
+        _check_constraint(self.structured_outputs)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequest("ignore_eos", "does not go with structured_outputs, which say when the text ends")
 
     def _check_ranges(self) -> None:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -139,6 +146,11 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         if not s or len(s) > MAX_STOP_STRING_CHARS:
             raise InvalidRequest("stop", f"each string needs 1 to {MAX_STOP_STRING_CHARS} characters, got {len(s)}")
     return tuple(strings)
+
+
+def _check_constraint(value: object) -> None:
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        raise InvalidRequest("structured_outputs", f"must be StructuredOutputsParams, got {type(value).__name__}")
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:

@@ -340,11 +340,13 @@ class Scheduler:
         return outputs
 
     def _fail_invalid(self, plan: StepPlan, result: StepResult, outputs: StepOutputs) -> None:
-        """End the sequences whose logits were not numbers: a wrong token must not look like an answer."""
-        for row in result.invalid_rows:
+        """End the sequences for which no token could be drawn: a wrong one must not look like an answer."""
+        failed = [(row, FinishReason.GRAMMAR) for row in result.grammar_rows]
+        failed += [(row, FinishReason.ERROR) for row in result.invalid_rows]
+        for row, reason in failed:
             sequence = self._sequences.get(SequenceId(int(plan.sequence_ids[row])))
             if sequence is not None:
-                self._finish(sequence, FinishReason.ERROR)
+                self._finish(sequence, reason)
                 outputs.finished.append(sequence)
 
     def _update_departed(self, plan: StepPlan, result: StepResult, rows: Int32Array, outputs: StepOutputs) -> None:

@@ -18,6 +18,7 @@ from .generation import Piece, PromptRun, run_together
 from .logprobs import ChatLogprobs, chat_logprobs
 from .prompts import check_model, check_sequences, prepare_chat
 from .requests import ChatBody
+from .response_format import answer_format
 from .responses import LAST_EVENT, ChatChoice, ChatCompletion, ChatMessage, FunctionCall, ToolCall, to_event, usage_of
 from .sampling import chat_params
 from .tool_choice import ToolUse, settle_tools
@@ -33,9 +34,12 @@ async def chat(call: Call) -> Whole | Streamed:
         raise InvalidRequest("messages", f"at most {settings.limits.max_messages}, got {len(body.messages)}")
     params = chat_params(body, call.gateway.replica.defaults)
     check_sequences(1, params.n, settings)
-    tools = settle_tools(body, settings, call.gateway.replica.tokenizer)
+    wanted = answer_format(body)
+    tools = settle_tools(body, settings, call.gateway.replica.tokenizer, wanted)
     if tools.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
+    if (held_to := tools.grammar or wanted) is not None:
+        params = replace(params, structured_outputs=held_to.constraint)
     model = call.gateway.replica.current()
     prepared = await prepare_chat(
         model,
@@ -43,7 +47,6 @@ async def chat(call: Call) -> Whole | Streamed:
         tools=tools.shown,
         add_generation_prompt=body.add_generation_prompt is not False,
         template_variables=body.chat_template_kwargs or {},
-        answer_prefix=tools.answer_prefix,
         cache_salt=body.cache_salt,
     )
     answer_id = call.record.answer_id = f"chatcmpl-{secrets.token_hex(16)}"
@@ -51,7 +54,7 @@ async def chat(call: Call) -> Whole | Streamed:
     request = model.factory.make(
         f"{answer_id}-0", prepared, params, arrival_time_s=call.record.arrival_s, priority=body.priority or 0
     )
-    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text)
+    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text, held_to=held_to)
     writer = _Writer(call, body, answer_id, params.n, tools)
     pieces = run_together([run], timeout_s=call.time_left_s)
     if body.stream:
@@ -68,7 +71,6 @@ class _Sample:
     def __init__(self, tools: ToolUse) -> None:
         self._tools = tools
         self._parser = None if tools.make_parser is None else tools.make_parser()
-        self._begun = False
         self.content = ""
         self.calls: list[ToolCall] = []
         self.finish_reason: str | None = None
@@ -91,10 +93,7 @@ class _Sample:
     def _parse(self, piece: Piece) -> Parsed:
         if self._parser is None:
             return Parsed(content=piece.text)
-        # What the answer was made to begin with stands in the prompt, and belongs to the call.
-        text = piece.text if self._begun else self._tools.answer_prefix + piece.text
-        self._begun = True
-        parsed = self._parser.feed(text)
+        parsed = self._parser.feed(piece.text)
         if piece.finish_reason is None:
             return parsed
         last = self._parser.finish()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ...sdk.params import SamplingParams
@@ -19,6 +20,7 @@ from .logprobs import CompletionLogprobs, Entry, completion_logprobs
 from .prompts import check_model, check_sequences, prepare, split_prompts
 from .replica import ServedModel
 from .requests import CompletionBody
+from .response_format import answer_format
 from .responses import LAST_EVENT, Completion, CompletionChoice, Usage, to_event, usage_of
 from .sampling import completion_params
 
@@ -29,6 +31,8 @@ async def complete(call: Call) -> Whole | Streamed:
     check_model(body.model, call.gateway.settings)
     prompts = split_prompts(body.prompt, call.gateway.settings)
     params = completion_params(body, call.gateway.replica.defaults)
+    if (wanted := answer_format(body)) is not None:
+        params = replace(params, structured_outputs=wanted.constraint)
     check_sequences(len(prompts), params.n, call.gateway.settings)
     call.gateway.admission.grow(call.ticket, len(prompts))
     model = call.gateway.replica.current()
@@ -44,7 +48,7 @@ async def complete(call: Call) -> Whole | Streamed:
         text = prompt if isinstance(prompt, str) else None
         if body.echo and text is None:
             text = model.tokenizer.decode(prepared.token_ids.tolist(), skip_special_tokens=True)
-        runs.append(PromptRun(call.gateway, model, request, call.record, index=index, text=text))
+        runs.append(PromptRun(call.gateway, model, request, call.record, index=index, text=text, held_to=wanted))
         texts.append(text or "")
         call.record.prompt_tokens += len(prepared.token_ids)
     writer = _Writer(call, model, body, params, answer_id, texts)

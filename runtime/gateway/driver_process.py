@@ -25,7 +25,7 @@ EXIT_REFUSED = 2
 """A driver's exit status when its options or its checkpoint are wrong: another one would fail the same way."""
 
 _MODULE = "slipstream.runtime.worker.main"
-_NOT_FOR_A_DRIVER = ("model", "tokenizer", "skip_tokenizer_init")
+_NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _KILL_TIMEOUT_S = 10.0
 
 

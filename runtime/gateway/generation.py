@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
-from ...sdk.errors import EngineError, EngineUnavailable
+from ...sdk.errors import EngineError, EngineUnavailable, InvalidRequest
 from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from ..collector import RequestCollector
 from ..messages import EngineRequest, FinishReason
@@ -21,6 +21,7 @@ from .errors import Draining
 from .gateway import Gateway
 from .record import RequestRecord
 from .replica import ServedModel
+from .response_format import AnswerFormat
 
 _QUEUED_PIECES = 64
 
@@ -55,12 +56,14 @@ class PromptRun:
         *,
         index: int,
         text: str | None,
+        held_to: AnswerFormat | None = None,
     ) -> None:
         self._gateway = gateway
         self._model = model
         self._request = request
         self._record = record
         self._index = index
+        self._held_to = held_to
         self._collector = RequestCollector(
             request, prompt=text, tokenizer=model.tokenizer, eos_token_ids=model.facts.eos_token_ids
         )
@@ -70,7 +73,8 @@ class PromptRun:
     async def pieces(self, *, timeout_s: float) -> AsyncGenerator[Piece]:
         """Run to the end and yield what comes.
 
-        Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up
+        Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up, InvalidRequest when
+        it gave up for what the answer is held to
         """
         events = cast("AsyncGenerator[RequestEvent]", self._model.client.generate(self._request, timeout_s=timeout_s))
         ended = False
@@ -90,6 +94,8 @@ class PromptRun:
             if not self.output.finished:
                 raise EngineUnavailable("the engine's answer ended before the request did")
             ended = True
+        except InvalidRequest as error:
+            raise error if self._held_to is None else self._held_to.renamed(error) from error
         except EngineUnavailable as error:
             if self._gateway.admission.draining:
                 raise Draining("the server stopped before the request was done") from error
@@ -128,6 +134,8 @@ class PromptRun:
         """Raise for an end that is no answer: a truncated text must not look like a whole one."""
         if reason is FinishReason.ERROR:
             raise EngineError("the model's logits were not numbers: no token can be drawn from them")
+        if reason is FinishReason.GRAMMAR:
+            raise InvalidRequest("structured_outputs", "became too complex to follow along this answer: simplify them")
         if reason is FinishReason.ABORT:
             raise EngineUnavailable("the engine gave the request up: it is stopping")
 

@@ -91,10 +91,9 @@ async def prepare_chat(
     tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
     template_variables: Mapping[str, Any],
-    answer_prefix: str = "",
     cache_salt: str | None = None,
 ) -> PreparedPrompt:
-    """Render a chat and make it ready; ``answer_prefix`` is what the answer is made to begin with.
+    """Render a chat and make it ready.
 
     Raises: InvalidRequest naming ``messages``, ``tools`` or ``chat_template_kwargs``
     """
@@ -108,7 +107,7 @@ async def prepare_chat(
         except RecursionError as error:
             raise InvalidRequest("messages", "are nested too deeply") from error
         _check_length(model, "messages", len(text))
-        prepared = _without_special_tokens(model, text + answer_prefix, field="messages")
+        prepared = _without_special_tokens(model, text, field="messages")
         return replace(prepared, cache_salt=cache_salt)
 
     return await _beside(_size_of(messages), render)

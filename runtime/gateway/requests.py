@@ -42,7 +42,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
 }
 """Field → the values that ask for nothing, besides null."""
 
@@ -93,7 +92,8 @@ class _Body(BaseModel):
                 continue
             # 1 == True in Python, and not in JSON.
             if not any(given == each and type(given) is type(each) for each in neutral):
-                raise InvalidRequest(name, "is not supported by this server")
+                instead = "; use structured_outputs instead" if name.startswith("guided_") else ""
+                raise InvalidRequest(name, f"is not supported by this server{instead}")
         dropped = _IGNORED | (_REFUSED.keys() - cls.model_fields.keys())
         try:
             return cls.model_validate({name: item for name, item in value.items() if name not in dropped})
@@ -121,6 +121,19 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(default=None, description="accepted; nothing is added to streams")
 
 
+class StructuredOutputsBody(BaseModel):
+    """vLLM's spelling of what an answer must look like: one of the first five."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_schema: str | dict[str, Any] | None = Field(default=None, alias="json", description="a JSON schema")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(default=None, description="Lark's notation")
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+
 class GenerationBody(_Body):
     """What completions and chats have in common."""
 
@@ -136,6 +149,8 @@ class GenerationBody(_Body):
     stop: str | list[str] | None = None
     max_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputsBody | None = None
 
     top_k: int | None = None
     min_p: float | None = None
@@ -159,7 +174,6 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class ChatBody(GenerationBody):
@@ -172,7 +186,6 @@ class ChatBody(GenerationBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

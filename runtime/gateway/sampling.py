@@ -29,7 +29,6 @@ def completion_params(body: CompletionBody, defaults: GenerationDefaults) -> Sam
     because there is no step without one, and the caller leaves it out of its answer.
     Raises: InvalidRequest, naming the field
     """
-    _refuse_formats(body.response_format)
     max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise InvalidRequest("max_tokens", "0 is only allowed with echo")
@@ -50,7 +49,6 @@ def chat_params(body: ChatBody, defaults: GenerationDefaults) -> SamplingParams:
 
     Raises: InvalidRequest, naming the field
     """
-    _refuse_formats(body.response_format)
     if body.top_logprobs is not None:
         if not body.logprobs:
             raise InvalidRequest("top_logprobs", "needs logprobs to be true")
@@ -83,9 +81,3 @@ def _params(body: GenerationBody, defaults: GenerationDefaults, **resolved: int 
             values[name] = given
     # Those that were resolved keep their None: for max_tokens it means as many as the model allows.
     return SamplingParams(**({name: value for name, value in values.items() if value is not None} | resolved))
-
-
-def _refuse_formats(response_format: dict[str, Any] | None) -> None:
-    if response_format is not None and response_format != {"type": "text"}:
-        kind = str(response_format.get("type"))[:100]
-        raise InvalidRequest("response_format", f"only {{'type': 'text'}} is supported by this server, got {kind!r}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..text.tokenizer import Tokenizer
+from .tool_grammar import CallFormat
 
 _DECODER = json.JSONDecoder()
 
@@ -37,9 +38,11 @@ class ToolParser(Protocol):
     """Reads one sample's answer.
 
     ``needs_special_tokens``: its marks are special tokens, which must not be left out of the text.
+    ``call_format``: what a model has to write for this parser to find calls.
     """
 
     needs_special_tokens: bool
+    call_format: CallFormat
 
     def feed(self, text: str) -> Parsed:
         """Take the next piece."""
@@ -49,10 +52,6 @@ class ToolParser(Protocol):
         """Return what is left when no more text comes."""
         ...
 
-    def forced_beginning(self, name: str | None) -> str:
-        """Return what an answer that calls a function (that of this name) begins with."""
-        ...
-
 
 class HermesParser:
     """Hermes and Qwen: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number, between text."""
@@ -60,6 +59,9 @@ class HermesParser:
     needs_special_tokens = False
     _BEGIN = "<tool_call>"
     _END = "</tool_call>"
+    call_format = CallFormat(
+        before=f"{_BEGIN}\n", between=f"\n{_END}\n{_BEGIN}\n", after=f"\n{_END}", marks=(_BEGIN, _END)
+    )
 
     def __init__(self) -> None:
         self._held = ""
@@ -101,11 +103,6 @@ class HermesParser:
     def _unspaced(self, text: str) -> str:
         return text.lstrip() if self._after_call else text
 
-    def forced_beginning(self, name: str | None) -> str:
-        if name is None:
-            return f'{self._BEGIN}\n{{"name": "'
-        return f'{self._BEGIN}\n{{"name": {json.dumps(name)}, "arguments": '
-
 
 class LlamaJsonParser:
     """Llama 3: the whole answer is ``{"name": ..., "parameters": {...}}``, or several with ``;`` between them."""
@@ -113,6 +110,7 @@ class LlamaJsonParser:
     needs_special_tokens = True
     _MARK = "<|python_tag|>"
     _ENDS = ("<|eot_id|>", "<|eom_id|>")
+    call_format = CallFormat(between="; ", arguments_key="parameters", text=r"/[^{\s](.|\n)*/")
 
     def __init__(self) -> None:
         self._held = ""
@@ -140,9 +138,6 @@ class LlamaJsonParser:
             return Parsed(content=held)
         return Parsed(calls=tuple(calls))
 
-    def forced_beginning(self, name: str | None) -> str:
-        return '{"name": "' if name is None else f'{{"name": {json.dumps(name)}, "parameters": '
-
 
 class MistralParser:
     """Mistral: ``[TOOL_CALLS]`` and a list of calls, or in newer models ``[TOOL_CALLS]name[ARGS]{...}``."""
@@ -150,6 +145,7 @@ class MistralParser:
     needs_special_tokens = True
     _MARK = "[TOOL_CALLS]"
     _ARGUMENTS = "[ARGS]"
+    call_format = CallFormat(before=f"{_MARK}[", between=", ", after="]", marks=(_MARK,))
 
     def __init__(self) -> None:
         self._held = ""
@@ -185,11 +181,6 @@ class MistralParser:
             return
         value = _loads(part)
         yield from value if isinstance(value, list) else [value]
-
-    def forced_beginning(self, name: str | None) -> str:
-        if name is None:
-            return f'{self._MARK}[{{"name": "'
-        return f'{self._MARK}[{{"name": {json.dumps(name)}, "arguments": '
 
 
 _PARSERS: dict[str, Callable[[], ToolParser]] = {

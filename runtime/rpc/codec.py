@@ -8,12 +8,15 @@ The events of a replica are in ``codec_events``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from ...sdk.errors import InvalidRequest
 from ...sdk.params import MAX_LOGIT_BIAS, MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from ...sdk.structured import StructuredOutputsParams
 from ..messages import EngineRequest
 from .generated import engine_pb2 as pb
 from .session import Abort, AbortSample, Command, Drain, Submit
@@ -176,7 +179,27 @@ def _params_to_wire(params: SamplingParams) -> pb.SamplingParams:
         include_stop_str_in_output=params.include_stop_str_in_output,
         bias_token_ids=list(params.logit_bias.keys()),
         bias_amounts=list(params.logit_bias.values()),
+        structured_outputs=None
+        if params.structured_outputs is None
+        else _constraint_to_wire(params.structured_outputs),
     )
+
+
+def _constraint_to_wire(constraint: StructuredOutputsParams) -> pb.StructuredOutputs:
+    message = pb.StructuredOutputs(disable_any_whitespace=constraint.disable_any_whitespace)
+    if constraint.kind == "choice":
+        message.choice.texts.extend(constraint.choice or ())
+    else:
+        setattr(message, constraint.kind, getattr(constraint, constraint.kind))
+    return message
+
+
+def _constraint_from_wire(message: pb.StructuredOutputs) -> StructuredOutputsParams:
+    kind = message.WhichOneof("constraint")
+    if kind is None:
+        raise InvalidRequest("structured_outputs", "holds no constraint that this replica knows")
+    value: Any = tuple(message.choice.texts) if kind == "choice" else getattr(message, kind)
+    return replace(StructuredOutputsParams(**{kind: value}), disable_any_whitespace=message.disable_any_whitespace)
 
 
 def _params_from_wire(message: pb.SamplingParams) -> SamplingParams:
@@ -211,4 +234,7 @@ def _params_from_wire(message: pb.SamplingParams) -> SamplingParams:
         skip_special_tokens=message.skip_special_tokens,
         include_stop_str_in_output=message.include_stop_str_in_output,
         logit_bias=dict(zip(message.bias_token_ids, message.bias_amounts, strict=True)),
+        structured_outputs=(
+            _constraint_from_wire(message.structured_outputs) if message.HasField("structured_outputs") else None
+        ),
     )

@@ -26,6 +26,7 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+    FinishReason.GRAMMAR: pb.FINISH_REASON_GRAMMAR,
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 

@@ -16,6 +16,7 @@ import itertools
 import logging
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...sdk.errors import (
     DeadlineExceeded,
@@ -31,7 +32,8 @@ from ..engine.sequence import Sequence, SequenceState
 from ..rpc.engine_client import EngineFacts, EngineLoadReport
 from ..rpc.outbox import Outbox
 from ..rpc.session import Abort, AbortSample, Command, Drain, Drained, Load, Opened, Rejected, Submit
-from .driver_session import DriverSession, Enter, Leave, LiveRequest, News, Post
+from .driver_session import Compiled, DriverSession, Enter, Leave, LiveRequest, News, Post
+from .grammar_gate import ConstraintCompiler, GrammarGate
 from .inbox import Inbox
 
 logger = logging.getLogger(__name__)
@@ -58,12 +60,21 @@ class DriverLimits:
 class EngineLoop:
     """An engine in motion; an ``EngineHost``. Call ``start`` once, ``close`` at the end."""
 
-    def __init__(self, engine: Engine, facts: EngineFacts, *, clock: Clock, limits: DriverLimits | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        facts: EngineFacts,
+        *,
+        clock: Clock,
+        limits: DriverLimits | None = None,
+        compiler: ConstraintCompiler | None = None,
+    ) -> None:
         self._engine = engine
         self._facts = facts
         self._clock = clock
         self._limits = limits or DriverLimits()
         self._inbox: Inbox[Post] = Inbox()
+        self._gate = GrammarGate(compiler)
         self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
         # Shared by the threads, under the lock.
         self._lock = threading.Lock()
@@ -127,15 +138,19 @@ class EngineLoop:
             logger.exception("the engine failed")
             failure = EngineUnavailable(f"the engine failed: {error}")
         finally:
+            self._gate.close()
             self._end_all(failure)
             self._close_engine()
 
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
             return 0.0
-        return self._limits.load_period_s if self._sessions else None
+        if not self._sessions:
+            return None
+        next_deadline_s = self._deadlines[0][0] - self._clock() if self._deadlines else self._limits.load_period_s
+        return max(0.0, min(self._limits.load_period_s, next_deadline_s))
 
-    def _carry_out(self, session: DriverSession, command: Command | Enter | Leave) -> None:
+    def _carry_out(self, session: DriverSession, command: Command | Enter | Leave | Compiled) -> None:
         with self._lock:
             news = self._sessions.get(session)
         if news is None:
@@ -143,6 +158,8 @@ class EngineLoop:
         match command:
             case Submit():
                 self._submit(news, command)
+            case Compiled():
+                self._go_on(news, command)
             case Abort(key=key):
                 if (live := news.live.get(key)) is not None:
                     self._forget(live)
@@ -163,7 +180,7 @@ class EngineLoop:
                 raise EngineUnavailable("the replica is draining and takes no more requests")
             if submit.key in news.live:
                 raise InvalidRequest("key", f"{submit.key} is in use by a request that has not ended")
-            live = self._start(news, submit)
+            live = self._admit(news, submit)
         except SlipstreamError as error:
             news.others.append(Rejected(key=submit.key, error=error))
             return
@@ -174,22 +191,47 @@ class EngineLoop:
         else:
             heapq.heappush(self._deadlines, (live.deadline_s, live.engine_id))
 
-    def _start(self, news: News, submit: Submit) -> LiveRequest:
+    def _admit(self, news: News, submit: Submit) -> LiveRequest:
+        """Start a request, or have its constraint compiled first."""
         prompt, vocab_size = submit.request.prompt_token_ids, self._facts.vocab_size
         if len(prompt) and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
             raise InvalidRequest("prompt_token_ids", f"a token is outside the vocabulary of {vocab_size}")
-        now_s = self._clock()
         # The session's number keeps the names of two gateways apart.
-        engine_id = f"{news.session.number}/{submit.request.request_id}"
-        sequences = self._engine.submit(replace(submit.request, request_id=engine_id, arrival_time_s=now_s))
-        return LiveRequest(
+        live = LiveRequest(
             news=news,
             key=submit.key,
-            engine_id=engine_id,
-            sequences=sequences,
-            open_samples=len(sequences),
-            deadline_s=now_s + submit.timeout_s,
+            engine_id=f"{news.session.number}/{submit.request.request_id}",
+            deadline_s=self._clock() + submit.timeout_s,
         )
+        if live.engine_id in self._live:
+            raise InvalidRequest(
+                "request_id", f"{submit.request.request_id!r} is in use by a request that has not ended"
+            )
+        constraint = submit.request.params.structured_outputs
+        if constraint is None or not self._gate.begin(constraint, partial(self._compiled, news.session, submit)):
+            self._start(live, submit)
+        return live
+
+    def _compiled(self, session: DriverSession, submit: Submit, error: SlipstreamError | None) -> None:
+        """Called from a compiling thread; an engine that has stopped wants no more."""
+        self._inbox.put((session, Compiled(submit=submit, error=error)))
+
+    def _go_on(self, news: News, compiled: Compiled) -> None:
+        """Start a request whose constraint is compiled, if it is still wanted, or refuse it."""
+        if (live := news.live.get(compiled.submit.key)) is None:
+            return
+        try:
+            if compiled.error is not None:
+                raise compiled.error
+            self._start(live, compiled.submit)
+        except SlipstreamError as error:
+            self._forget(live)
+            news.others.append(Rejected(key=live.key, error=error))
+
+    def _start(self, live: LiveRequest, submit: Submit) -> None:
+        request = replace(submit.request, request_id=live.engine_id, arrival_time_s=self._clock())
+        live.sequences = self._engine.submit(request)
+        live.open_samples = len(live.sequences)
 
     def _abort_sample(self, live: LiveRequest, sequence: Sequence) -> None:
         if sequence.state is not SequenceState.FINISHED:
@@ -243,7 +285,8 @@ class EngineLoop:
 
     def _post(self) -> None:
         """Post every session what there is for it: at most one batch a step."""
-        idle, now_s = not self._engine.has_work, self._clock()
+        # A request that waits for its constraint is live without being work.
+        idle, now_s = not self._engine.has_work and not self._live, self._clock()
         load = self._report(draining=self._draining)
         tell_all = now_s >= self._load_due_s or (idle and load != self._latest)
         if tell_all:

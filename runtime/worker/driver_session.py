@@ -32,7 +32,15 @@ class Leave:
     """The session is over: abort what it has."""
 
 
-Post = tuple["DriverSession", Command | Enter | Leave]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A request's constraint is compiled, or cannot be: it may start, or has failed."""
+
+    submit: Submit
+    error: SlipstreamError | None
+
+
+Post = tuple["DriverSession", Command | Enter | Leave | Compiled]
 
 
 class DriverSession:
@@ -100,15 +108,16 @@ class DriverSession:
 class LiveRequest:
     """A request that has not ended, on the engine's thread, where ``engine_id`` is its name.
 
+    It has no sequences while its constraint is being compiled.
     Units: deadline_s, seconds on the engine's clock
     """
 
     news: News
     key: int
     engine_id: str
-    sequences: list[Sequence]
-    open_samples: int
     deadline_s: float
+    sequences: list[Sequence] = field(default_factory=list)
+    open_samples: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

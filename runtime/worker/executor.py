@@ -21,6 +21,8 @@ from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, Token
 from ..models.decoder import Decoder
 from ..models.forward import build_forward_batch
 from ..models.kv_cache import KvCache
+from .grammar import GrammarCompiler
+from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
@@ -59,13 +61,22 @@ class ModelExecutor:
     """
 
     def __init__(
-        self, *, model: Decoder, cache: KvCache, block_size: int, max_slots: int, max_length: int, device: torch.device
+        self,
+        *,
+        model: Decoder,
+        cache: KvCache,
+        block_size: int,
+        max_slots: int,
+        max_length: int,
+        device: torch.device,
+        grammars: GrammarCompiler,
     ) -> None:
         self._model = model
         self._cache = cache
         self._block_size = block_size
         self._device = device
         self._sampler = Sampler(max_slots)
+        self._grammars = GrammarMasks(grammars)
         self._tokens = np.zeros((max_slots, max_length), dtype=np.int32)
         self._block_table = np.zeros((max_slots, -(-max_length // block_size)), dtype=np.int32)
         self._prompt_length = np.zeros(max_slots, dtype=np.int32)
@@ -79,6 +90,7 @@ class ModelExecutor:
     def close(self) -> None:
         """Let the thread end after the step it is at. Not waited for: after a time-out that step may never end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
@@ -89,9 +101,11 @@ class ModelExecutor:
             self._admit(admitted)
         self._block_table[plan.block_slots, plan.block_indices] = plan.block_ids
         rows = _lay_out(plan)
+        # Before the model runs, so that the two go on side by side.
+        masks = self._begin_masks(plan)
         hidden_TH = self._forward(plan, rows)
         prompt_logprobs = self._score_prompts(plan, rows, hidden_TH)
-        drawn = self._sample(plan, rows, hidden_TH)
+        drawn = self._sample(plan, rows, hidden_TH, masks)
         return StepResult(
             step=plan.step,
             token_ids=drawn.token_ids,
@@ -99,6 +113,7 @@ class ModelExecutor:
             logprobs=drawn.logprobs,
             prompt_logprobs=prompt_logprobs,
             invalid_rows=drawn.invalid_rows,
+            grammar_rows=drawn.grammar_rows,
         )
 
     def _admit(self, admitted: AdmittedSequence) -> None:
@@ -107,6 +122,7 @@ class ModelExecutor:
         self._block_table[slot, : len(admitted.block_ids)] = admitted.block_ids
         self._prompt_length[slot] = admitted.prompt_length
         self._sampler.admit(admitted)
+        self._grammars.admit(admitted)
         self._prompt_logprobs.pop(slot, None)
         if admitted.wants_prompt_logprobs and admitted.params.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = admitted.params.prompt_logprobs
@@ -125,7 +141,14 @@ class ModelExecutor:
         )
         return self._model.forward(batch, self._cache)
 
-    def _sample(self, plan: StepPlan, rows: _Rows, hidden_TH: torch.Tensor) -> SampledRows:
+    def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:
+        drawing = plan.samples
+        positions = (plan.starts + plan.counts)[drawing].astype(np.int64)
+        return self._grammars.begin(plan.slots[drawing], positions, self._tokens)
+
+    def _sample(
+        self, plan: StepPlan, rows: _Rows, hidden_TH: torch.Tensor, masks: Future[TokenMasks] | None
+    ) -> SampledRows:
         """Draw for the rows that are due; the answer counts rows as the plan does."""
         tokens = np.full(len(plan.slots), -1, dtype=np.int32)
         drawing = np.flatnonzero(plan.samples)
@@ -135,7 +158,9 @@ class ModelExecutor:
         slots = plan.slots[drawing]
         positions = (plan.starts + plan.counts)[drawing]
         logits_RV = self._model.logits(hidden_TH.index_select(0, last))
-        sampled = self._sampler.sample(logits_RV, slots, positions.astype(np.int64), self._tokens)
+        # The step's own deadline bounds the wait.
+        allowed = None if masks is None else masks.result()
+        sampled = self._sampler.sample(logits_RV, slots, positions.astype(np.int64), self._tokens, allowed)
         tokens[drawing] = sampled.token_ids
         # The very last token of a sequence at the model's limit has no place in the table, and needs none.
         fits = positions < self._tokens.shape[1]
@@ -144,6 +169,7 @@ class ModelExecutor:
             token_ids=tokens,
             logprobs={int(drawing[index]): entry for index, entry in sampled.logprobs.items()},
             invalid_rows=tuple(int(drawing[index]) for index in sampled.invalid_rows),
+            grammar_rows=tuple(int(drawing[index]) for index in sampled.grammar_rows),
         )
 
     def _score_prompts(

@@ -25,6 +25,7 @@ from ..models.kv_cache import KvCache
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from .executor import ModelExecutor
+from .grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchedEngine:
-    """A running engine with what its front end has to know about the model."""
+    """A running engine with what its front end has to know about the model.
+
+    ``eos_token_ids``: the generation config's, or else the model config's. ``grammars``: where a constraint has to be
+    compiled before a request that has it is submitted.
+    """
 
     engine: Engine
     spec: ModelSpec
@@ -42,11 +47,8 @@ class LaunchedEngine:
     config: SchedulerConfig
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids: the generation config's, or else the model config's."""
-        return self.generation.eos_token_ids or self.spec.eos_token_ids
+    eos_token_ids: tuple[int, ...]
+    grammars: GrammarCompiler
 
 
 def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
@@ -65,6 +67,12 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
     cache = KvCache.allocate(
         spec, num_blocks=cache_size.num_blocks, block_size=options.block_size, dtype=dtype, device=device
     )
+    eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
+    grammars = GrammarCompiler(
+        Path(options.tokenizer or options.model).expanduser() / "tokenizer.json",
+        vocab_size=spec.vocab_size,
+        eos_token_ids=eos_token_ids,
+    )
     executor = ModelExecutor(
         model=model,
         cache=cache,
@@ -72,6 +80,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
         max_slots=options.max_num_seqs,
         max_length=max_model_len,
         device=device,
+        grammars=grammars,
     )
     engine = Engine(
         Scheduler(config, prefix_key=spec.prefix_cache_key),
@@ -80,7 +89,16 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
         ahead=options.async_scheduling,
         step_timeout_s=options.step_timeout_s,
     )
-    return LaunchedEngine(engine=engine, spec=spec, generation=generation, config=config, dtype=dtype, device=device)
+    return LaunchedEngine(
+        engine=engine,
+        spec=spec,
+        generation=generation,
+        config=config,
+        dtype=dtype,
+        device=device,
+        eos_token_ids=eos_token_ids,
+        grammars=grammars,
+    )
 
 
 def model_directory(model: str) -> Path:

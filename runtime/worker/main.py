@@ -32,11 +32,13 @@ from ..rpc.engine_client import EngineFacts
 from ..rpc.in_process import InProcessEngineClient
 from ..rpc.server import EngineServer
 from .driver import DriverLimits, EngineLoop
+from .grammar_gate import ConstraintCompiler
 from .null_engine import NullEngineOptions, launch_null_engine
 
 EXIT_DRAINED, EXIT_STOPPED, EXIT_REFUSED, EXIT_ENGINE_FAILED = 0, 1, 2, 3
 
-_NOT_FOR_A_DRIVER = ("model", "tokenizer", "skip_tokenizer_init")  # text is the gateway's business
+# Text is the gateway's business; the tokenizer's vocabulary is needed where grammars are followed.
+_NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _PARENT_PERIOD_S = 1.0
 _STOP_TIMEOUT_S = 5.0
 _MEET_TIMEOUT_S = 10.0
@@ -55,8 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         _exit_with_parent()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        engine, facts = _launch_null(options) if options.null else _launch(options)
-        loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=DriverLimits(max_sessions=options.max_sessions))
+        engine, facts, compiler = _launch_null(options) if options.null else _launch(options)
+        limits = DriverLimits(max_sessions=options.max_sessions)
+        loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler)
         loop.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             status = runner.run(_serve(loop, options.socket or options.listen, options.drain_timeout))
@@ -123,7 +126,7 @@ async def _first_of(*waits: Any) -> None:
 # ------------------------------------------------------------------ engines
 
 
-def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
+def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts, ConstraintCompiler]:
     # Only here: a driver without a model starts without torch.
     from .launch import launch_engine
 
@@ -139,10 +142,10 @@ def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
         dtype=str(launched.dtype).removeprefix("torch."),
         device=str(launched.device),
     )
-    return launched.engine, facts
+    return launched.engine, facts, launched.grammars
 
 
-def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
+def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts, None]:
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     null = NullEngineOptions(vocab_size=options.null_vocab_size, step_time_s=options.null_step_time, **given)
@@ -156,7 +159,7 @@ def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts]:
         dtype="none",
         device="none",
     )
-    return launch_null_engine(null, clock=monotonic_clock), facts
+    return launch_null_engine(null, clock=monotonic_clock), facts, None
 
 
 # ------------------------------------------------------------------ options

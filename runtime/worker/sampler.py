@@ -22,7 +22,9 @@ from ...kernels.sample import (
     penalize_repetition_,
     token_logprobs,
 )
+from ...kernels.token_mask import keep_allowed_
 from ..messages import AdmittedSequence, Int32Array, TokenLogprobs
+from .grammar_masks import TokenMasks
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
@@ -36,13 +38,14 @@ class SampledRows:
     """What was drawn.
 
     Shapes: token_ids [rows] int32; ``logprobs`` by row, for the rows that ask
-    ``invalid_rows`` had logits with NaN or +inf, or nothing but -inf: their tokens mean nothing, and their requests
-    must fail.
+    ``invalid_rows`` had logits with NaN or +inf, or nothing but -inf, and the grammars of ``grammar_rows`` gave up:
+    their tokens mean nothing, and their requests must fail.
     """
 
     token_ids: Int32Array
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     invalid_rows: tuple[int, ...] = ()
+    grammar_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +125,14 @@ class Sampler:
             self._edits[slot] = edits
 
     def sample(
-        self, logits_RV: Tensor, slots: Int32Array, positions: Int64Array, token_table: Int32Array
+        self,
+        logits_RV: Tensor,
+        slots: Int32Array,
+        positions: Int64Array,
+        token_table: Int32Array,
+        masks: TokenMasks | None = None,
     ) -> SampledRows:
-        """Draw a token for every row. The logits are consumed: rows with penalties are edited in place.
+        """Draw a token for every row. The logits are consumed: rows with penalties or masks are edited in place.
 
         Shapes: logits_RV [rows, vocabulary] float32; slots [rows]; positions [rows], where each new token will stand;
         token_table [slots, max length], each slot's known tokens from position 0
@@ -132,8 +140,13 @@ class Sampler:
         with torch.inference_mode():
             asking = np.flatnonzero(self._logprobs[slots] != _NO_LOGPROBS)
             edited = [row for row, slot in enumerate(slots.tolist()) if slot in self._edits] if self._edits else []
-            raw_NV = _rows_of(logits_RV, asking, copy=bool(edited)) if asking.size else None
+            raw_NV = _rows_of(logits_RV, asking, copy=bool(edited or masks)) if asking.size else None
             self._edit(logits_RV, edited, slots, positions, token_table)
+            if masks is not None:
+                device = logits_RV.device
+                keep_allowed_(
+                    logits_RV, torch.from_numpy(masks.rows).to(device), torch.from_numpy(masks.masks).to(device)
+                )
             settings = DrawSettings(
                 temperatures=self._temperatures[slots],
                 top_ps=self._top_ps[slots],
@@ -153,6 +166,7 @@ class Sampler:
                 token_ids=drawn.token_ids_R.to(torch.int32).cpu().numpy(),
                 logprobs=logprobs,
                 invalid_rows=() if valid.all() else tuple(np.flatnonzero(~valid).tolist()),
+                grammar_rows=() if masks is None else masks.failed_rows,
             )
 
     def _edit(
@@ -211,13 +225,14 @@ def prompt_token_logprobs(logits_NV: Tensor, target_ids_N: NDArray[np.int32], k:
 def _edits_of(admitted: AdmittedSequence) -> _Edits | None:
     params = admitted.params
     repeats = params.repetition_penalty != 1.0
-    ends_late = params.min_tokens > 0 and bool(admitted.stop_ids)
+    # A grammar's own mask minds min_tokens: where the text is complete, its end is all that is left to draw.
+    ends_late = params.min_tokens > 0 and bool(admitted.stop_ids) and params.structured_outputs is None
     if not (repeats or params.frequency_penalty or params.presence_penalty or params.logit_bias or ends_late):
         return None
     prompt = admitted.token_ids[: admitted.prompt_length] if repeats else admitted.token_ids[:0]
     return _Edits(
         prompt_length=admitted.prompt_length,
-        min_tokens=params.min_tokens,
+        min_tokens=params.min_tokens if ends_late else 0,
         repetition=params.repetition_penalty,
         frequency=params.frequency_penalty,
         presence=params.presence_penalty,

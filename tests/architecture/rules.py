@@ -83,6 +83,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/",),
+    "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),
     "grpc_health": ("runtime/rpc/",),
     "grpc_reflection": ("runtime/rpc/",),

@@ -13,6 +13,7 @@ from slipstream.runtime.engine.engine import Engine
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.rpc.engine_client import EngineFacts
 from slipstream.runtime.worker.driver import DriverLimits, EngineLoop
+from slipstream.runtime.worker.grammar_gate import ConstraintCompiler
 from slipstream.tests.fakes.gated_executor import Gate, GatedExecutor, ScoringExecutor
 from slipstream.tests.fakes.oracle_executor import VOCABULARY, OracleExecutor
 
@@ -30,7 +31,12 @@ class EngineBench:
 
 @contextmanager
 def engine_bench(
-    *, ahead: bool = True, gate_open: bool = True, limits: DriverLimits | None = None, **options: Any
+    *,
+    ahead: bool = True,
+    gate_open: bool = True,
+    limits: DriverLimits | None = None,
+    compiler: ConstraintCompiler | None = None,
+    **options: Any,
 ) -> Iterator[EngineBench]:
     """Run a small engine; ``options`` are the scheduler's. At the end all is closed, and every block must be free."""
     values: dict[str, Any] = {
@@ -61,7 +67,7 @@ def engine_bench(
         dtype="none",
         device="none",
     )
-    loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits)
+    loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler)
     loop.start()
     try:
         yield EngineBench(loop=loop, scheduler=scheduler, gate=gate)

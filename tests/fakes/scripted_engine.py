@@ -19,7 +19,7 @@ from slipstream.runtime.rpc.engine_client import (
     RequestEvent,
     SampleEvent,
 )
-from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, Overloaded
+from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, SlipstreamError
 
 
 class ScriptedEngine:
@@ -42,7 +42,7 @@ class ScriptedEngine:
         self.hold.set()
         self.hold_after = 0
         self.fail_after: int | None = None
-        self.overloaded = False
+        self.refusal: SlipstreamError | None = None
         self.finish_reason: FinishReason | None = None
         self.requests: list[EngineRequest] = []
         self.live: set[str] = set()
@@ -54,8 +54,8 @@ class ScriptedEngine:
         return self.facts
 
     async def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncGenerator[RequestEvent]:
-        if self.overloaded:
-            raise Overloaded("the queue is full")
+        if self.refusal is not None:
+            raise self.refusal
         self.requests.append(request)
         self.live.add(request.request_id)
         ended = False

@@ -13,13 +13,22 @@ NASTY: list[Any] = [
     {"0": None}, {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "x"}],
     [{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": "", "content": ""}],
     [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}], "auto", "required", "none",
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}, {"regex": "(a|a)*b"},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"pattern": "^(a|b)*a(a|b){25}$"}}},
+    {"regex": "((a{1,1000}){1,1000}){1,1000}"}, {"regex": "(?=a)b"}, {"grammar": "start: start start | "},
+    {"grammar": "start: s\ns: s s s | \"a\" | "}, {"choice": ["a"] * 1024}, {"json": {"minItems": 10**9}},
+    {"json": {"type": "integer", "multipleOf": 999_999_937}}, {"json_object": True},
+    {"json": {"properties": {f"p{number}": {"type": "string"} for number in range(1500)}}},
+    {"json": {"enum": ["x" * (number % 50) + str(number) for number in range(1500)]}},
 ]  # fmt: skip
+"""The last of these are schemas, expressions and grammars that are hard, or impossible, to compile or to follow."""
 
 FIELDS = [
     "prompt", "messages", "model", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
     "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "echo",
     "stream", "stream_options", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens",
-    "ignore_eos", "tools", "tool_choice", "response_format", "chat_template_kwargs", "priority", "cache_salt", "suffix",
+    "ignore_eos", "tools", "tool_choice", "response_format", "structured_outputs", "chat_template_kwargs",
+    "priority", "cache_salt", "suffix",
     "best_of", "tokens", "add_special_tokens", "skip_special_tokens", "parallel_tool_calls", "nonsense", "user",
     "return_token_ids", "include_stop_str_in_output", "add_generation_prompt", "return_token_strs",
 ]  # fmt: skip

@@ -85,26 +85,17 @@ async def test_calls() -> None:
         assert '"weather"' in prompt
 
 
-@pytest.mark.parametrize(
-    ("choice", "said", "beginning"),
-    [
-        ("required", 'weather", "arguments": {}}\n</tool_call>', '<tool_call>\n{"name": "'),
-        (
-            {"type": "function", "function": {"name": "weather"}},
-            "{}}\n</tool_call>",
-            '<tool_call>\n{"name": "weather", "arguments": ',
-        ),
-    ],
-)
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 @asynchronous
-async def test_a_call_is_forced_by_beginning_it(choice: Any, said: str, beginning: str) -> None:
+async def test_a_call_is_forced_by_a_grammar(choice: Any) -> None:
     async with serving() as setup:
-        setup.say(said)
+        setup.say('<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>')
         answer = await setup.chat(tools=TOOLS, tool_choice=choice)
         (call,) = answer["choices"][0]["message"]["tool_calls"]
         assert call["function"] == {"name": "weather", "arguments": "{}"}
-        prompt = setup.tokenizer.decode(setup.engine.requests[0].prompt_token_ids.tolist())
-        assert prompt.endswith(beginning)
+        assert answer["choices"][0]["finish_reason"] == "tool_calls"
+        constraint = setup.engine.requests[0].params.structured_outputs
+        assert constraint and constraint.grammar and '"weather"' in constraint.grammar
 
 
 @asynchronous

@@ -12,6 +12,7 @@ from slipstream.runtime.gateway.admission import Admission
 from slipstream.runtime.gateway.errors import BusyRefusal, Draining, HttpRefusal
 from slipstream.runtime.gateway.settings import RequestLimits
 from slipstream.runtime.messages import FinishReason
+from slipstream.sdk.errors import Overloaded
 from slipstream.tests.gateway.harness import Setup, asynchronous, parse_events, serving, until
 
 Messages = list[dict[str, Any]]
@@ -101,7 +102,7 @@ async def test_a_full_gateway_says_when_to_come_back() -> None:
 @asynchronous
 async def test_a_full_engine_says_so_before_a_stream_begins() -> None:
     async with serving() as setup:
-        setup.engine.overloaded = True
+        setup.engine.refusal = Overloaded("the queue is full")
         for stream in (False, True):
             answer = await setup.post("/v1/completions", {"prompt": "x", "stream": stream})
             assert answer.status_code == 429 and "retry-after" in answer.headers

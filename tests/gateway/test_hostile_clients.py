@@ -33,6 +33,10 @@ HEAVY: list[bytes] = [
     b'{"prompt": "' + b"\\u0000" * 100_000 + b'"}',
     b'{"prompt": "x", "stop": ["(a+)+$", "' + b"a" * 2000 + b'"]}',
     json.dumps({"prompt": [[1] * 100] * 1000}).encode(),
+    b'{"prompt": "x", "structured_outputs": {"json": ' + b'{"items":' * 900 + b"{}" + b"}" * 900 + b"}}",
+    b'{"prompt": "x", "structured_outputs": {"regex": "' + b"(" * 30_000 + b"a" + b")" * 30_000 + b'"}}',
+    b'{"prompt": "x", "max_tokens": 150, "structured_outputs": {"regex": "(((a{0,99}){0,99}){0,99}b?){0,99}"}}',
+    b'{"prompt": "x", "structured_outputs": {"grammar": "start: ' + b"(" * 30_000 + b'"}}',
     json.dumps({"prompt": "x", "logit_bias": {str(token): 1 for token in range(5000)}}).encode(),
 ]
 

@@ -26,6 +26,8 @@ from slipstream.tests.gateway.hostile import GOOD, hostile
 TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
+SCHEMA = "response_format.json_schema"
+
 COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "prompt"),
     ({"prompt": None}, "prompt"),
@@ -73,7 +75,26 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": "x", "stream": True, "stream_options": {"x": True}}, "stream_options.x"),
     ({"prompt": "x", "stream": "yes"}, "stream"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "json_object", "x": 1}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"x": 1}}}, f"{SCHEMA}.x"),
+    ({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, f"{SCHEMA}.schema"),
+    (
+        {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"x": "y" * 70_000}}}},
+        f"{SCHEMA}.schema",
+    ),
+    ({"prompt": "x", "structured_outputs": {}}, "structured_outputs"),
+    ({"prompt": "x", "structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs"),
+    ({"prompt": "x", "structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+    ({"prompt": "x", "structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"prompt": "x", "structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
+    ({"prompt": "x", "structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    (
+        {"prompt": "x", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    ({"prompt": "x", "guided_regex": "a"}, "guided_regex"),
     ({"prompt": "x", "priority": 2**40}, "priority"),
     ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
 ]
@@ -92,7 +113,25 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({**CHAT, "top_logprobs": 3}, "top_logprobs"),
     ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({**CHAT, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-    ({**CHAT, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({**CHAT, "response_format": {"type": "json_schema", "json_schema": {}}}, f"{SCHEMA}.schema"),
+    ({**CHAT, "tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({**CHAT, "tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools.0.function.strict"),
+    (
+        {
+            **CHAT,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+            "tool_choice": "required",
+        },
+        "tools.0.function.parameters",
+    ),
+    (
+        {
+            **CHAT,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "y" * 70_000}}}],
+            "tool_choice": "required",
+        },
+        "tools",
+    ),
     ({**CHAT, "functions": [{"name": "f"}]}, "functions"),
     ({**CHAT, "tool_choice": "required"}, "tool_choice"),
     ({**CHAT, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),

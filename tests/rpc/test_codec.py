@@ -37,6 +37,7 @@ from slipstream.sdk.errors import (
     SlipstreamError,
 )
 from slipstream.sdk.params import SamplingParams
+from slipstream.sdk.structured import StructuredOutputsParams
 from slipstream.tests.rpc import proto_codegen
 
 INT32 = 2**31 - 1
@@ -65,10 +66,22 @@ def same(one: Any, other: Any) -> bool:
 # ------------------------------------------------------------------ commands
 
 
+constraints = st.builds(
+    lambda fields, packed: StructuredOutputsParams(**fields, disable_any_whitespace=packed),
+    st.fixed_dictionaries({"json": st.dictionaries(texts, texts, max_size=2)})
+    | st.fixed_dictionaries({"choice": st.lists(texts, min_size=1, max_size=3)})
+    | st.fixed_dictionaries({"regex": texts})
+    | st.fixed_dictionaries({"grammar": texts})
+    | st.just({"json_object": True}),
+    st.booleans(),
+)
+
+
 @st.composite
 def params(draw: st.DrawFn) -> SamplingParams:
     max_tokens = draw(st.none() | st.integers(1, INT32))
     number = st.floats
+    constraint = draw(st.none() | constraints)
     return SamplingParams(
         n=draw(st.integers(1, 128)),
         presence_penalty=draw(number(-2, 2)),
@@ -80,7 +93,8 @@ def params(draw: st.DrawFn) -> SamplingParams:
         min_p=draw(number(0, 1)),
         stop=tuple(draw(st.lists(texts, max_size=3))),
         stop_token_ids=tuple(draw(st.lists(tokens, max_size=3))),
-        ignore_eos=draw(st.booleans()),
+        ignore_eos=constraint is None and draw(st.booleans()),
+        structured_outputs=constraint,
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, max_tokens or INT32)),
         logprobs=draw(st.none() | st.integers(0, 64)),
@@ -204,6 +218,25 @@ def test_wrong_parameters_name_the_field(field: str, changes: dict[str, Any]) ->
     with pytest.raises(codec.BadSubmit) as caught:
         codec.decode_command(message.SerializeToString())
     assert (caught.value.field, caught.value.key) == (field, 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "constraint"),
+    [
+        ("", pb.StructuredOutputs()),
+        ("", pb.StructuredOutputs(json_object=False)),
+        (".json", pb.StructuredOutputs(json="{")),
+        (".choice", pb.StructuredOutputs(choice=pb.Choices())),
+        (".choice", pb.StructuredOutputs(choice=pb.Choices(texts=2000 * ["a"]))),
+        (".regex", pb.StructuredOutputs(regex=100_000 * "a")),
+    ],
+)
+def test_wrong_constraints_name_the_field(field: str, constraint: pb.StructuredOutputs) -> None:
+    message = wire_submit()
+    message.submit.params.structured_outputs.CopyFrom(constraint)
+    with pytest.raises(codec.BadSubmit) as caught:
+        codec.decode_command(message.SerializeToString())
+    assert caught.value.field == f"structured_outputs{field}"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream import InvalidRequest, SamplingParams
+from slipstream import InvalidRequest, SamplingParams, StructuredOutputsParams
 from slipstream.sdk import params as limits
 
 # The frozen options: adding, renaming or dropping a parameter means editing this list, with the reason in the commit.
@@ -39,6 +39,7 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
     "logit_bias": None,
+    "structured_outputs": None,
 }
 
 INT31 = 2**31 - 1
@@ -64,6 +65,7 @@ VALID: dict[str, list[Any]] = {
     "skip_special_tokens": [True, False],
     "include_stop_str_in_output": [True, False],
     "logit_bias": [None, {}, {0: -100}, {INT31: 100.0}, {"7": 1}, dict.fromkeys(range(1024), 0.5)],
+    "structured_outputs": [None, StructuredOutputsParams(json_object=True)],
 }
 
 NOT_NUMBERS = [None, "1", True, False, [1], math.nan, math.inf, -math.inf, 10**400, -(10**400), 1j]
@@ -95,6 +97,7 @@ INVALID: dict[str, list[Any]] = {
         {"9" * 5000: 0.0}, {1.0: 0.0}, {True: 0.0}, {None: 0.0}, {1: 100.1}, {1: -100.1}, {1: math.nan}, {1: "1"},
         {1: None}, {1: True}, {1: 10**400}, dict.fromkeys(range(1025), 0.5),
     ],
+    "structured_outputs": [{}, "json", True, 0, {"json_object": True}],
 }  # fmt: skip
 
 

@@ -23,6 +23,13 @@ def _add_tokens(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token that must be there."""
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, token
+    return int(token_id)
+
+
 @cache
 def byte_level() -> Tokenizer:
     """GPT-2, Llama 3, Qwen: bytes as printable characters."""
