@@ -102,7 +102,8 @@ def timings(answers: Sequence[Answer]) -> Table:
             _rate(record.tokens, record.end_s - record.due_s),
             record.error or answer.finish_reason or "-",
         )
-    prompt_tokens, tokens = (sum(record.prompt_tokens or 0 for record in records), sum(each.tokens for each in records))
+    prompt_tokens = sum(record.prompt_tokens or 0 for record in records)
+    tokens = sum(record.tokens for record in records)
     duration_s = max(record.end_s for record in records) - min(record.due_s for record in records)
     table.add_section()
     table.add_row("all", f"{prompt_tokens}", f"{tokens}", "", "", _rate(tokens, duration_s), f"{duration_s:.2f} s")

@@ -82,6 +82,8 @@ def test_a_server_that_ends_by_itself_is_named(fails: bool) -> None:
 
 @pytest.mark.parametrize(("number", "statuses"), [(signal.SIGINT, {1, 130}), (signal.SIGTERM, {143})])
 def test_a_demo_that_is_stopped_leaves_no_server(number: int, statuses: set[int]) -> None:
+    # A run in the background may ignore Ctrl-C, and its children with it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-P", "-m", "slipstream.runtime.cli", "demo", "--max-tokens", "1900"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -94,6 +96,7 @@ def test_a_demo_that_is_stopped_leaves_no_server(number: int, statuses: set[int]
             _, said = process.communicate(timeout=PATIENCE_S)
         finally:
             process.kill()
+            signal.signal(signal.SIGINT, before)
     assert process.returncode in statuses, said
     assert "Traceback" not in said
     assert not any(each.is_running() for each in started)
