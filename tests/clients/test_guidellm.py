@@ -51,7 +51,7 @@ def test_a_short_run_counts_as_the_server_does(
             *("--tokenizer", f"kind=huggingface_auto,model={MODEL}"),
             *("--data", f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={OUTPUT_TOKENS}"),
             *("--profile", "kind=constant,rate=4", "--constraint", f"kind=max_requests,count={REQUESTS}"),
-            *("--output", f"kind=json,path={report}", "--output", "kind=console", "--disable-progress"),
+            *("--output", f"kind=json,path={report}", "--disable-progress"),
         ],
         cwd=tmp_path,
         timeout_s=RUN_TIMEOUT_S,
