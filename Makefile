@@ -23,7 +23,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-demo: $(VENV)/.runtime ## answer several prompts at once on the bundled model, streamed to the terminal
+demo: $(VENV)/.runtime ## serve the bundled model, send it several prompts at once, watch the answers grow
 	@$(BIN)/slipstream demo
 
 serve: $(VENV)/.runtime ## serve the bundled model with OpenAI's API; MODEL= names another, SERVE_ARGS= adds options

@@ -23,6 +23,9 @@ Show = Callable[[str], None]
 """Prints a text as it is, without a line end."""
 
 
+_MEET_TIMEOUT_S = 30.0
+
+
 @dataclass(slots=True, kw_only=True)
 class Conversation:
     """What has been said so far, to one model."""
@@ -67,7 +70,7 @@ def run_chat(
     with asyncio.Runner() as runner:
         client = ApiClient(base_url, api_key=key)
         try:
-            chosen = model or runner.run(client.first_model())
+            chosen = model or runner.run(_first_model(client))
             show(f"{chosen} at {client.url}. /reset starts anew, /exit ends, Ctrl-C stops an answer.\n")
             conversation = Conversation(client=client, model=chosen, options=options, system=system)
             while (text := read()) is not None and text.strip() != "/exit":
@@ -78,6 +81,20 @@ def run_chat(
                     _answer(runner, conversation, text, show)
         finally:
             runner.run(client.close())
+
+
+async def _first_model(client: ApiClient) -> str:
+    """Return the first model that the server offers. Raises: ApiError, with what to do when nobody answers."""
+    try:
+        async with asyncio.timeout(_MEET_TIMEOUT_S):
+            return await client.first_model()
+    except TimeoutError as error:
+        raise ApiError("deadline", f"{client.url} did not say what it serves within {_MEET_TIMEOUT_S:g} s") from error
+    except ApiError as error:
+        if error.kind != "no connection":
+            raise
+        hint = "no server runs there; `slipstream chat MODEL` starts one, `slipstream serve MODEL` one that stays"
+        raise ApiError(error.kind, f"{error.problem} ({hint})") from error
 
 
 def _answer(runner: asyncio.Runner, conversation: Conversation, text: str, show: Show) -> None:

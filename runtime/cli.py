@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from ..sdk.errors import InvalidRequest, SlipstreamError
-from ..sdk.params import SamplingParams
+from ..sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..sdk.results import RequestOutput
-
-if TYPE_CHECKING:
-    from .llm import LLM
 
 app = typer.Typer(
     name="slipstream",
@@ -36,6 +33,9 @@ bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
+_DEMO_START_TIMEOUT_S = 120.0
+_CHAT_START_TIMEOUT_S = 1800.0
+_DEFAULT_URL = "http://127.0.0.1:8000"
 
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
@@ -81,6 +81,8 @@ def generate(
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
 ) -> None:
     """Generate text for prompts and print it, streamed when there is one prompt."""
+    from .llm import LLM
+
     texts = _read_prompts(prompt, prompts_file)
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -91,7 +93,7 @@ def generate(
         "block_size": block_size,
         "enable_prefix_caching": enable_prefix_caching,
     }
-    with _open_model(model, options) as llm:
+    with LLM(model, **options) as llm:
         given: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
@@ -180,7 +182,7 @@ def serve(
 
 @bench.command("serve")
 def bench_serve(
-    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = _DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
     num_prompts: Annotated[int, typer.Option(help="requests to send")] = 100,
     max_concurrency: Annotated[
@@ -210,23 +212,46 @@ def bench_serve(
 
 @app.command("chat")
 def chat_with(
-    base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = "http://127.0.0.1:8000",
+    directory: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="directory of a model: chat with a server of its own")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help=f"a server that runs, with or without /v1. Default: {_DEFAULT_URL}")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     max_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 1024,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the server's own")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="a file with the API key")] = None,
 ) -> None:
-    """Chat in the terminal with any server with OpenAI's API. /reset, /exit; Ctrl-C stops an answer."""
+    """Chat in the terminal: with MODEL, served for as long as the chat lasts, or with any server with OpenAI's API.
+
+    /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer.
+    """
     from .chat import run_chat
 
     options: dict[str, Any] = {"max_tokens": max_tokens}
     if temperature is not None:
         options["temperature"] = temperature
-    run_chat(
-        base_url, model=model, api_key_file=api_key_file, system=system, options=options, read=_read_line,
-        show=_show,
-    )  # fmt: skip
+    with _own_or_running(directory, base_url=base_url, model=model, api_key_file=api_key_file) as url:
+        run_chat(
+            url, model=model, api_key_file=api_key_file, system=system, options=options, read=_read_line, show=_show
+        )
+
+
+def _own_or_running(
+    directory: str | None, *, base_url: str | None, model: str | None, api_key_file: Path | None
+) -> AbstractContextManager[str]:
+    """Return a server for a model directory, or the address of one that runs."""
+    if directory is None:
+        return nullcontext(base_url or _DEFAULT_URL)
+    for name, value in (("--base-url", base_url), ("--model", model), ("--api-key-file", api_key_file)):
+        if value is not None:
+            raise ConfigError(name, f"is for a server that runs: leave it out, or MODEL ({directory})")
+    from .local_server import running_server
+
+    typer.echo(f"starting a server for {directory} ...")
+    return running_server(directory, start_timeout_s=_CHAT_START_TIMEOUT_S)
 
 
 def _read_line() -> str | None:
@@ -248,17 +273,14 @@ def demo(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
     seed: Annotated[int, typer.Option(help="makes the sampling repeat")] = 0,
 ) -> None:
-    """Answer several prompts at once on the bundled model, streamed, then show how long things took."""
-    from .demo import run_demo
+    """Start a server for the bundled model, send it several prompts at once and show the answers and what they cost."""
+    from .demo.main import run_demo
+    from .local_server import running_server
 
-    with _open_model(str(model), {"max_num_seqs": 32}) as llm:
-        run_demo(llm, SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=seed))
-
-
-def _open_model(model: str, options: dict[str, Any]) -> LLM:
-    from .llm import LLM
-
-    return LLM(model, **options)
+    typer.echo(f"starting a server for {model} ...")
+    body = {"max_tokens": max_tokens, "temperature": temperature, "top_p": 0.95, "seed": seed}
+    with running_server(str(model), "--max-num-seqs", "32", start_timeout_s=_DEMO_START_TIMEOUT_S) as url:
+        run_demo(url, body)
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:

@@ -17,7 +17,7 @@ from .answer import Call, Streamed, Whole
 from .generation import Piece, PromptRun, run_together
 from .logprobs import ChatLogprobs, chat_logprobs
 from .prompts import check_model, check_sequences, prepare_chat
-from .requests import ChatBody
+from .requests import ChatBody, StreamOptions
 from .response_format import answer_format
 from .responses import LAST_EVENT, ChatChoice, ChatCompletion, ChatMessage, FunctionCall, ToolCall, to_event, usage_of
 from .sampling import chat_params
@@ -143,7 +143,7 @@ class _Writer:
 
     async def events(self, pieces: AsyncGenerator[Piece], output: RequestOutput) -> AsyncGenerator[bytes]:
         """Write the answer as a stream: for each sample its role, then what pieces add, then why it ended."""
-        include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        options = self._body.stream_options or StreamOptions()
         begun: set[int] = set()
         async with aclosing(pieces):
             async for piece in pieces:
@@ -154,10 +154,10 @@ class _Writer:
                 if (choice := self._piece(piece, delta)) is None:
                     continue
                 event: ChatCompletion = {**self._envelope, "choices": [choice]}
-                if include_usage:
-                    event["usage"] = None
+                if options.include_usage:
+                    event["usage"] = usage_of([output]) if options.continuous_usage_stats else None
                 yield to_event(event)
-        if include_usage:
+        if options.include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": usage_of([output])})
         yield LAST_EVENT
 

@@ -19,7 +19,7 @@ from .generation import Piece, PromptRun, run_together
 from .logprobs import CompletionLogprobs, Entry, completion_logprobs
 from .prompts import check_model, check_sequences, prepare, split_prompts
 from .replica import ServedModel
-from .requests import CompletionBody
+from .requests import CompletionBody, StreamOptions
 from .response_format import answer_format
 from .responses import LAST_EVENT, Completion, CompletionChoice, Usage, to_event, usage_of
 from .sampling import completion_params
@@ -97,7 +97,7 @@ class _Writer:
 
     async def events(self, pieces: AsyncGenerator[Piece], outputs: list[RequestOutput]) -> AsyncGenerator[bytes]:
         """Write the answer as a stream."""
-        include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        options = self._body.stream_options or StreamOptions()
         seen: set[tuple[int, int]] = set()
         async with aclosing(pieces):
             async for piece in pieces:
@@ -113,10 +113,10 @@ class _Writer:
                 ):
                     continue
                 event: Completion = {**self._envelope, "choices": [choice]}
-                if include_usage:
-                    event["usage"] = None
+                if options.include_usage:
+                    event["usage"] = self._usage(outputs) if options.continuous_usage_stats else None
                 yield to_event(event)
-        if include_usage:
+        if options.include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": self._usage(outputs)})
         yield LAST_EVENT
 

@@ -118,6 +118,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="with include_usage: every event, not only the last, has the usage so far"
+    )
     include_obfuscation: bool | None = Field(default=None, description="accepted; nothing is added to streams")
 
 

@@ -41,6 +41,18 @@ class RequestRecord:
         """Tokens of the answer; the number of pieces where the server does not count."""
         return len(self.pieces_s) if self.output_tokens is None else self.output_tokens
 
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first token, None before one came."""
+        return self.pieces_s[0] - self.due_s if self.pieces_s else None
+
+    @property
+    def per_token_s(self) -> float | None:
+        """Time after the first text, per token but the first; None where there is no second token."""
+        if not self.pieces_s or self.tokens < 2:
+            return None
+        return (self.pieces_s[-1] - self.pieces_s[0]) / (self.tokens - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
@@ -117,14 +129,10 @@ def summarize(records: Sequence[RequestRecord], *, start_s: float, end_s: float)
         output_tokens=tokens,
         requests_per_s=len(whole) / duration_s,
         output_tokens_per_s=tokens / duration_s,
-        first_token=distribution(record.pieces_s[0] - record.due_s for record in whole if record.pieces_s),
+        first_token=distribution(record.ttft_s for record in whole if record.ttft_s is not None),
         between_tokens=distribution(
             later - earlier for record in whole for earlier, later in pairwise(record.pieces_s)
         ),
-        per_token=distribution(
-            (record.pieces_s[-1] - record.pieces_s[0]) / (record.tokens - 1)
-            for record in whole
-            if record.pieces_s and record.tokens > 1
-        ),
+        per_token=distribution(record.per_token_s for record in whole if record.per_token_s is not None),
         end_to_end=distribution(record.end_s - record.due_s for record in whole),
     )

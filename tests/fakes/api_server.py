@@ -44,7 +44,13 @@ class ApiServer:
         self.most_at_once = 0
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection: one request."""
+        """Serve one connection: one request. It is closed also when the loop ends in the middle of it."""
+        try:
+            await self._serve(reader, writer)
+        finally:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
         content = await reader.readexactly(int(headers.get("content-length", 0)))
@@ -64,7 +70,6 @@ class ApiServer:
             else:
                 words = len(body["prompt"].split())
                 writer.write(whole(200, {"usage": {"prompt_tokens": 2 * words, "completion_tokens": 1}}))
-        writer.close()
 
 
 @asynccontextmanager

@@ -56,6 +56,16 @@ async def test_a_stream_is_the_whole_in_pieces(name: str, tokens_per_event: int)
 
 
 @asynchronous
+async def test_a_stream_can_say_all_along_what_it_has_cost() -> None:
+    async with serving() as setup:
+        setup.say("Hello quick brown fox")
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *events, last = await setup.stream("/v1/chat/completions", messages=MESSAGES, stream_options=options)
+        counts = [event["usage"]["completion_tokens"] for event in events]
+        assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == last["usage"]["completion_tokens"]
+
+
+@asynchronous
 async def test_the_answer() -> None:
     async with serving() as setup:
         setup.say("Hello fox")

@@ -73,6 +73,21 @@ async def test_a_stream_is_the_whole_in_pieces(name: str, tokens_per_event: int)
 
 
 @asynchronous
+async def test_a_stream_can_say_all_along_what_it_has_cost() -> None:
+    body = {"prompt": "one two three", "max_tokens": 8, "return_token_ids": True}
+    async with serving() as setup:
+        setup.say(TEXT)
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *pieces, last = await setup.stream("/v1/completions", **body, stream_options=options)
+        counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+        assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == last["usage"]["completion_tokens"] == 8
+        assert {piece["usage"]["prompt_tokens"] for piece in pieces} == {last["usage"]["prompt_tokens"]}
+        # As at vLLM, it adds to include_usage and is nothing without it.
+        alone = await setup.stream("/v1/completions", **body, stream_options={"continuous_usage_stats": True})
+        assert not any("usage" in piece for piece in alone)
+
+
+@asynchronous
 async def test_the_answer() -> None:
     async with serving() as setup:
         ids = setup.say(TEXT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from slipstream import __version__
+from slipstream import LLM, SamplingParams, __version__
 from slipstream.runtime.cli import app, main
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
@@ -120,6 +121,8 @@ def test_generate_as_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["generate", DEMO_MODEL, "-p", "x", "--dtype", "int3"], "dtype: must be one of"),
         (["generate", DEMO_MODEL, "-p", "x", "--block-size", "0"], "block_size: must be"),
         (["generate", DEMO_MODEL, "--prompts-file", "/no/such/file"], "/no/such/file"),
+        (["chat", DEMO_MODEL, "--base-url", "http://localhost:8000"], "--base-url: is for a server that runs"),
+        (["chat", "--base-url", "http://127.0.0.1:1"], "`slipstream chat MODEL` starts one"),
     ],
 )
 def test_an_error_is_one_clear_line(
@@ -140,3 +143,33 @@ def test_the_demo_shows_every_answer_and_a_table(
     printed = capsys.readouterr().out
     assert all(f"prompt [{place}]" in printed for place in range(1, 7))
     assert "answered together" in printed and "tokens/s" in printed
+    # Six answers, each as long as was asked for, as the server counted them.
+    assert printed.count("length") == 6 and re.search(r"all +│ +81 +│ +48 +│", printed)
+
+
+def test_the_demo_of_a_model_that_cannot_be_served_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["slipstream", "demo", "/no/such/model"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "/no/such/model/tokenizer.json" in printed and "Traceback" not in printed
+
+
+def test_a_chat_with_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = ["Write `add`.", "And `subtract`."]
+    typed = iter([*questions, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    run(monkeypatch, "chat", DEMO_MODEL, "--max-tokens", "12", "--temperature", "0")
+    greeting, shown = capsys.readouterr().out.split("stops an answer.\n")
+    assert f"starting a server for {DEMO_MODEL}" in greeting and "demo_model at http://127.0.0.1:" in greeting
+    messages, expected = [], ""
+    with LLM(DEMO_MODEL) as llm:
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            answer = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=12))[0].outputs[0].text
+            messages.append({"role": "assistant", "content": answer})
+            expected += answer + "\n"
+    assert shown == expected

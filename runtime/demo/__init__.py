@@ -1,0 +1,1 @@
+"""``slipstream demo``: ``asking`` talks to a server, ``screen`` shows it, ``main`` joins them."""
