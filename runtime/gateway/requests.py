@@ -88,7 +88,7 @@ _MESSAGES_SCHEMA = {
         "properties": {
             "role": {"type": "string"},
             "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]},
-            "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+            "tool_calls": {"description": "calls that an assistant has made; the template gets them as they are"},
         },
         "anyOf": [{"required": ["content"]}, {"required": ["tool_calls"]}],
     },

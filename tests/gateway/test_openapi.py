@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
 from slipstream.tests.gateway.harness import parse_events
 from slipstream.tests.gateway.server_process import PATIENCE_S, Server, eventually, make_model, running_server
 
-DRAWN = 100
+DRAWN = 40
 GOOD_REQUEST = {"prompt": "The quick", "max_tokens": 12, "temperature": 0.0}
 POSTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "response_format": None, "stream_options": None},
@@ -58,7 +58,7 @@ CHECKS: list[CheckFunction] = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder: Path = tmp_path_factory.mktemp("openapi")
     # Short answers: nothing here depends on their length, and a drawn request may ask for 128 of them.
-    options = ("--max-num-seqs", "64", "--max-model-len", "64", "--kv-cache-memory-bytes", "16000000")
+    options = ("--max-num-seqs", "64", "--max-model-len", "32", "--kv-cache-memory-bytes", "16000000")
     with running_server(make_model(folder / "tiny"), folder / "server.log", *options) as running:
         yield running
 
@@ -66,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def description(server: Server) -> BaseSchema:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    # Streams are read to their end: 128 samples of 64 tokens are the most there can be.
+    # Streams are read to their end: 128 samples of 32 tokens are the most there can be.
     schema.config.max_stream_events = 10_000
     return schema
 
