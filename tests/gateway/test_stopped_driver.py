@@ -84,11 +84,11 @@ def test_deadlines_answer_while_the_driver_is_stopped(model: Path, tmp_path: Pat
         eventually(lambda: server.metric("slipstream_gateway_in_flight") == len(early), what="all on their way")
         with stopped(driver) as since_s:
             late = [pool.submit(ask, server, {**GOOD_REQUEST, "stream": place % 2 == 0}) for place in range(WHOLE)]
-            is_ready: list[concurrent.futures.Future[bool]] = []
+            waiting: list[concurrent.futures.Future[Any]] = [*early, *late]
 
             def all_answered() -> bool:
                 assert server.http.get("/health", timeout=MARGIN_S).status_code == 200
-                return all(each.done() for each in (*early, *late, *is_ready))
+                return all(each.done() for each in waiting)
 
             eventually(all_answered, within_s=DEADLINE_S + MARGIN_S, what="deadlines while the driver is stopped")
             answers = [each.result() for each in (*early, *late)]
@@ -98,13 +98,14 @@ def test_deadlines_answer_while_the_driver_is_stopped(model: Path, tmp_path: Pat
             assert {each.result().status for each in late} == {504}
             assert server.metric("slipstream_gateway_in_flight") == 0
             if stopped_s:
-                is_ready.append(pool.submit(server.is_ready))
+                is_ready = pool.submit(server.is_ready)
+                waiting.append(is_ready)
                 eventually(
                     lambda: all_answered() and time.monotonic() - since_s >= stopped_s,
                     within_s=READY_TIMEOUT_S + stopped_s + MARGIN_S,
                     what="/ready answers",
                 )
-                assert not is_ready[0].result()
+                assert not is_ready.result()
             assert driver.status() == psutil.STATUS_STOPPED
         eventually(server.is_ready, what="ready again")
         eventually(server.everything_is_free, within_s=10.0, what="all blocks free: the engine heard of every end")
