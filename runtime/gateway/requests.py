@@ -66,8 +66,7 @@ _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         _TOKEN_IDS,
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}, "minItems": 1},
     ],
     "description": "text, token ids, or a list of either",
     "examples": ["def add(a, b):", [5, 6, 7], ["def add(a, b):", "import"], [[5, 6, 7], [8]]],
@@ -119,7 +118,7 @@ _TOOLS_SCHEMA = {
                 "required": ["name"],
                 "properties": {
                     "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
-                    "description": {"type": "string"},
+                    "description": {"description": "what the function does; the template gets it as it is"},
                     "parameters": {"type": ["object", "null"]},
                 },
             },
@@ -271,7 +270,7 @@ class TokenizeBody(_Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Tools | None = None
+    tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
 from slipstream.tests.gateway.harness import parse_events
 from slipstream.tests.gateway.server_process import PATIENCE_S, Server, eventually, make_model, running_server
 
-DRAWN = 40
+DRAWN = 80
 GOOD_REQUEST = {"prompt": "The quick", "max_tokens": 12, "temperature": 0.0}
 POSTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "response_format": None, "stream_options": None},
