@@ -25,7 +25,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(RequestFrame, gateway=gateway)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(HttpRefusal, _http_error)
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = partial(describe, app, gateway.settings.served_model_names)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 

@@ -30,6 +30,7 @@ from ..text.tokenizer import Tokenizer
 from .app import create_app
 from .driver_process import DriverProcess, driver_command
 from .gateway import Gateway, make_gateway
+from .http_protocol import bounded_protocol
 from .logs import log_as_json
 from .replica import Replica
 from .responses import to_json
@@ -197,7 +198,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(gateway: Gateway) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(gateway),
-        http="httptools",
+        http=bounded_protocol(gateway.settings.limits),
         ws="none",
         lifespan="off",
         access_log=False,

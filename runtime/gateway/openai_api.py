@@ -12,7 +12,7 @@ from .chat import chat
 from .completions import complete
 from .errors import HttpRefusal
 from .gateway import Gateway
-from .requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .requests import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from .responses import ChatCompletion, Completion, Detokenized, ModelCard, ModelList, Tokenized
 from .tokens_api import detokenize, tokenize
 
@@ -25,6 +25,9 @@ _WORK: tuple[tuple[str, Work, type[BaseModel], Any], ...] = (
 
 BODIES: dict[str, type[BaseModel]] = {path: body for path, _, body, _ in _WORK}
 """Path → what a client posts there."""
+
+STREAMED: dict[str, Any] = {path: answer for path, _, body, answer in _WORK if issubclass(body, GenerationBody)}
+"""Path → what the events of its streams hold."""
 
 
 def openai_routes(gateway: Gateway) -> APIRouter:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 from .gateway import Gateway
 from .metrics import CONTENT_TYPE
-from .responses import to_json
+from .responses import Health, Ready, to_json
 
 PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -16,18 +17,20 @@ def operations_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
-    async def health() -> dict[str, str]:
+    async def health() -> Health:
         """Say that this process is alive; it says nothing about the engine."""
         return {"status": "alive"}
 
-    @router.get("/ready", responses={503: {"description": "not ready; the body says why"}})
+    not_ready = {"description": "not ready; the body says why", "model": Ready}
+
+    @router.get("/ready", responses={200: {"model": Ready}, 503: not_ready})
     async def ready() -> Response:
         """Say whether a token was generated end to end, a moment ago or now."""
         problem = "the server is stopping" if gateway.admission.draining else await gateway.readiness.problem()
-        status = {"status": "ready"} if problem is None else {"status": "not ready", "problem": problem}
+        status: Ready = {"status": "ready"} if problem is None else {"status": "not ready", "problem": problem}
         return Response(to_json(status), 200 if problem is None else 503, media_type="application/json")
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the metrics in Prometheus' text format."""
         return Response(gateway.metrics.exposition(), headers={"content-type": CONTENT_TYPE})

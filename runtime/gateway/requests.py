@@ -16,6 +16,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ...sdk.errors import InvalidRequest
+from ...sdk.params import (
+    LOGIT_BIAS_LIMIT,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MIN_REPETITION_PENALTY,
+)
 
 _IGNORED = frozenset(
     {
@@ -45,41 +56,112 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 """Field → the values that ask for nothing, besides null."""
 
+MAX_TOP_LOGPROBS = 20
+_LARGEST_INT = 2**31 - 1
+_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": _LARGEST_INT}
+_TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
+
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        _TOKEN_IDS,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}, "minItems": 1},
     ],
     "description": "text, token ids, or a list of either",
+    "examples": ["def add(a, b):", [5, 6, 7], ["def add(a, b):", "import"], [[5, 6, 7], [8]]],
+}
+
+_TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
 }
 
 _MESSAGES_SCHEMA = {
     "type": "array",
+    "minItems": 1,
     "items": {
         "type": "object",
         "required": ["role"],
         "properties": {
             "role": {"type": "string"},
-            "content": {
-                "anyOf": [
-                    {"type": "string"},
-                    {"type": "array", "items": {"type": "object"}},
-                    {"type": "null"},
-                ]
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]},
+            "tool_calls": {"description": "calls that an assistant has made; the template gets them as they are"},
+        },
+        "anyOf": [{"required": ["content"]}, {"required": ["tool_calls"]}],
+    },
+    "examples": [[{"role": "user", "content": "Hello"}]],
+}
+
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_CHARS}
+
+_STOP_SCHEMA = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}
+
+_LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -LOGIT_BIAS_LIMIT, "maximum": LOGIT_BIAS_LIMIT},
+    "maxProperties": MAX_LOGIT_BIAS,
+    "description": "token id → what is added to its logit",
+}
+
+_TOOLS_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                    "description": {"description": "what the function does; the template gets it as it is"},
+                    "parameters": {"type": ["object", "null"]},
+                },
             },
         },
     },
 }
 
+
+def _numbers(low: float, high: float, *, above: bool = False) -> WithJsonSchema:
+    return WithJsonSchema({"type": "number", "exclusiveMinimum" if above else "minimum": low, "maximum": high})
+
+
+def _integers(low: int, high: int) -> WithJsonSchema:
+    return WithJsonSchema({"type": "integer", "minimum": low, "maximum": high})
+
+
 # Checked by hand: a schema's complaint about a million tokens, one by one, would cost more than the request.
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
 Messages = Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)]
+TokenIds = Annotated[Any, WithJsonSchema({"type": "array", "items": _TOKEN_ID, "examples": [[5, 6, 7]]})]
+Tools = Annotated[list[dict[str, Any]], WithJsonSchema(_TOOLS_SCHEMA)]
+
+# What these annotations add is for /openapi.json; the checks are in SamplingParams, for every way in.
+Share = Annotated[float, _numbers(0, 1)]
+ShareAboveZero = Annotated[float, _numbers(0, 1, above=True)]
+Penalty = Annotated[float, _numbers(-2, 2)]
+Count = Annotated[int, _integers(0, _LARGEST_INT)]
+Logprobs = Annotated[int, _integers(0, MAX_LOGPROBS)]
+
+
+def _describe_ignored(schema: dict[str, Any]) -> None:
+    schema["properties"] |= {name: {"description": "accepted; has no effect"} for name in sorted(_IGNORED)}
+
+
+def _describe_either(schema: dict[str, Any]) -> None:
+    _describe_ignored(schema)
+    schema["oneOf"] = [
+        {"required": [given], "properties": {given: {"not": {"type": "null"}}, other: {"type": "null"}}}
+        for given, other in (("prompt", "messages"), ("messages", "prompt"))
+    ]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_describe_ignored)
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> Self:
@@ -124,6 +206,28 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(default=None, description="accepted; nothing is added to streams")
 
 
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
+
+
+_RESPONSE_FORMAT_SCHEMA = {
+    "anyOf": [
+        _object({"type": {"const": "text"}}),
+        _object({"type": {"const": "json_object"}}),
+        _object(
+            {
+                "type": {"const": "json_schema"},
+                "json_schema": _object(
+                    {"schema": {"type": "object", "description": "a JSON schema"}},
+                    {"name": {}, "description": {}, "strict": {}},
+                ),
+            }
+        ),
+    ]
+}
+
+
 class StructuredOutputsBody(BaseModel):
     """vLLM's spelling of what an answer must look like: one of the first five."""
 
@@ -143,24 +247,27 @@ class GenerationBody(_Body):
     model: str | None = Field(default=None, description="a served name; the served model when left out")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    max_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
+    n: Annotated[int, _integers(1, MAX_N)] | None = None
+    temperature: Annotated[float, _numbers(0, 100)] | None = None
+    top_p: ShareAboveZero | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, _integers(-(2**63), 2**64 - 1)] | None = None
+    stop: Annotated[str | list[str], WithJsonSchema(_STOP_SCHEMA)] | None = None
+    max_tokens: Count | None = None
+    logit_bias: Annotated[dict[str, float], WithJsonSchema(_LOGIT_BIAS_SCHEMA)] | None = None
+    response_format: Annotated[dict[str, Any], WithJsonSchema(_RESPONSE_FORMAT_SCHEMA)] | None = None
     structured_outputs: StructuredOutputsBody | None = None
 
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: Annotated[int, _integers(-1, _LARGEST_INT)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, _numbers(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)] | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: (
+        Annotated[list[int], WithJsonSchema({"type": "array", "items": _TOKEN_ID, "maxItems": MAX_STOP_TOKEN_IDS})]
+        | None
+    ) = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = Field(default=None, description="accepted; has no effect")
     include_stop_str_in_output: bool | None = None
@@ -174,8 +281,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     echo: bool | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
 
 
@@ -183,10 +290,10 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: Annotated[int, _integers(0, MAX_TOP_LOGPROBS)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
@@ -195,6 +302,8 @@ class ChatBody(GenerationBody):
 
 class TokenizeBody(_Body):
     """POST /tokenize: a prompt or a chat."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_either)
 
     model: str | None = None
     prompt: str | None = None
@@ -210,5 +319,5 @@ class DetokenizeBody(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
+    tokens: TokenIds
     skip_special_tokens: bool | None = None

@@ -135,6 +135,19 @@ class Detokenized(TypedDict):
     prompt: str
 
 
+class Health(TypedDict):
+    """GET /health."""
+
+    status: Literal["alive"]
+
+
+class Ready(TypedDict):
+    """GET /ready; ``problem`` says what stands in the way."""
+
+    status: Literal["ready", "not ready"]
+    problem: NotRequired[str]
+
+
 def usage_of(outputs: Sequence[RequestOutput], *, without_output: bool = False) -> Usage:
     """Add up what prompts have cost; a prompt counts once, however many samples it has."""
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)

@@ -10,7 +10,7 @@ from typing import Any
 from ...sdk.errors import InvalidRequest
 from ...sdk.params import SamplingParams
 from ..models.generation_defaults import GenerationDefaults
-from .requests import ChatBody, CompletionBody, GenerationBody
+from .requests import MAX_TOP_LOGPROBS, ChatBody, CompletionBody, GenerationBody
 
 _SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -18,7 +18,6 @@ _SAME_NAME = (
     "logit_bias",
 )  # fmt: skip
 
-MAX_TOP_LOGPROBS = 20
 _COMPLETION_MAX_TOKENS = 16
 
 

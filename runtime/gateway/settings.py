@@ -19,18 +19,21 @@ class RequestLimits:
 
     - ``max_concurrent_requests``: prompts on their way at once, over all clients; one more gets 429.
     - ``max_prompts``: prompts in one completion request. ``max_sequences``: its prompts times ``n``.
-    - ``request_timeout_s``: from arrival to last byte; ``body_timeout_s``: until the body has come.
+    - ``request_timeout_s``: from arrival to last byte; ``body_timeout_s``: until the body has come;
+      ``headers_timeout_s``: until a connection's next headers have come, of ``max_headers_bytes`` at most.
 
     Raises: ConfigError, naming the option.
     """
 
     max_concurrent_requests: int = 2048
+    max_headers_bytes: int = 64 << 10
     max_body_bytes: int = 8 << 20
     max_prompts: int = 1024
     max_sequences: int = 1024
     max_messages: int = 4096
     max_tools: int = 128
     request_timeout_s: float = 600.0
+    headers_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

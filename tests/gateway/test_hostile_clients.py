@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from slipstream.tests.gateway.hostile import GOOD, hostile
 from slipstream.tests.gateway.server_process import PATIENCE_S, Server, eventually, make_model, running_server
@@ -31,6 +32,13 @@ HEAVY: list[bytes] = [
     b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
     b'{"prompt": "' + b"a" * 10_000_000 + b'"}',
     b'{"prompt": "' + b"\\u0000" * 100_000 + b'"}',
+    b'{"prompt": "\\ud800", "stop": ["\\udfff"]}',
+    b'{"prompt": "\xed\xa0\x80"}',
+    b'{"prompt": "x", "prompt": "y", "n": 1, "n": 1e400}',
+    b'{"prompt": "x", "repetition_penalty": 5e-324, "temperature": 1e-308, "top_p": 5e-324, "min_p": 5e-324}',
+    b'{"prompt": "x", "logit_bias": {"' + b"9" * 100_000 + b'": 1}}',
+    b'{"' + b"k" * 1_000_000 + b'": 1}',
+    b"{" + b",".join(b'"k%d": 1' % key for key in range(200_000)) + b"}",
     b'{"prompt": "x", "stop": ["(a+)+$", "' + b"a" * 2000 + b'"]}',
     json.dumps({"prompt": [[1] * 100] * 1000}).encode(),
     b'{"prompt": "x", "structured_outputs": {"json": ' + b'{"items":' * 900 + b"{}" + b"}" * 900 + b"}}",
@@ -64,6 +72,7 @@ async def attack(server: Server, seed: int) -> Counter[int]:
         async with asyncio.TaskGroup() as group:
             for _ in range(CLIENTS):
                 group.create_task(work())
+            group.create_task(send_headers_without_end(server))
         over.set()
         assert await good > 10
         for writer in slow:
@@ -99,6 +108,18 @@ async def send_half(server: Server) -> asyncio.StreamWriter:
     writer.write(head.encode() + b'{"prompt": "x", ')
     await writer.drain()
     return writer
+
+
+async def send_headers_without_end(server: Server) -> None:
+    """Send headers until the server hangs up, which it must do long before it has 100 MB of them."""
+    target = urlsplit(server.url)
+    _, writer = await asyncio.open_connection(target.hostname, target.port)
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n")
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            writer.write(b"a: b\r\n" * 16_384)
+            await writer.drain()
+    writer.close()
 
 
 def test_a_thousand_hostile_clients(tmp_path: Path, seed: int) -> None:

@@ -86,7 +86,7 @@ def params(draw: st.DrawFn) -> SamplingParams:
         n=draw(st.integers(1, 128)),
         presence_penalty=draw(number(-2, 2)),
         frequency_penalty=draw(number(-2, 2)),
-        repetition_penalty=draw(number(0, 100, exclude_min=True)),
+        repetition_penalty=draw(number(0.01, 100)),
         temperature=draw(number(0, 100)),
         top_p=draw(number(0, 1, exclude_min=True)),
         top_k=draw(tokens),
