@@ -44,7 +44,7 @@ class _SampleText:
         """Return the text that is final now that another token is known."""
         self._fed += 1
         text = "" if self._detokenizer is None else self._detokenizer.feed(token_id)
-        return self._filter(text)
+        return text if self._matcher is None else self._filter(text)
 
     def finish(self) -> str:
         """Return the text that was held back for tokens that will not come."""
@@ -91,8 +91,8 @@ class RequestCollector:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
         )
 
-    def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None, *, now_s: float) -> StreamOutput:
-        """Take in a sample's next token; the answer says what it added.
+    def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None, *, now_s: float) -> str:
+        """Take in a sample's next token and return the text that it added.
 
         ``found_stop_string`` says afterwards whether the sample ends here and the engine must be told.
         """
@@ -105,7 +105,7 @@ class RequestCollector:
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + float(logprobs.logprobs[0])
         text = "" if self._is_silent_stop(token_id) else self._texts[index].feed(token_id)
         sample.text += text
-        return self._delta(index, text, [token_id])
+        return text
 
     def found_stop_string(self, index: int) -> bool:
         """Return whether one of the stop strings stands in a sample's text."""
@@ -115,8 +115,11 @@ class RequestCollector:
         """Whether a token ends the sample and is left out of its text."""
         return token_id in self._request.stop_ids and not self._request.params.include_stop_str_in_output
 
-    def end(self, index: int, reason: FinishReason, stop_token_id: int | None, *, now_s: float) -> StreamOutput:
-        """Close a sample: flush its text and say why it ended. A stop string that was found goes before all else."""
+    def end(self, index: int, reason: FinishReason, stop_token_id: int | None, *, now_s: float) -> str:
+        """Close a sample: note why it ended, and return the last of its text.
+
+        A stop string that was found goes before all other reasons.
+        """
         sample = self.output.outputs[index]
         text = self._texts[index].finish()
         sample.text += text
@@ -128,7 +131,7 @@ class RequestCollector:
         if all(other.finished for other in self.output.outputs):
             self.output.finished = True
             self.output.metrics = replace(self.output.metrics, finished_time_s=now_s)
-        return self._delta(index, text, [])
+        return text
 
     def add_prompt_logprobs(self, position: int, entries: tuple[TokenLogprobs, ...]) -> None:
         """Take in the log-probabilities of prompt tokens from ``position`` on.
@@ -152,7 +155,8 @@ class RequestCollector:
             preemptions=metrics.preemptions + preemptions,
         )
 
-    def _delta(self, index: int, text: str, token_ids: list[int]) -> StreamOutput:
+    def piece(self, index: int, text: str, token_ids: list[int]) -> StreamOutput:
+        """Return what these new tokens and this new text added to a sample, for whoever streams them."""
         sample = self.output.outputs[index]
         return StreamOutput(
             request_id=self.output.request_id,

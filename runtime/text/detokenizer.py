@@ -18,17 +18,6 @@ from .tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 
 
-def _printable_bytes() -> dict[str, int]:
-    """Return the characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _printable_bytes()
-
-
 class _Strategy(Protocol):
     def feed(self, token_id: int) -> str: ...
 
@@ -39,17 +28,12 @@ class IncrementalDetokenizer:
     """Text of one sequence, token by token."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         byte_level = tokenizer.decoder_kinds == ("ByteLevel",)
-        self._strategy: _Strategy = _ByteLevelText(tokenizer) if byte_level else _WindowText(tokenizer)
+        strategy = _ByteLevelText if byte_level else _WindowText
+        self._strategy: _Strategy = strategy(tokenizer, skip_special_tokens)
 
     def feed(self, token_id: int) -> str:
         """Take the next token and return the text that is final now, often empty."""
-        # tokenizers drops these before it decodes, so to the decoder they never were.
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token)):
-            return ""
         return self._strategy.feed(token_id)
 
     def finish(self) -> str:
@@ -65,17 +49,12 @@ class _ByteLevelText:
     Source: Unicode 15, section 3.9, "U+FFFD substitution of maximal subparts"
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._pieces = tokenizer.byte_pieces(skip_special_tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        try:
-            piece = bytes([_BYTE_OF_CHARACTER[character] for character in token])
-        except KeyError:  # an added token in plain text, taken as it is
-            piece = token.encode()
-        return self._decoder.decode(piece)
+        return self._decoder.decode(self._pieces[token_id])
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -89,8 +68,9 @@ class _WindowText:
     their run: were the run no valid UTF-8, all of its bytes would become replacement characters, good ones too.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._has_byte_tokens = "ByteFallback" in tokenizer.decoder_kinds
         self._may_split_characters = "ByteLevel" in tokenizer.decoder_kinds
         self._context: list[int] = []
@@ -98,8 +78,12 @@ class _WindowText:
         self._pending: list[int] = []
 
     def feed(self, token_id: int) -> str:
+        # tokenizers drops these before it decodes, so to the decoder they never were.
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token)):
+            return ""
         self._pending.append(token_id)
-        if self._has_byte_tokens and _is_byte_token(self._tokenizer.id_to_token(token_id) or ""):
+        if self._has_byte_tokens and _is_byte_token(token):
             return ""
         text = self._decode(self._context + self._pending)
         if self._may_split_characters and text.endswith(_REPLACEMENT):
