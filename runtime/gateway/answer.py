@@ -22,6 +22,7 @@ from ...sdk.errors import DeadlineExceeded, SlipstreamError
 from .admission import Ticket
 from .errors import ErrorAnswer, answer_for
 from .gateway import Gateway
+from .http_protocol import BodyWriter, body_writer
 from .json_body import read_json_object
 from .record import RequestRecord, record_of
 from .responses import to_event, to_json
@@ -104,14 +105,14 @@ class Answer(Response):
         try:
             body = await read_json_object(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
             call = Call(gateway=gateway, record=record, body=body, ticket=ticket)
-            await self._watched(call, request.receive, send)
+            await self._watched(call, request, send)
         finally:
             gateway.admission.leave(ticket, now_s=gateway.clock())
 
-    async def _watched(self, call: Call, receive: Receive, send: Send) -> None:
+    async def _watched(self, call: Call, request: Request, send: Send) -> None:
         """Do the work until it is done, its time is over, or the client has gone away."""
-        work = asyncio.ensure_future(self._reply(call, send))
-        watch = asyncio.ensure_future(_disconnect(receive))
+        work = asyncio.ensure_future(self._reply(call, request.scope, send))
+        watch = asyncio.ensure_future(_disconnect(request.receive))
         try:
             done, _ = await asyncio.wait(
                 (work, watch),
@@ -130,18 +131,24 @@ class Answer(Response):
             # Until the work has let go of everything the request must not count as ended.
             await asyncio.gather(work, watch, return_exceptions=True)
 
-    async def _reply(self, call: Call, send: Send) -> None:
+    async def _reply(self, call: Call, scope: Scope, send: Send) -> None:
         match await self._work(call):
             case Whole(body=body):
                 await self._send_whole(200, to_json(body), {}, send)
             case Streamed(events=events):
                 call.record.stream = True
-                async with aclosing(events):
-                    async for event in events:
-                        if not self._started:
-                            await self._start(200, _EVENTS, send)
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._send_events(events, body_writer(scope), send)
+
+    async def _send_events(self, events: AsyncGenerator[bytes], writer: BodyWriter | None, send: Send) -> None:
+        async with aclosing(events):
+            async for event in events:
+                if not self._started:
+                    await self._start(200, _EVENTS, send)
+                if writer is None:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                elif not writer.write(event):
+                    await writer.drain()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_error(self, answer: ErrorAnswer, send: Send) -> None:
         if not self._started:

@@ -18,7 +18,17 @@ from .generation import Piece, PromptRun, run_together
 from .logprobs import ChatLogprobs, chat_logprobs
 from .prompts import check_model, check_sequences, prepare_chat
 from .requests import ChatBody
-from .responses import LAST_EVENT, ChatChoice, ChatCompletion, ChatMessage, FunctionCall, ToolCall, to_event, usage_of
+from .responses import (
+    LAST_EVENT,
+    ChatChoice,
+    ChatCompletion,
+    ChatMessage,
+    EventTemplate,
+    FunctionCall,
+    ToolCall,
+    to_event,
+    usage_of,
+)
 from .sampling import chat_params
 from .tool_choice import ToolUse, settle_tools
 from .tools import Parsed, ParsedCall
@@ -118,6 +128,8 @@ class _Writer:
             "model": body.model or call.gateway.settings.model_name,
             "choices": [],
         }
+        # Of each sample's events that bring content and nothing else: nearly all of them.
+        self._templates: dict[int, EventTemplate] = {}
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         """Write the answer in one piece."""
@@ -145,6 +157,8 @@ class _Writer:
     async def events(self, pieces: AsyncGenerator[Piece], output: RequestOutput) -> AsyncGenerator[bytes]:
         """Write the answer as a stream: for each sample its role, then what pieces add, then why it ended."""
         include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        if include_usage:
+            self._envelope["usage"] = None
         begun: set[int] = set()
         async with aclosing(pieces):
             async for piece in pieces:
@@ -152,15 +166,23 @@ class _Writer:
                 if piece.sample not in begun:
                     begun.add(piece.sample)
                     delta = {"role": "assistant", "content": ""}
-                if (choice := self._piece(piece, delta)) is None:
-                    continue
-                event: ChatCompletion = {**self._envelope, "choices": [choice]}
-                if include_usage:
-                    event["usage"] = None
-                yield to_event(event)
+                if (choice := self._piece(piece, delta)) is not None:
+                    yield self._event(choice)
         if include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": usage_of([output])})
         yield LAST_EVENT
+
+    def _event(self, choice: ChatChoice) -> bytes:
+        """Write the event of one choice."""
+        content = choice["delta"].get("content")
+        if not content or choice != _only_content(choice["index"], content):
+            return to_event({**self._envelope, "choices": [choice]})
+        index = choice["index"]
+        if index not in self._templates:
+            self._templates[index] = EventTemplate(
+                lambda text: {**self._envelope, "choices": [_only_content(index, text)]}
+            )
+        return self._templates[index].write(content)
 
     def _piece(self, piece: Piece, delta: ChatMessage) -> ChatChoice | None:
         """Write what one piece adds, None when that is nothing."""
@@ -191,3 +213,8 @@ class _Writer:
         if not self._body.logprobs or not tables:
             return None
         return chat_logprobs(list(zip(token_ids, tables, strict=True)), top=self._body.top_logprobs or 0)
+
+
+def _only_content(index: int, content: str) -> ChatChoice:
+    """Write a piece that brings content and nothing else."""
+    return {"index": index, "delta": {"content": content}, "logprobs": None, "finish_reason": None}

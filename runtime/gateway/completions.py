@@ -19,7 +19,7 @@ from .logprobs import CompletionLogprobs, Entry, completion_logprobs
 from .prompts import check_model, check_sequences, prepare, split_prompts
 from .replica import ServedModel
 from .requests import CompletionBody
-from .responses import LAST_EVENT, Completion, CompletionChoice, Usage, to_event, usage_of
+from .responses import LAST_EVENT, Completion, CompletionChoice, EventTemplate, Usage, to_event, usage_of
 from .sampling import completion_params
 
 
@@ -79,6 +79,9 @@ class _Writer:
         }
         # Where the text of each sample's next token begins.
         self._offsets: dict[int, int] = {}
+        # Of each sample's events that bring text and nothing else: nearly all of them.
+        self._templates: dict[int, EventTemplate] = {}
+        self._text_is_all = body.logprobs is None and not body.return_token_ids and not self._only_echo
 
     def whole(self, outputs: list[RequestOutput]) -> Completion:
         """Write the answer in one piece."""
@@ -94,27 +97,34 @@ class _Writer:
     async def events(self, pieces: AsyncGenerator[Piece], outputs: list[RequestOutput]) -> AsyncGenerator[bytes]:
         """Write the answer as a stream."""
         include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
-        seen: set[tuple[int, int]] = set()
+        if include_usage:
+            self._envelope["usage"] = None
+        seen: set[int] = set()
         async with aclosing(pieces):
             async for piece in pieces:
-                key = (piece.prompt, piece.sample)
-                first = key not in seen
-                seen.add(key)
+                index = piece.prompt * self._params.n + piece.sample
+                first = index not in seen
+                if self._text_is_all and not first and piece.finish_reason is None:
+                    if piece.text:
+                        yield self._template(index).write(piece.text)
+                    continue
+                seen.add(index)
                 choice = self._choice(
                     piece.prompt, piece.sample, piece.output, piece.text, piece.token_ids, piece.logprobs, piece,
                     first=first,
                 )  # fmt: skip
-                if not (
-                    first or choice["text"] or choice["logprobs"] or piece.finish_reason or choice.get("token_ids")
-                ):
-                    continue
-                event: Completion = {**self._envelope, "choices": [choice]}
-                if include_usage:
-                    event["usage"] = None
-                yield to_event(event)
+                if first or choice["text"] or choice["logprobs"] or piece.finish_reason or choice.get("token_ids"):
+                    yield to_event({**self._envelope, "choices": [choice]})
         if include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": self._usage(outputs)})
         yield LAST_EVENT
+
+    def _template(self, index: int) -> EventTemplate:
+        if index not in self._templates:
+            self._templates[index] = EventTemplate(
+                lambda text: {**self._envelope, "choices": [_written(index, text, None, None, None)]}
+            )
+        return self._templates[index]
 
     def _usage(self, outputs: list[RequestOutput]) -> Usage:
         return usage_of(outputs, without_output=self._only_echo)
@@ -133,13 +143,9 @@ class _Writer:
             prompt_tables = output.prompt_logprobs or []
             entries = [*zip(output.prompt_token_ids, prompt_tables, strict=bool(prompt_tables)), *entries]
         reason = end.finish_reason
-        choice: CompletionChoice = {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(index, entries),
-            "finish_reason": "length" if self._only_echo and reason else reason,
-            "stop_reason": None if self._only_echo else end.stop_reason,
-        }
+        reason = "length" if self._only_echo and reason else reason
+        stop_reason = None if self._only_echo else end.stop_reason
+        choice = _written(index, text, self._logprobs(index, entries), reason, stop_reason)
         if self._body.return_token_ids:
             choice["token_ids"] = token_ids
             if first:
@@ -158,6 +164,19 @@ class _Writer:
 
     def _decode(self, token_id: int) -> str:
         return self._model.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _written(
+    index: int, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None, stop_reason: int | str | None
+) -> CompletionChoice:
+    """Write what every choice has."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }
 
 
 def _plain_table(table: dict[int, Logprob] | None) -> dict[str, Any] | None:

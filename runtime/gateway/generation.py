@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from ...sdk.errors import EngineError, EngineUnavailable
 from ...sdk.results import CompletionOutput, Logprob, RequestOutput
@@ -25,9 +24,8 @@ from .replica import ServedModel
 _QUEUED_PIECES = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """What one event added to one sample.
+class Piece(NamedTuple):
+    """What one event added to one sample. A tuple: there is one a token, and it is made fast.
 
     ``logprobs`` has a table for each of ``token_ids`` when they were asked for. ``finish_reason`` comes with the last
     piece; ``output`` is the prompt's result so far, and goes on growing.
@@ -113,14 +111,14 @@ class PromptRun:
         text = ""
         for place, token_id in enumerate(event.token_ids):
             logprobs = event.logprobs[place] if event.logprobs else None
-            text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s).text
+            text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s)
             if self._collector.found_stop_string(event.index):
-                text += self._collector.end(event.index, FinishReason.STOP, None, now_s=now_s).text
+                text += self._collector.end(event.index, FinishReason.STOP, None, now_s=now_s)
                 break
         else:
             if event.finish_reason is not None:
                 self._refuse_broken_end(event.finish_reason)
-                text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s).text
+                text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s)
         self._measure(event.index, len(sample.token_ids) - first, now_s)
         return self._piece(event.index, sample, text, first)
 
@@ -149,25 +147,22 @@ class PromptRun:
         metrics = self._gateway.metrics
         last_s = self._last_token_s[index]
         self._last_token_s[index] = now_s
-        if last_s is not None:
-            metrics.inter_token_s.observe(now_s - last_s)
-        elif index == 0:
+        metrics.tokens.add(tokens, None if last_s is None else now_s - last_s)
+        if last_s is None and index == 0:
             ttft_s = now_s - self._record.arrival_s
             metrics.ttft_s.observe(ttft_s)
             if self._record.ttft_s is None:
                 self._record.ttft_s = ttft_s
-        metrics.output_tokens.inc(tokens)
         self._record.output_tokens += tokens
-        self._gateway.readiness.saw_token(self._model)
+        self._gateway.readiness.saw_token(self._model, now_s=now_s)
 
 
-async def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:
+def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:
     """Run prompts side by side and yield their pieces as they come; the first error ends all of them."""
-    if len(runs) == 1:
-        async with aclosing(runs[0].pieces(timeout_s=timeout_s)) as pieces:
-            async for piece in pieces:
-                yield piece
-        return
+    return runs[0].pieces(timeout_s=timeout_s) if len(runs) == 1 else _merged(runs, timeout_s)
+
+
+async def _merged(runs: Sequence[PromptRun], timeout_s: float) -> AsyncGenerator[Piece]:
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(_QUEUED_PIECES)
     # No task group: it must not stay open across a yield. The tasks never outlive this generator all the same.
     tasks = [asyncio.create_task(_pump(run.pieces(timeout_s=timeout_s), queue)) for run in runs]

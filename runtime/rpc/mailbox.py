@@ -30,6 +30,8 @@ class Mailbox:
         self._scores: dict[int, TokenLogprobs] = {}
         self._endings: dict[int, Ending] = {}
         self._error: SlipstreamError | None = None
+        # Kept: asking for it costs a system call.
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
     def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -38,7 +40,10 @@ class Mailbox:
         if index >= len(left) or left[index] <= 0:
             raise EngineUnavailable(f"the replica sent a token too many for sample {index} of {self._name}")
         left[index] -= 1
-        self._tokens.setdefault(index, []).append(token_id)
+        if index in self._tokens:
+            self._tokens[index].append(token_id)
+        else:
+            self._tokens[index] = [token_id]
         if logprobs is not None:
             self._logprobs.setdefault(index, []).append(logprobs)
         self._wake()
@@ -80,19 +85,27 @@ class Mailbox:
                 raise self._error
             if not self.open_samples:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
 
     def _take(self) -> RequestEvent:
+        if self._endings or self._scores or self._logprobs:
+            return self._take_all()
+        # Nearly all events: new tokens and nothing else.
+        tokens, self._tokens = self._tokens, {}
+        samples = [SampleEvent(index, tuple(token_ids)) for index, token_ids in tokens.items()]
+        return RequestEvent(self.request.request_id, tuple(samples))
+
+    def _take_all(self) -> RequestEvent:
         tokens, self._tokens = self._tokens, {}
         logprobs, self._logprobs = self._logprobs, {}
         scores, self._scores = self._scores, {}
         endings, self._endings = self._endings, {}
         samples = []
-        for index in tokens if not endings else sorted({*tokens, *endings}):
+        for index in sorted({*tokens, *endings}):
             ending = endings.get(index)
             samples.append(
                 SampleEvent(

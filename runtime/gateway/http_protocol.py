@@ -1,0 +1,51 @@
+"""uvicorn's HTTP protocol with a short way for streams: from an event to its socket without the layers between.
+
+A piece of a stream goes through every middleware's ``send`` otherwise, one coroutine each, and none of them does
+anything with it. Owns the ``BodyWriter`` that an answer finds in its scope; where another server runs the application,
+there is none and pieces go the long way.
+"""
+
+from __future__ import annotations
+
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+_SCOPE_KEY = "slipstream.body_writer"
+
+
+class BodyWriter:
+    """Writes pieces of one answer's body, between its start and its last piece, which both go through ``send``.
+
+    The answer must have no ``content-length``: each piece is written as a chunk of its own (RFC 9112, section 7.1).
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def write(self, piece: bytes) -> bool:
+        """Write a piece; return whether the client keeps up: if not, ``drain`` before the next one."""
+        cycle = self._cycle
+        if not cycle.disconnected:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return not cycle.flow.write_paused
+
+    async def drain(self) -> None:
+        """Wait until the client has read enough of what was written, or has gone away."""
+        if not self._cycle.disconnected:
+            await self._cycle.flow.drain()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol on httptools; leaves a ``BodyWriter`` in each request's scope."""
+
+    def on_headers_complete(self) -> None:
+        """Start a request. Its task has been made, and runs after this."""
+        super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope["extensions"] = {_SCOPE_KEY: BodyWriter(self.cycle)}  # type: ignore[dict-item]
+
+
+def body_writer(scope: Scope) -> BodyWriter | None:
+    """Return the writer of the answer to the request of a scope, None when another server runs it."""
+    writer: BodyWriter | None = scope.get("extensions", {}).get(_SCOPE_KEY)
+    return writer
