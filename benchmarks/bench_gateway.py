@@ -7,11 +7,11 @@ of its own and follows a short unmeasured round.
   answer read, against the limit of 15,000. Tokens per event says whether the gateway kept up with one event a token.
 - latency: the engine steps at a fixed pace, and offers the very 15,000 tokens/s of the limit. All streams start at
   once, so that every step brings a token for every stream at the same moment: the hardest case, in which the last of
-  them waits for the work on all the others. A token's added latency is the time from the end of its step to when it was
-  read here: the driver's work after the step, the engine protocol, the gateway, the socket and this client. Steps end at
-  whole multiples of the step time on the clock that both processes read. A stream's tokens are counted from its fastest
-  one; when the driver misses a step, all that comes later counts as late, so that the figure is too high rather than
-  too low.
+  them waits for the work on all the others. A token's added latency is the time from the end of its step to when it
+  was read here: the driver's work after the step, the engine protocol, the gateway, the socket and this client. Steps
+  end at whole multiples of the step time on the clock that both processes read. A stream's tokens are counted from its
+  fastest one; when the driver misses a step, all that comes later counts as late, so that the figure is too high rather
+  than too low.
 - held (``--hold SECONDS``): the same pace, but streams of mixed lengths, each followed by a new request when it ends.
   The gateway's resident memory every ten seconds, and the same latency.
 

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...sdk.errors import DeadlineExceeded, SlipstreamError
 from .admission import Ticket
+from .direct_line import DirectLine
 from .errors import ErrorAnswer, answer_for
 from .gateway import Gateway
 from .http_protocol import BodyWriter, body_writer
@@ -48,9 +49,10 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streamed:
-    """An answer as server-sent events, each ready to be sent."""
+    """An answer as server-sent events, each ready to be sent; those that go over ``line`` are not among them."""
 
     events: AsyncGenerator[bytes]
+    line: DirectLine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,19 +137,22 @@ class Answer(Response):
         match await self._work(call):
             case Whole(body=body):
                 await self._send_whole(200, to_json(body), {}, send)
-            case Streamed(events=events):
+            case Streamed() as streamed:
                 call.record.stream = True
-                await self._send_events(events, body_writer(scope), send)
+                await self._send_events(streamed, body_writer(scope), send)
 
-    async def _send_events(self, events: AsyncGenerator[bytes], writer: BodyWriter | None, send: Send) -> None:
-        async with aclosing(events):
+    async def _send_events(self, streamed: Streamed, writer: BodyWriter | None, send: Send) -> None:
+        async with aclosing(streamed.events) as events:
             async for event in events:
                 if not self._started:
                     await self._start(200, _EVENTS, send)
+                    if writer is not None:
+                        streamed.line.connect(writer)
                 if writer is None:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-                elif not writer.write(event):
+                else:
                     await writer.drain()
+                    writer.write(event)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_error(self, answer: ErrorAnswer, send: Send) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from ...sdk.errors import InvalidRequest
 from ...sdk.results import Logprob, RequestOutput
 from .answer import Call, Streamed, Whole
+from .direct_line import DirectLine
 from .generation import Piece, PromptRun, run_together
 from .logprobs import ChatLogprobs, chat_logprobs
 from .prompts import check_model, check_sequences, prepare_chat
@@ -61,11 +62,12 @@ async def chat(call: Call) -> Whole | Streamed:
     request = model.factory.make(
         f"{answer_id}-0", prepared, params, arrival_time_s=call.record.arrival_s, priority=body.priority or 0
     )
-    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text)
-    writer = _Writer(call, body, answer_id, params.n, tools)
+    line = DirectLine()
+    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text, line=line)
+    writer = _Writer(call, body, answer_id, params.n, tools, line)
     pieces = run_together([run], timeout_s=call.time_left_s)
     if body.stream:
-        return Streamed(events=writer.events(pieces, run.output))
+        return Streamed(events=writer.events(pieces, run.output), line=line)
     async with aclosing(pieces):
         async for piece in pieces:
             writer.samples[piece.sample].take(piece)
@@ -118,7 +120,7 @@ class _Sample:
 class _Writer:
     """Writes the answer to one request."""
 
-    def __init__(self, call: Call, body: ChatBody, answer_id: str, n: int, tools: ToolUse) -> None:
+    def __init__(self, call: Call, body: ChatBody, answer_id: str, n: int, tools: ToolUse, line: DirectLine) -> None:
         self._body = body
         self.samples = [_Sample(tools) for _ in range(n)]
         self._envelope: ChatCompletion = {
@@ -128,8 +130,9 @@ class _Writer:
             "model": body.model or call.gateway.settings.model_name,
             "choices": [],
         }
-        # Of each sample's events that bring content and nothing else: nearly all of them.
-        self._templates: dict[int, EventTemplate] = {}
+        self._line = line
+        # Whether all that comes between the first piece and the last is content.
+        self._content_is_all = tools.make_parser is None and not body.logprobs and not body.return_token_ids
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         """Write the answer in one piece."""
@@ -166,23 +169,16 @@ class _Writer:
                 if piece.sample not in begun:
                     begun.add(piece.sample)
                     delta = {"role": "assistant", "content": ""}
+                    if self._content_is_all:
+                        self._line.open(piece.sample, self._template(piece.sample))
                 if (choice := self._piece(piece, delta)) is not None:
-                    yield self._event(choice)
+                    yield to_event({**self._envelope, "choices": [choice]})
         if include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": usage_of([output])})
         yield LAST_EVENT
 
-    def _event(self, choice: ChatChoice) -> bytes:
-        """Write the event of one choice."""
-        content = choice["delta"].get("content")
-        if not content or choice != _only_content(choice["index"], content):
-            return to_event({**self._envelope, "choices": [choice]})
-        index = choice["index"]
-        if index not in self._templates:
-            self._templates[index] = EventTemplate(
-                lambda text: {**self._envelope, "choices": [_only_content(index, text)]}
-            )
-        return self._templates[index].write(content)
+    def _template(self, sample: int) -> EventTemplate:
+        return EventTemplate(lambda text: {**self._envelope, "choices": [_only_content(sample, text)]})
 
     def _piece(self, piece: Piece, delta: ChatMessage) -> ChatChoice | None:
         """Write what one piece adds, None when that is nothing."""

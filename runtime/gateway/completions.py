@@ -14,6 +14,7 @@ from typing import Any
 from ...sdk.params import SamplingParams
 from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from .answer import Call, Streamed, Whole
+from .direct_line import DirectLine
 from .generation import Piece, PromptRun, run_together
 from .logprobs import CompletionLogprobs, Entry, completion_logprobs
 from .prompts import check_model, check_sequences, prepare, split_prompts
@@ -33,6 +34,7 @@ async def complete(call: Call) -> Whole | Streamed:
     call.gateway.admission.grow(call.ticket, len(prompts))
     model = call.gateway.replica.current()
     answer_id = call.record.answer_id = f"cmpl-{secrets.token_hex(16)}"
+    line = DirectLine()
     runs, texts = [], []
     for index, prompt in enumerate(prompts):
         prepared = await prepare(
@@ -44,14 +46,25 @@ async def complete(call: Call) -> Whole | Streamed:
         text = prompt if isinstance(prompt, str) else None
         if body.echo and text is None:
             text = model.tokenizer.decode(prepared.token_ids.tolist(), skip_special_tokens=True)
-        runs.append(PromptRun(call.gateway, model, request, call.record, index=index, text=text))
+        # Several prompts have one queue before their client, which a direct line would overtake.
+        runs.append(
+            PromptRun(
+                call.gateway,
+                model,
+                request,
+                call.record,
+                index=index,
+                text=text,
+                line=line if len(prompts) == 1 else None,
+            )
+        )
         texts.append(text or "")
         call.record.prompt_tokens += len(prepared.token_ids)
-    writer = _Writer(call, model, body, params, answer_id, texts)
+    writer = _Writer(call, model, body, params, answer_id, texts, line)
     pieces = run_together(runs, timeout_s=call.time_left_s)
     outputs = [run.output for run in runs]
     if body.stream:
-        return Streamed(events=writer.events(pieces, outputs))
+        return Streamed(events=writer.events(pieces, outputs), line=line)
     async with aclosing(pieces):
         async for _ in pieces:
             pass
@@ -63,7 +76,7 @@ class _Writer:
 
     def __init__(
         self, call: Call, model: ServedModel, body: CompletionBody, params: SamplingParams, answer_id: str,
-        texts: list[str],
+        texts: list[str], line: DirectLine,
     ) -> None:  # fmt: skip
         self._model = model
         self._body = body
@@ -79,8 +92,8 @@ class _Writer:
         }
         # Where the text of each sample's next token begins.
         self._offsets: dict[int, int] = {}
-        # Of each sample's events that bring text and nothing else: nearly all of them.
-        self._templates: dict[int, EventTemplate] = {}
+        self._line = line
+        # Whether all that comes between the first piece and the last is text.
         self._text_is_all = body.logprobs is None and not body.return_token_ids and not self._only_echo
 
     def whole(self, outputs: list[RequestOutput]) -> Completion:
@@ -103,11 +116,8 @@ class _Writer:
         async with aclosing(pieces):
             async for piece in pieces:
                 index = piece.prompt * self._params.n + piece.sample
-                first = index not in seen
-                if self._text_is_all and not first and piece.finish_reason is None:
-                    if piece.text:
-                        yield self._template(index).write(piece.text)
-                    continue
+                if (first := index not in seen) and self._text_is_all:
+                    self._line.open(index, self._template(index))
                 seen.add(index)
                 choice = self._choice(
                     piece.prompt, piece.sample, piece.output, piece.text, piece.token_ids, piece.logprobs, piece,
@@ -120,11 +130,7 @@ class _Writer:
         yield LAST_EVENT
 
     def _template(self, index: int) -> EventTemplate:
-        if index not in self._templates:
-            self._templates[index] = EventTemplate(
-                lambda text: {**self._envelope, "choices": [_written(index, text, None, None, None)]}
-            )
-        return self._templates[index]
+        return EventTemplate(lambda text: {**self._envelope, "choices": [_written(index, text, None, None, None)]})
 
     def _usage(self, outputs: list[RequestOutput]) -> Usage:
         return usage_of(outputs, without_output=self._only_echo)

@@ -1,7 +1,8 @@
 """Prompts on their way through the engine: events in, pieces of text out.
 
 Owns what happens to a prompt between admission and answer: its collector, its stop strings, its share of the metrics,
-its end. Leaving a generation early aborts it at the engine. It must not know how answers are written.
+its end. Leaving a generation early aborts it at the engine. It must not know how answers are written; what brings text
+and nothing else it sends over the stream's direct line where that is open, and there is no piece of it then.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from ..collector import RequestCollector
 from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent
+from .direct_line import DirectLine
 from .errors import Draining
 from .gateway import Gateway
 from .record import RequestRecord
@@ -53,12 +55,15 @@ class PromptRun:
         *,
         index: int,
         text: str | None,
+        line: DirectLine | None = None,
     ) -> None:
         self._gateway = gateway
         self._model = model
         self._request = request
         self._record = record
         self._index = index
+        # A text in which a stop string may end is not final when its token comes.
+        self._line = None if request.params.stop_strings else line
         self._collector = RequestCollector(
             request, prompt=text, tokenizer=model.tokenizer, eos_token_ids=model.facts.eos_token_ids
         )
@@ -70,7 +75,9 @@ class PromptRun:
 
         Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up
         """
-        events = cast("AsyncGenerator[RequestEvent]", self._model.client.generate(self._request, timeout_s=timeout_s))
+        take_token = None if self._line is None else self._take_token
+        generating = self._model.client.generate(self._request, timeout_s=timeout_s, take_token=take_token)
+        events = cast("AsyncGenerator[RequestEvent]", generating)
         ended = False
         self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         try:
@@ -95,6 +102,17 @@ class PromptRun:
         finally:
             if not ended:
                 self._gateway.metrics.aborted.inc()
+
+    def _take_token(self, index: int, token_id: int) -> bool:
+        """Send a token's text over the direct line; return False, and do nothing, when that is not open."""
+        line = self._line
+        if line is None or not line.is_open(index):
+            return False
+        now_s = self._gateway.clock()
+        if text := self._collector.add_token(index, token_id, None, now_s=now_s):
+            line.write(index, text)
+        self._measure(index, 1, now_s)
+        return True
 
     def _note(self, event: RequestEvent) -> None:
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, event.cached_tokens)

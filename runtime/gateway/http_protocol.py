@@ -22,16 +22,20 @@ class BodyWriter:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
 
-    def write(self, piece: bytes) -> bool:
-        """Write a piece; return whether the client keeps up: if not, ``drain`` before the next one."""
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the client is there and has read enough of what was written; if not, ``drain`` first."""
         cycle = self._cycle
-        if not cycle.disconnected:
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-        return not cycle.flow.write_paused
+        return not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, piece: bytes) -> None:
+        """Write a piece; nothing when the client has gone away."""
+        if not self._cycle.disconnected:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     async def drain(self) -> None:
         """Wait until the client has read enough of what was written, or has gone away."""
-        if not self._cycle.disconnected:
+        if not self.keeps_up and not self._cycle.disconnected:
             await self._cycle.flow.drain()
 
 

@@ -10,7 +10,7 @@ import asyncio
 
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..messages import EngineRequest, TokenLogprobs
-from .engine_client import PromptScores, RequestEvent, SampleEvent
+from .engine_client import PromptScores, RequestEvent, SampleEvent, TakeToken
 from .session import Ending
 
 
@@ -20,8 +20,9 @@ class Mailbox:
     Raises: EngineUnavailable from ``add_*`` when the peer sends what cannot be
     """
 
-    def __init__(self, key: int, request: EngineRequest) -> None:
+    def __init__(self, key: int, request: EngineRequest, *, take_token: TakeToken | None = None) -> None:
         self.key = key
+        self._take_token = take_token
         self.request = request
         self.open_samples = request.params.n
         self._tokens_left = [request.max_tokens] * request.params.n
@@ -40,6 +41,8 @@ class Mailbox:
         if index >= len(left) or left[index] <= 0:
             raise EngineUnavailable(f"the replica sent a token too many for sample {index} of {self._name}")
         left[index] -= 1
+        if logprobs is None and self._taken(index, token_id):
+            return
         if index in self._tokens:
             self._tokens[index].append(token_id)
         else:
@@ -47,6 +50,21 @@ class Mailbox:
         if logprobs is not None:
             self._logprobs.setdefault(index, []).append(logprobs)
         self._wake()
+
+    def _taken(self, index: int, token_id: int) -> bool:
+        """Offer a token to whoever would take it without being woken.
+
+        Only while the reader waits: then it has read, and passed on, all that came before.
+        """
+        waiter = self._waiter
+        if self._take_token is None or waiter is None or waiter.done():
+            return False
+        try:
+            return self._take_token(index, token_id)
+        except Exception as error:
+            # The reader's own fault, and not the session's, which is everybody's.
+            waiter.set_exception(error)
+            return True
 
     def add_scores(self, scores: PromptScores) -> None:
         """Take in prompt log-probabilities; those of a prompt that was computed again come again, and are the same."""

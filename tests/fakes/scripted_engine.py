@@ -18,6 +18,7 @@ from slipstream.runtime.rpc.engine_client import (
     PromptScores,
     RequestEvent,
     SampleEvent,
+    TakeToken,
 )
 from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, Overloaded
 
@@ -53,7 +54,9 @@ class ScriptedEngine:
     async def connect(self, *, timeout_s: float) -> EngineFacts:
         return self.facts
 
-    async def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncGenerator[RequestEvent]:
+    async def generate(
+        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+    ) -> AsyncGenerator[RequestEvent]:
         if self.overloaded:
             raise Overloaded("the queue is full")
         self.requests.append(request)
@@ -62,7 +65,8 @@ class ScriptedEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 async for event in self._events(request):
-                    yield event
+                    if not _taken(event, take_token):
+                        yield event
             ended = True
         except TimeoutError as error:
             raise DeadlineExceeded(f"{timeout_s:g} s have passed") from error
@@ -144,3 +148,11 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         pass
+
+
+def _taken(event: RequestEvent, take_token: TakeToken | None) -> bool:
+    if take_token is None or len(event.samples) != 1:
+        return False
+    (sample,) = event.samples
+    alone = len(sample.token_ids) == 1 and not sample.logprobs and sample.finish_reason is None
+    return alone and take_token(sample.index, sample.token_ids[0])
