@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import signal
 import subprocess
@@ -85,7 +86,7 @@ class Run:
         tokens = max(1, last.tokens - first.tokens)
         return {
             "tokens_per_s": self.tokens / self.duration_s,
-            "tokens_per_event": self.tokens / sum(stream.events for stream in self.streams),
+            "tokens_per_event": self.tokens / sum(stream.text_events for stream in self.streams),
             "gateway_us_per_token": (last.gateway_cpu_s - first.gateway_cpu_s) / tokens * 1e6,
             "driver_us_per_token": (last.driver_cpu_s - first.driver_cpu_s) / tokens * 1e6,
             "clients_us_per_token": (last.clients_cpu_s - first.clients_cpu_s) / tokens * 1e6,
@@ -101,6 +102,17 @@ class Gateway:
         self._process = psutil.Process(process_id)
         (self._driver,) = self._process.children()
 
+    def take_cores(self) -> None:
+        """Give the gateway a core of its own, and the others to its driver and to this process.
+
+        Otherwise clients may run on the gateway's core, in the middle of its work: a message to a process wakes it
+        where its sender runs. Clients elsewhere would not.
+        """
+        first, *others = sorted(os.sched_getaffinity(0))
+        for process, cores in ((self._process, [first]), (self._driver, others), (psutil.Process(), others)):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores or [first])
+
     def cpu_s(self) -> tuple[float, float]:
         """Return the processor time that gateway and driver have used."""
         gateway, driver = self._process.cpu_times(), self._driver.cpu_times()
@@ -114,6 +126,7 @@ class Gateway:
 @contextmanager
 def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
     """Start a gateway; end it, and its driver, at the end."""
+    cores = os.sched_getaffinity(0)
     module = ["-m", "slipstream.benchmarks.null_gateway"]
     options = ["--streams", str(streams), "--step-time", str(step_time_s)]
     process = subprocess.Popen([sys.executable, "-P", *module, *options], stdout=subprocess.PIPE, text=True)
@@ -122,7 +135,9 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
         line = process.stdout.readline()
         if not line:
             raise RuntimeError("the gateway did not start; its last lines say why")
-        yield Gateway(process.pid, json.loads(line)["port"])
+        gateway = Gateway(process.pid, json.loads(line)["port"])
+        gateway.take_cores()
+        yield gateway
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -130,6 +145,7 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
         except subprocess.TimeoutExpired:
             process.kill()
         process.stdout.close()
+        os.sched_setaffinity(0, cores)
 
 
 class Measured:

@@ -21,6 +21,8 @@ from .text.tokenizer import Tokenizer
 class _SampleText:
     """Text and stop strings of one sample; without a tokenizer there is no text."""
 
+    __slots__ = ("_detokenizer", "_fed", "_matcher", "_min_tokens")
+
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -67,6 +69,10 @@ class RequestCollector:
     ``stream`` gathers what changed since it was last taken, when somebody wants it.
     """
 
+    __slots__ = (
+        "_eos_token_ids", "_prompt_logprobs", "_request", "_silent_stops", "_texts", "_tokenizer", "output",
+    )  # fmt: skip
+
     def __init__(
         self,
         request: EngineRequest,
@@ -79,6 +85,8 @@ class RequestCollector:
         self._request = request
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        # Tokens that end a sample and are left out of its text.
+        self._silent_stops = frozenset() if params.include_stop_str_in_output else frozenset(request.stop_ids)
         self._texts = [_SampleText(tokenizer, params) for _ in range(params.n)]
         self._prompt_logprobs: dict[int, dict[int, Logprob]] = {}
         self.output = RequestOutput(
@@ -97,23 +105,19 @@ class RequestCollector:
         ``found_stop_string`` says afterwards whether the sample ends here and the engine must be told.
         """
         sample = self.output.outputs[index]
-        if self.output.metrics.first_token_time_s is None:
+        if not sample.token_ids and self.output.metrics.first_token_time_s is None:
             self.output.metrics = replace(self.output.metrics, first_token_time_s=now_s)
         sample.token_ids.append(token_id)
         if logprobs is not None and sample.logprobs is not None:
             sample.logprobs.append(self._table(logprobs))
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + float(logprobs.logprobs[0])
-        text = "" if self._is_silent_stop(token_id) else self._texts[index].feed(token_id)
+        text = "" if token_id in self._silent_stops else self._texts[index].feed(token_id)
         sample.text += text
         return text
 
     def found_stop_string(self, index: int) -> bool:
         """Return whether one of the stop strings stands in a sample's text."""
         return self._texts[index].stop_string is not None
-
-    def _is_silent_stop(self, token_id: int) -> bool:
-        """Whether a token ends the sample and is left out of its text."""
-        return token_id in self._request.stop_ids and not self._request.params.include_stop_str_in_output
 
     def end(self, index: int, reason: FinishReason, stop_token_id: int | None, *, now_s: float) -> str:
         """Close a sample: note why it ended, and return the last of its text.

@@ -16,6 +16,8 @@ from .responses import EventTemplate
 class DirectLine:
     """One stream's."""
 
+    __slots__ = ("_templates", "_writer")
+
     def __init__(self) -> None:
         self._writer: BodyWriter | None = None
         self._templates: dict[int, EventTemplate] = {}

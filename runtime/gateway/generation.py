@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 from ...sdk.errors import EngineError, EngineUnavailable
 from ...sdk.results import CompletionOutput, Logprob, RequestOutput
@@ -26,8 +27,9 @@ from .replica import ServedModel
 _QUEUED_PIECES = 64
 
 
-class Piece(NamedTuple):
-    """What one event added to one sample. A tuple: there is one a token, and it is made fast.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one event added to one sample.
 
     ``logprobs`` has a table for each of ``token_ids`` when they were asked for. ``finish_reason`` comes with the last
     piece; ``output`` is the prompt's result so far, and goes on growing.
@@ -45,6 +47,10 @@ class Piece(NamedTuple):
 
 class PromptRun:
     """One prompt on its way."""
+
+    __slots__ = (
+        "_collector", "_gateway", "_index", "_last_token_s", "_line", "_model", "_record", "_request", "output",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -100,6 +106,7 @@ class PromptRun:
                 raise Draining("the server stopped before the request was done") from error
             raise
         finally:
+            self._record.output_tokens += sum(len(sample.token_ids) for sample in self.output.outputs)
             if not ended:
                 self._gateway.metrics.aborted.inc()
 
@@ -171,7 +178,6 @@ class PromptRun:
             metrics.ttft_s.observe(ttft_s)
             if self._record.ttft_s is None:
                 self._record.ttft_s = ttft_s
-        self._record.output_tokens += tokens
         self._gateway.readiness.saw_token(self._model, now_s=now_s)
 
 

@@ -19,6 +19,8 @@ class BodyWriter:
     The answer must have no ``content-length``: each piece is written as a chunk of its own (RFC 9112, section 7.1).
     """
 
+    __slots__ = ("_cycle",)
+
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
 
@@ -30,8 +32,9 @@ class BodyWriter:
 
     def write(self, piece: bytes) -> None:
         """Write a piece; nothing when the client has gone away."""
-        if not self._cycle.disconnected:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        transport = self._cycle.transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     async def drain(self) -> None:
         """Wait until the client has read enough of what was written, or has gone away."""
@@ -45,8 +48,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start a request. Its task has been made, and runs after this."""
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {_SCOPE_KEY: BodyWriter(self.cycle)}  # type: ignore[dict-item]
+        # Of a request that is upgraded there is no cycle; the one there is an earlier request's.
+        if getattr(self.cycle, "scope", None) is self.scope:
+            self.scope["extensions"] = {_SCOPE_KEY: BodyWriter(self.cycle)}
 
 
 def body_writer(scope: Scope) -> BodyWriter | None:

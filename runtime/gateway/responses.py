@@ -165,6 +165,8 @@ class EventTemplate:
     ``make`` returns the event with a text; the text must stand in it once.
     """
 
+    __slots__ = ("_after", "_before")
+
     def __init__(self, make: Callable[[str], object]) -> None:
         mark = secrets.token_hex(16)
         self._before, self._after = to_event(make(mark)).split(orjson.dumps(mark))

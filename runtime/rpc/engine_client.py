@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ..messages import EngineRequest, FinishReason, TokenLogprobs
 
@@ -45,8 +45,9 @@ class EngineLoadReport:
     draining: bool
 
 
-class SampleEvent(NamedTuple):
-    """What one or more steps meant for one sample of a request. A tuple: there is one a token, and it is made fast.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleEvent:
+    """What one or more steps meant for one sample of a request.
 
     ``finish_reason`` comes once, with the last event; ``stop_token_id`` is the token that ended it, where one did.
     ``logprobs`` has an entry for each token when they were asked for.
@@ -67,8 +68,9 @@ class PromptScores:
     entries: tuple[TokenLogprobs, ...]
 
 
-class RequestEvent(NamedTuple):
-    """News of one request; a tuple as ``SampleEvent`` is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEvent:
+    """News of one request.
 
     Units: queue_s, seconds between its arrival at the engine and its first step, in the event that ends a sample
     """

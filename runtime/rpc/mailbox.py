@@ -20,6 +20,12 @@ class Mailbox:
     Raises: EngineUnavailable from ``add_*`` when the peer sends what cannot be
     """
 
+    # Slots, as in all that each token touches: a thousand streams are more than a processor's cache holds.
+    __slots__ = (
+        "_endings", "_error", "_logprobs", "_loop", "_scores", "_take_token", "_tokens", "_tokens_left", "_waiter",
+        "key", "open_samples", "request",
+    )  # fmt: skip
+
     def __init__(self, key: int, request: EngineRequest, *, take_token: TakeToken | None = None) -> None:
         self.key = key
         self._take_token = take_token
@@ -43,10 +49,7 @@ class Mailbox:
         left[index] -= 1
         if logprobs is None and self._taken(index, token_id):
             return
-        if index in self._tokens:
-            self._tokens[index].append(token_id)
-        else:
-            self._tokens[index] = [token_id]
+        self._tokens.setdefault(index, []).append(token_id)
         if logprobs is not None:
             self._logprobs.setdefault(index, []).append(logprobs)
         self._wake()
@@ -110,20 +113,12 @@ class Mailbox:
                 self._waiter = None
 
     def _take(self) -> RequestEvent:
-        if self._endings or self._scores or self._logprobs:
-            return self._take_all()
-        # Nearly all events: new tokens and nothing else.
-        tokens, self._tokens = self._tokens, {}
-        samples = [SampleEvent(index, tuple(token_ids)) for index, token_ids in tokens.items()]
-        return RequestEvent(self.request.request_id, tuple(samples))
-
-    def _take_all(self) -> RequestEvent:
         tokens, self._tokens = self._tokens, {}
         logprobs, self._logprobs = self._logprobs, {}
         scores, self._scores = self._scores, {}
         endings, self._endings = self._endings, {}
         samples = []
-        for index in sorted({*tokens, *endings}):
+        for index in tokens if not endings else sorted({*tokens, *endings}):
             ending = endings.get(index)
             samples.append(
                 SampleEvent(

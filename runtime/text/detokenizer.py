@@ -11,6 +11,7 @@ a token does not grow with the number of tokens before it.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from typing import Protocol
 
 from .tokenizer import Tokenizer
@@ -27,18 +28,15 @@ class _Strategy(Protocol):
 class IncrementalDetokenizer:
     """Text of one sequence, token by token."""
 
+    __slots__ = ("feed", "finish")
+
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         byte_level = tokenizer.decoder_kinds == ("ByteLevel",)
-        strategy = _ByteLevelText if byte_level else _WindowText
-        self._strategy: _Strategy = strategy(tokenizer, skip_special_tokens)
-
-    def feed(self, token_id: int) -> str:
-        """Take the next token and return the text that is final now, often empty."""
-        return self._strategy.feed(token_id)
-
-    def finish(self) -> str:
-        """Return what is left when no more tokens come: replacement characters where bytes are missing."""
-        return self._strategy.finish()
+        strategy: _Strategy = (_ByteLevelText if byte_level else _WindowText)(tokenizer, skip_special_tokens)
+        self.feed: Callable[[int], str] = strategy.feed
+        """Takes the next token and returns the text that is final now, often empty."""
+        self.finish: Callable[[], str] = strategy.finish
+        """Returns what is left when no more tokens come: replacement characters where bytes are missing."""
 
 
 class _ByteLevelText:
@@ -49,15 +47,21 @@ class _ByteLevelText:
     Source: Unicode 15, section 3.9, "U+FFFD substitution of maximal subparts"
     """
 
+    __slots__ = ("_begun", "_pieces")
+
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._pieces = tokenizer.byte_pieces(skip_special_tokens)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Bytes of a character whose others have not come.
+        self._begun = b""
 
     def feed(self, token_id: int) -> str:
-        return self._decoder.decode(self._pieces[token_id])
+        text, used = codecs.utf_8_decode(data := self._begun + self._pieces[token_id], "replace", False)
+        self._begun = data[used:]
+        return text
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        begun, self._begun = self._begun, b""
+        return begun.decode(errors="replace")
 
 
 class _WindowText:

@@ -18,6 +18,6 @@ def test_added_latency_is_what_was_added() -> None:
 
 
 def test_all_after_a_step_that_was_missed_counts_as_late() -> None:
-    arrivals_s = (1_000 + np.arange(10)) * STEP_S + 0.001
-    arrivals_s[5:] += STEP_S
-    np.testing.assert_allclose(added_latency_s(arrivals_s, STEP_S), [0.001] * 5 + [STEP_S + 0.001] * 5, atol=1e-9)
+    added_s = np.array([0.001] * 5 + [STEP_S + 0.001] * 5)
+    arrivals_s = (1_000.0 + np.arange(10.0)) * STEP_S + added_s
+    np.testing.assert_allclose(added_latency_s(arrivals_s, STEP_S), added_s, atol=1e-9)

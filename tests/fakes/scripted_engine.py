@@ -2,6 +2,7 @@
 
 The answer to a prompt is the prompt's own tokens from the beginning again, shifted by the sample's index, so that a
 test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica.
+``taken`` counts the tokens that ``take_token`` took.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class ScriptedEngine:
             device="cpu",
         )
         self.script: list[int] | None = None
+        self.taken = 0
         self.tokens_per_event = 1
         self.hold = asyncio.Event()
         self.hold.set()
@@ -65,7 +67,9 @@ class ScriptedEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 async for event in self._events(request):
-                    if not _taken(event, take_token):
+                    if _taken(event, take_token):
+                        self.taken += 1
+                    else:
                         yield event
             ended = True
         except TimeoutError as error:
