@@ -19,27 +19,27 @@ class BodyWriter:
     The answer must have no ``content-length``: each piece is written as a chunk of its own (RFC 9112, section 7.1).
     """
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_flow", "_transport")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        # Not the cycle itself: it has the scope, the scope this, and only the garbage collector would free them.
+        self._transport = cycle.transport
+        self._flow = cycle.flow
 
     @property
     def keeps_up(self) -> bool:
         """Whether the client is there and has read enough of what was written; if not, ``drain`` first."""
-        cycle = self._cycle
-        return not (cycle.flow.write_paused or cycle.disconnected)
+        return not (self._flow.write_paused or self._transport.is_closing())
 
     def write(self, piece: bytes) -> None:
         """Write a piece; nothing when the client has gone away."""
-        transport = self._cycle.transport
-        if not transport.is_closing():
-            transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        if not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     async def drain(self) -> None:
         """Wait until the client has read enough of what was written, or has gone away."""
-        if not self.keeps_up and not self._cycle.disconnected:
-            await self._cycle.flow.drain()
+        if self._flow.write_paused:
+            await self._flow.drain()
 
 
 class HttpProtocol(HttpToolsProtocol):

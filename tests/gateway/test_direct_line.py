@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import uvicorn
 
-from slipstream.runtime.gateway.http_protocol import HttpProtocol
+from slipstream.runtime.gateway.generation import PromptRun
+from slipstream.runtime.gateway.http_protocol import BodyWriter, HttpProtocol
+from slipstream.runtime.messages import EngineRequest
 from slipstream.tests.gateway.harness import Setup, asynchronous, parse_events, serving, until
 
 TEXT = "Grüße aus 你好, a line\nand one more 👩‍👩‍👧 of it"
@@ -141,3 +144,23 @@ async def test_a_client_that_leaves_is_noticed() -> None:
         writer.transport.abort()
         await until(lambda: not setup.engine.live)
         assert setup.engine.aborted
+
+
+@asynchronous
+async def test_a_request_leaves_nothing_for_the_garbage_collector() -> None:
+    async with serving() as setup, listening(setup) as port:
+        body = {"prompt": [1, 2], "max_tokens": 20}
+        await streamed(port, "/v1/completions", body)
+        gc.collect()
+        gc.disable()
+        try:
+            await streamed(port, "/v1/completions", body)
+            await until(lambda: setup.gateway.admission.in_flight == 0)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            # The gateway looks for garbage seldom: what only the collector frees would pile up.
+            assert not [thing for thing in gc.garbage if isinstance(thing, BodyWriter | EngineRequest | PromptRun)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
