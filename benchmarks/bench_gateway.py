@@ -1,14 +1,22 @@
 """What the gateway costs: tokens per second and added latency at 1,000 streams, before an engine without a model.
 
-Three processes: this one with the clients, the gateway, and its driver. Two measurements:
+Three processes on one machine: this one with the clients, the gateway, and its driver. Each measurement has a gateway
+of its own and follows a short unmeasured round.
 
-- throughput: the engine answers at once, all streams run; tokens per second against the limit of 15,000
-- latency: the engine steps at a fixed pace, for a share of that throughput. A token's added latency is how long after
-  the fastest token of its step it was read here. It is told from the pace: when the driver falls behind it, all that
-  comes later counts as late, so that the figure is too high rather than too low.
+- throughput: the engine answers at once and all streams run; tokens per second from the first request sent to the last
+  answer read, against the limit of 15,000. Tokens per event says whether the gateway kept up with one event a token.
+- latency: the engine steps at a fixed pace, and offers the very 15,000 tokens/s of the limit. All streams start at
+  once, so that every step brings a token for every stream at the same moment: the hardest case, in which the last of
+  them waits for the work on all the others. A token's added latency is the time from the end of its step to when it
+  was read here: the driver's work after the step, the engine protocol, the gateway, the socket and this client. Steps
+  end at whole multiples of the step time on the clock that both processes read. A stream's tokens are counted from its
+  fastest one; when the driver misses a step, all that comes later counts as late, so that the figure is too high rather
+  than too low.
+- held (``--hold SECONDS``): the same pace, but streams of mixed lengths, each followed by a new request when it ends.
+  The gateway's resident memory every ten seconds, and the same latency.
 
-Also the gateway's resident memory before and after the measured requests, which follow one unmeasured round, and the
-processor time of all three. Writes JSON with ``--json``.
+Processor time is per token, of each process by itself. For latency it is that of the time in which all streams run; the
+other two have the work that starts and ends requests in it. Writes JSON with ``--json``.
 
     python -P -m slipstream.benchmarks.bench_gateway --json benchmarks/results/gateway.json
 """
@@ -16,51 +24,74 @@ processor time of all three. Writes JSON with ``--json``.
 from __future__ import annotations
 
 import argparse
-import asyncio
+import gc
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import uvloop
 from numpy.typing import NDArray
 
-from slipstream.benchmarks.null_gateway import MODEL_NAME
 from slipstream.benchmarks.report import write_report
+from slipstream.benchmarks.stream_clients import Clients, Stream
 
 LIMIT_TOKENS_PER_S = 15_000
 LIMIT_ADDED_P99_MS = 20.0
-PROMPT_TOKENS = 16
 
-_TIMEOUT_S = 300.0
-_CHUNK_BYTES = 1 << 16
-_TOKEN = b"~"
+_LOOK_S = 0.5
+_LOOK_HELD_S = 10.0
+_NEVER_S = float("inf")
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What had been used and delivered at one moment. Times are seconds, those of processors since the start."""
+
+    at_s: float
+    tokens: int
+    gateway_cpu_s: float
+    driver_cpu_s: float
+    clients_cpu_s: float
+    gateway_rss_mib: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One round of streams. ``arrivals_s`` [streams, tokens]: when each token was read, a monotonic clock's seconds."""
+    """One round of streams, all of them ended."""
 
-    arrivals_s: NDArray[np.float64]
+    streams: list[Stream]
+    looks: list[Look]
     duration_s: float
-    gateway_cpu_s: float
-    driver_cpu_s: float
-    client_cpu_s: float
-    rss_before_mib: float
-    rss_after_mib: float
 
     @property
-    def tokens_per_s(self) -> float:
-        """Tokens of all streams over the round's duration."""
-        return self.arrivals_s.size / self.duration_s
+    def tokens(self) -> int:
+        """Tokens of all streams."""
+        return sum(stream.tokens for stream in self.streams)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the round took: over all of it, and per token between the first look and the last."""
+        first, last = self.looks[0], self.looks[-1]
+        tokens = max(1, last.tokens - first.tokens)
+        return {
+            "tokens_per_s": self.tokens / self.duration_s,
+            "tokens_per_event": self.tokens / sum(stream.text_events for stream in self.streams),
+            "gateway_us_per_token": (last.gateway_cpu_s - first.gateway_cpu_s) / tokens * 1e6,
+            "driver_us_per_token": (last.driver_cpu_s - first.driver_cpu_s) / tokens * 1e6,
+            "clients_us_per_token": (last.clients_cpu_s - first.clients_cpu_s) / tokens * 1e6,
+            "gateway_rss_mib": [round(look.gateway_rss_mib, 1) for look in self.looks],
+        }
 
 
 class Gateway:
@@ -70,6 +101,17 @@ class Gateway:
         self.port = port
         self._process = psutil.Process(process_id)
         (self._driver,) = self._process.children()
+
+    def take_cores(self) -> None:
+        """Give the gateway a core of its own, and the others to its driver and to this process.
+
+        Otherwise clients may run on the gateway's core, in the middle of its work: a message to a process wakes it
+        where its sender runs. Clients elsewhere would not.
+        """
+        first, *others = sorted(os.sched_getaffinity(0))
+        for process, cores in ((self._process, [first]), (self._driver, others), (psutil.Process(), others)):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores or [first])
 
     def cpu_s(self) -> tuple[float, float]:
         """Return the processor time that gateway and driver have used."""
@@ -84,6 +126,7 @@ class Gateway:
 @contextmanager
 def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
     """Start a gateway; end it, and its driver, at the end."""
+    cores = os.sched_getaffinity(0)
     module = ["-m", "slipstream.benchmarks.null_gateway"]
     options = ["--streams", str(streams), "--step-time", str(step_time_s)]
     process = subprocess.Popen([sys.executable, "-P", *module, *options], stdout=subprocess.PIPE, text=True)
@@ -92,7 +135,9 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
         line = process.stdout.readline()
         if not line:
             raise RuntimeError("the gateway did not start; its last lines say why")
-        yield Gateway(process.pid, json.loads(line)["port"])
+        gateway = Gateway(process.pid, json.loads(line)["port"])
+        gateway.take_cores()
+        yield gateway
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -100,83 +145,102 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
         except subprocess.TimeoutExpired:
             process.kill()
         process.stdout.close()
+        os.sched_setaffinity(0, cores)
 
 
-async def stream(port: int, index: int, arrivals_s: NDArray[np.float64], start: asyncio.Event) -> None:
-    """Ask for one stream on a connection of its own and note when each token was read.
+class Measured:
+    """One round of streams before a gateway, and what is looked at meanwhile."""
 
-    Bytes are counted, not parsed: a client that did more would be what is measured.
-    """
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    prompt = [(index + place) % 1000 for place in range(PROMPT_TOKENS)]
-    body: dict[str, Any] = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": len(arrivals_s), "stream": True}
-    content = json.dumps(body | {"temperature": 0, "stream_options": {"include_usage": True}}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
-    await start.wait()
-    writer.write(head.encode() + b"content-type: application/json\r\nconnection: close\r\n\r\n" + content)
-    seen, tail = 0, b""
-    while chunk := await reader.read(_CHUNK_BYTES):
-        now_s = time.monotonic()
-        new = chunk.count(_TOKEN)
-        arrivals_s[seen : seen + new] = now_s
-        seen += new
-        tail = (tail + chunk)[-1000:]
-    writer.close()
-    counted = f'"completion_tokens":{len(arrivals_s)},'.encode()
-    if seen != len(arrivals_s) or counted not in tail or b"data: [DONE]" not in tail:
-        raise RuntimeError(f"stream {index} ended after {seen} of {len(arrivals_s)} tokens: {tail!r}")
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._clients = Clients(gateway.port)
+        self._done: list[Stream] = []
+        self._looks: list[Look] = []
 
+    def run(self, lengths: Sequence[int], *, hold_s: float = 0.0, look_every_s: float | None = None) -> Run:
+        """Run a stream of each length; for ``hold_s`` seconds, each that ends is followed by another.
 
-async def run_round(gateway: Gateway, *, streams: int, tokens: int) -> Run:
-    """Run all streams at once to their ends."""
-    arrivals_s = np.zeros((streams, tokens))
-    start = asyncio.Event()
-    async with asyncio.timeout(_TIMEOUT_S), asyncio.TaskGroup() as clients:
-        for index in range(streams):
-            clients.create_task(stream(gateway.port, index, arrivals_s[index], start))
-        rss_before_mib, cpu_s, own_s = gateway.rss_mib(), gateway.cpu_s(), time.process_time()
+        Looks at what was used every ``look_every_s`` seconds while all streams run; None: at the beginning and the end.
+        """
+        started = [self._clients.connect(tokens) for tokens in lengths]
+        longest = max(lengths)
         start_s = time.monotonic()
-        start.set()
-    end_s = time.monotonic()
-    gateway_s, driver_s = gateway.cpu_s()
-    return Run(
-        arrivals_s=arrivals_s,
-        duration_s=end_s - start_s,
-        gateway_cpu_s=gateway_s - cpu_s[0],
-        driver_cpu_s=driver_s - cpu_s[1],
-        client_cpu_s=time.process_time() - own_s,
-        rss_before_mib=rss_before_mib,
-        rss_after_mib=gateway.rss_mib(),
-    )
 
+        def ended(stream: Stream) -> None:
+            self._done.append(stream)
+            if time.monotonic() < start_s + hold_s:
+                self._clients.connect(longest).ask()
 
-def measure(*, streams: int, tokens: int, step_time_s: float) -> Run:
-    """Start a gateway, run one round to warm up and one that counts."""
-    with (
-        running_gateway(streams=streams, step_time_s=step_time_s) as gateway,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        runner.run(run_round(gateway, streams=streams, tokens=max(1, tokens // 4)))
-        return runner.run(run_round(gateway, streams=streams, tokens=tokens))
+        def look_between() -> None:
+            all_begun = all(stream.arrivals_s for stream in started)
+            if all_begun and (not self._done or time.monotonic() < start_s + hold_s):
+                self._looks.append(self._look())
+
+        if look_every_s is None:
+            self._looks.append(self._look())
+        for stream in started:
+            stream.ask()
+        self._clients.run(ended=ended, look=look_between, look_every_s=look_every_s or _NEVER_S)
+        if look_every_s is None:
+            self._looks.append(self._look())
+        return Run(streams=self._done, looks=self._looks, duration_s=time.monotonic() - start_s)
+
+    def _look(self) -> Look:
+        gateway_s, driver_s = self._gateway.cpu_s()
+        return Look(
+            at_s=time.monotonic(),
+            tokens=self._clients.tokens_read,
+            gateway_cpu_s=gateway_s,
+            driver_cpu_s=driver_s,
+            clients_cpu_s=time.process_time(),
+            gateway_rss_mib=self._gateway.rss_mib(),
+        )
 
 
 def added_latency_s(arrivals_s: NDArray[np.float64], step_time_s: float) -> NDArray[np.float64]:
-    """Return how long after the fastest token of its step each token was read.
+    """Return how long after the end of its step each token of one stream was read.
 
-    Steps end at ``origin + k * step_time_s``, the same for all streams; ``origin`` is not known. A stream's least delay
-    against its own pace, modulo the step, is ``origin`` plus what its fastest token took. These lie on an arc of the
-    circle of one step, and ``origin`` is where the arc begins: behind the widest gap.
+    Steps end at whole multiples of ``step_time_s``, one a token. The stream's first step is the latest for which none
+    of its tokens was read before it was drawn: its fastest token counts as less than a step late.
 
-    Shapes: arrivals_s and result [streams, tokens]
+    Shapes: arrivals_s and result [tokens]
     """
-    delays_s = arrivals_s - np.arange(arrivals_s.shape[1]) * step_time_s
-    least_s = delays_s.min(axis=1)
-    phases_s = np.sort(least_s % step_time_s)
-    gaps_s = np.diff(phases_s, append=phases_s[0] + step_time_s)
-    origin_s = phases_s[(int(gaps_s.argmax()) + 1) % len(phases_s)]
-    behind_s = (least_s - origin_s) % step_time_s
-    added: NDArray[np.float64] = delays_s - least_s[:, None] + behind_s[:, None]
+    steps = np.arange(len(arrivals_s))
+    first = (np.floor(arrivals_s / step_time_s) - steps).min()
+    added: NDArray[np.float64] = arrivals_s - (first + steps) * step_time_s
     return added
+
+
+def latency_figures(streams: Sequence[Stream], step_time_s: float, *, skip: int) -> dict[str, float]:
+    """Return percentiles of all streams' added latency, in milliseconds, without each stream's first tokens."""
+    added_s = [added_latency_s(np.array(stream.arrivals_s), step_time_s)[skip:] for stream in streams]
+    p50, p90, p99, most = np.percentile(np.concatenate(added_s) * 1e3, [50, 90, 99, 100]).tolist()
+    return {"added_p50_ms": p50, "added_p90_ms": p90, "added_p99_ms": p99, "added_max_ms": most}
+
+
+def measure_throughput(streams: int, tokens: int) -> dict[str, Any]:
+    """Measure with an engine that answers at once."""
+    with running_gateway(streams=streams, step_time_s=0.0) as gateway:
+        Measured(gateway).run([tokens // 4] * streams)
+        return Measured(gateway).run([tokens] * streams).figures
+
+
+def measure_latency(streams: int, tokens: int, step_time_s: float) -> dict[str, Any]:
+    """Measure with an engine that steps at a pace, all streams in every step."""
+    with running_gateway(streams=streams, step_time_s=step_time_s) as gateway:
+        Measured(gateway).run([tokens // 4] * streams)
+        run = Measured(gateway).run([tokens] * streams, look_every_s=_LOOK_S)
+    # The first tokens come while requests are still being read: their cost is that of starting.
+    return {**run.figures, **latency_figures(run.streams, step_time_s, skip=tokens // 4)}
+
+
+def measure_held(streams: int, tokens: int, step_time_s: float, hold_s: float) -> dict[str, Any]:
+    """Measure streams that end and begin all the time."""
+    lengths = random.Random(_SEED).choices(range(tokens // 4, tokens + 1), k=streams)
+    with running_gateway(streams=streams, step_time_s=step_time_s) as gateway:
+        run = Measured(gateway).run(lengths, hold_s=hold_s, look_every_s=_LOOK_HELD_S)
+    seconds = [round(look.at_s - run.looks[0].at_s) for look in run.looks]
+    return {**run.figures, "seconds": seconds, **latency_figures(run.streams, step_time_s, skip=tokens // 4)}
 
 
 def main() -> None:
@@ -184,51 +248,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each stream")
-    parser.add_argument("--load", type=float, default=0.5, help="share of the throughput at which latency is measured")
+    parser.add_argument("--load", type=int, default=LIMIT_TOKENS_PER_S, help="tokens/s at which latency is measured")
+    parser.add_argument("--hold", type=float, default=0.0, help="seconds for which streams follow one another")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     streams, tokens = arguments.streams, arguments.tokens
-    full = measure(streams=streams, tokens=tokens, step_time_s=0.0)
-    show("throughput", full)
-    ratio = full.tokens_per_s / LIMIT_TOKENS_PER_S
-    print(f"at {streams} streams: {full.tokens_per_s:.0f} tokens/s, {ratio:.2f} of the limit of {LIMIT_TOKENS_PER_S}")
-    step_time_s = streams / (full.tokens_per_s * arguments.load)
-    paced = measure(streams=streams, tokens=tokens, step_time_s=step_time_s)
-    show("latency", paced)
-    # The first tokens come while requests are still being read: their step is not that of all.
-    added_ms = added_latency_s(paced.arrivals_s[:, tokens // 4 :], step_time_s) * 1e3
-    median_ms, p99_ms = (float(value) for value in np.percentile(added_ms, [50, 99]))
-    print(
-        f"added latency of a token at {streams / step_time_s:.0f} tokens/s: P50 {median_ms:.2f} ms,"
-        f" P99 {p99_ms:.2f} ms, {p99_ms / LIMIT_ADDED_P99_MS:.2f} of the limit of {LIMIT_ADDED_P99_MS:.0f} ms"
-    )
+    step_time_s = streams / arguments.load
+    # A pause of this process would count as the gateway's.
+    gc.disable()
+    figures: dict[str, Any] = {"streams": streams, "tokens": tokens, "offered_tokens_per_s": arguments.load}
+    figures["throughput"] = measure_throughput(streams, tokens)
+    show("throughput", figures["throughput"])
+    figures["latency"] = measure_latency(streams, tokens, step_time_s)
+    show("latency", figures["latency"])
+    if arguments.hold:
+        figures["held"] = measure_held(streams, tokens, step_time_s, arguments.hold)
+        show("held", figures["held"])
     if arguments.json:
-        figures = {
-            "streams": streams, "tokens": tokens, "limit_tokens_per_s": LIMIT_TOKENS_PER_S, "ratio_to_limit": ratio,
-            "throughput": plain(full), "latency": plain(paced), "step_time_s": step_time_s,
-            "added_latency_p50_ms": median_ms, "added_latency_p99_ms": p99_ms,
-        }  # fmt: skip
-        write_report(arguments.json, "gateway", figures)
+        limits = {"limit_tokens_per_s": LIMIT_TOKENS_PER_S, "limit_added_p99_ms": LIMIT_ADDED_P99_MS}
+        write_report(arguments.json, "gateway", figures | limits)
 
 
-def show(name: str, run: Run) -> None:
+def show(name: str, figures: dict[str, Any]) -> None:
     """Print what a round took."""
+    speed = figures["tokens_per_s"]
     print(
-        f"{name:>10}: {run.tokens_per_s:8.0f} tokens/s in {run.duration_s:.2f} s; processor seconds:"
-        f" gateway {run.gateway_cpu_s:.2f}, driver {run.driver_cpu_s:.2f}, clients {run.client_cpu_s:.2f};"
-        f" gateway memory {run.rss_before_mib:.1f} -> {run.rss_after_mib:.1f} MiB"
+        f"{name}: {speed:.0f} tokens/s, {speed / LIMIT_TOKENS_PER_S:.2f} of {LIMIT_TOKENS_PER_S};"
+        f" {figures['tokens_per_event']:.2f} tokens an event; processor time a token:"
+        f" gateway {figures['gateway_us_per_token']:.1f} us, driver {figures['driver_us_per_token']:.1f} us,"
+        f" clients {figures['clients_us_per_token']:.1f} us"
     )
-
-
-def plain(run: Run) -> dict[str, Any]:
-    """Return a round's figures without the arrivals."""
-    figures = asdict(run)
-    del figures["arrivals_s"]
-    return {
-        **figures,
-        "tokens_per_s": run.tokens_per_s,
-        "tokens_per_gateway_cpu_s": run.arrivals_s.size / run.gateway_cpu_s,
-    }
+    if "added_p99_ms" in figures:
+        p99_ms = figures["added_p99_ms"]
+        print(
+            f"  added latency of a token: P50 {figures['added_p50_ms']:.1f} ms, P90 {figures['added_p90_ms']:.1f} ms,"
+            f" P99 {p99_ms:.1f} ms, most {figures['added_max_ms']:.1f} ms;"
+            f" P99 is {p99_ms / LIMIT_ADDED_P99_MS:.2f} of {LIMIT_ADDED_P99_MS:.0f} ms"
+        )
+    if "seconds" in figures:
+        memory = [f"{at} s {mib} MiB" for at, mib in zip(figures["seconds"], figures["gateway_rss_mib"], strict=True)]
+        print(f"  gateway memory: {', '.join(memory)}", flush=True)
 
 
 if __name__ == "__main__":

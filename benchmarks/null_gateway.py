@@ -28,7 +28,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from slipstream.runtime.clock import monotonic_clock, wall_clock
 from slipstream.runtime.gateway.app import create_app
 from slipstream.runtime.gateway.driver_process import DriverProcess
+from slipstream.runtime.gateway.garbage import collect_seldom
 from slipstream.runtime.gateway.gateway import make_gateway
+from slipstream.runtime.gateway.http_protocol import bounded_protocol
 from slipstream.runtime.gateway.logs import log_as_json
 from slipstream.runtime.gateway.replica import Replica
 from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
@@ -83,10 +85,12 @@ async def serve(*, streams: int, step_time_s: float, listening: socket.socket, f
         on_ready=announce,
     )
     config = uvicorn.Config(
-        create_app(gateway), http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
+        create_app(gateway), http=bounded_protocol(gateway.settings.limits),
+        ws="none", lifespan="off", access_log=False, log_config=None,
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = _Server(config)
+    collect_seldom()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
     supervising = asyncio.create_task(supervisor.run())

@@ -21,6 +21,8 @@ from .text.tokenizer import Tokenizer
 class _SampleText:
     """Text and stop strings of one sample; without a tokenizer there is no text."""
 
+    __slots__ = ("_detokenizer", "_fed", "_matcher", "_min_tokens")
+
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -44,7 +46,7 @@ class _SampleText:
         """Return the text that is final now that another token is known."""
         self._fed += 1
         text = "" if self._detokenizer is None else self._detokenizer.feed(token_id)
-        return self._filter(text)
+        return text if self._matcher is None else self._filter(text)
 
     def finish(self) -> str:
         """Return the text that was held back for tokens that will not come."""
@@ -67,6 +69,10 @@ class RequestCollector:
     ``stream`` gathers what changed since it was last taken, when somebody wants it.
     """
 
+    __slots__ = (
+        "_eos_token_ids", "_prompt_logprobs", "_request", "_silent_stops", "_texts", "_tokenizer", "output",
+    )  # fmt: skip
+
     def __init__(
         self,
         request: EngineRequest,
@@ -79,6 +85,8 @@ class RequestCollector:
         self._request = request
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        # Tokens that end a sample and are left out of its text.
+        self._silent_stops = frozenset() if params.include_stop_str_in_output else frozenset(request.stop_ids)
         self._texts = [_SampleText(tokenizer, params) for _ in range(params.n)]
         self._prompt_logprobs: dict[int, dict[int, Logprob]] = {}
         self.output = RequestOutput(
@@ -91,32 +99,31 @@ class RequestCollector:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
         )
 
-    def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None, *, now_s: float) -> StreamOutput:
-        """Take in a sample's next token; the answer says what it added.
+    def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None, *, now_s: float) -> str:
+        """Take in a sample's next token and return the text that it added.
 
         ``found_stop_string`` says afterwards whether the sample ends here and the engine must be told.
         """
         sample = self.output.outputs[index]
-        if self.output.metrics.first_token_time_s is None:
+        if not sample.token_ids and self.output.metrics.first_token_time_s is None:
             self.output.metrics = replace(self.output.metrics, first_token_time_s=now_s)
         sample.token_ids.append(token_id)
         if logprobs is not None and sample.logprobs is not None:
             sample.logprobs.append(self._table(logprobs))
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + float(logprobs.logprobs[0])
-        text = "" if self._is_silent_stop(token_id) else self._texts[index].feed(token_id)
+        text = "" if token_id in self._silent_stops else self._texts[index].feed(token_id)
         sample.text += text
-        return self._delta(index, text, [token_id])
+        return text
 
     def found_stop_string(self, index: int) -> bool:
         """Return whether one of the stop strings stands in a sample's text."""
         return self._texts[index].stop_string is not None
 
-    def _is_silent_stop(self, token_id: int) -> bool:
-        """Whether a token ends the sample and is left out of its text."""
-        return token_id in self._request.stop_ids and not self._request.params.include_stop_str_in_output
+    def end(self, index: int, reason: FinishReason, stop_token_id: int | None, *, now_s: float) -> str:
+        """Close a sample: note why it ended, and return the last of its text.
 
-    def end(self, index: int, reason: FinishReason, stop_token_id: int | None, *, now_s: float) -> StreamOutput:
-        """Close a sample: flush its text and say why it ended. A stop string that was found goes before all else."""
+        A stop string that was found goes before all other reasons.
+        """
         sample = self.output.outputs[index]
         text = self._texts[index].finish()
         sample.text += text
@@ -128,7 +135,7 @@ class RequestCollector:
         if all(other.finished for other in self.output.outputs):
             self.output.finished = True
             self.output.metrics = replace(self.output.metrics, finished_time_s=now_s)
-        return self._delta(index, text, [])
+        return text
 
     def add_prompt_logprobs(self, position: int, entries: tuple[TokenLogprobs, ...]) -> None:
         """Take in the log-probabilities of prompt tokens from ``position`` on.
@@ -152,7 +159,8 @@ class RequestCollector:
             preemptions=metrics.preemptions + preemptions,
         )
 
-    def _delta(self, index: int, text: str, token_ids: list[int]) -> StreamOutput:
+    def piece(self, index: int, text: str, token_ids: list[int]) -> StreamOutput:
+        """Return what these new tokens and this new text added to a sample, for whoever streams them."""
         sample = self.output.outputs[index]
         return StreamOutput(
             request_id=self.output.request_id,

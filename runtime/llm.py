@@ -278,7 +278,8 @@ class LLM:
                 continue
             job, collector = self._jobs[sequence.request_id]
             logprobs = outputs.logprobs.get(place)
-            job.events.append(collector.add_token(sequence.index, token_id, logprobs, now_s=now_s))
+            text = collector.add_token(sequence.index, token_id, logprobs, now_s=now_s)
+            job.events.append(collector.piece(sequence.index, text, [token_id]))
             if collector.found_stop_string(sequence.index) and sequence.state is not SequenceState.FINISHED:
                 self._engine.scheduler.abort_sequence(sequence)
                 ended.append(sequence)
@@ -294,7 +295,8 @@ class LLM:
             cached_tokens=(sequence.cached_tokens or 0) if sequence.index == 0 else 0,
             preemptions=sequence.preemptions,
         )
-        job.events.append(collector.end(sequence.index, sequence.finish_reason, sequence.stop_token_id, now_s=now_s))
+        text = collector.end(sequence.index, sequence.finish_reason, sequence.stop_token_id, now_s=now_s)
+        job.events.append(collector.piece(sequence.index, text, []))
         if collector.output.finished:
             job.unfinished.discard(sequence.request_id)
             del self._jobs[sequence.request_id]

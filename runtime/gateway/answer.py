@@ -20,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from ...sdk.errors import DeadlineExceeded, SlipstreamError
 from .admission import Ticket
+from .body_writer import BodyWriter, body_writer
+from .direct_line import DirectLine
 from .errors import ErrorAnswer, answer_for
 from .gateway import Gateway
 from .json_body import read_json_object
@@ -47,9 +49,10 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streamed:
-    """An answer as server-sent events, each ready to be sent."""
+    """An answer as server-sent events, each ready to be sent; those that go over ``line`` are not among them."""
 
     events: AsyncGenerator[bytes]
+    line: DirectLine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +107,14 @@ class Answer(Response):
         try:
             body = await read_json_object(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
             call = Call(gateway=gateway, record=record, body=body, ticket=ticket)
-            await self._watched(call, request.receive, send)
+            await self._watched(call, request, send)
         finally:
             gateway.admission.leave(ticket, now_s=gateway.clock())
 
-    async def _watched(self, call: Call, receive: Receive, send: Send) -> None:
+    async def _watched(self, call: Call, request: Request, send: Send) -> None:
         """Do the work until it is done, its time is over, or the client has gone away."""
-        work = asyncio.ensure_future(self._reply(call, send))
-        watch = asyncio.ensure_future(_disconnect(receive))
+        work = asyncio.ensure_future(self._reply(call, request.scope, send))
+        watch = asyncio.ensure_future(_disconnect(request.receive))
         try:
             done, _ = await asyncio.wait(
                 (work, watch),
@@ -130,18 +133,27 @@ class Answer(Response):
             # Until the work has let go of everything the request must not count as ended.
             await asyncio.gather(work, watch, return_exceptions=True)
 
-    async def _reply(self, call: Call, send: Send) -> None:
+    async def _reply(self, call: Call, scope: Scope, send: Send) -> None:
         match await self._work(call):
             case Whole(body=body):
                 await self._send_whole(200, to_json(body), {}, send)
-            case Streamed(events=events):
+            case Streamed() as streamed:
                 call.record.stream = True
-                async with aclosing(events):
-                    async for event in events:
-                        if not self._started:
-                            await self._start(200, _EVENTS, send)
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._send_events(streamed, body_writer(scope), send)
+
+    async def _send_events(self, streamed: Streamed, writer: BodyWriter | None, send: Send) -> None:
+        async with aclosing(streamed.events) as events:
+            async for event in events:
+                if not self._started:
+                    await self._start(200, _EVENTS, send)
+                    if writer is not None:
+                        streamed.line.connect(writer)
+                if writer is None:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                else:
+                    await writer.drain()
+                    writer.write(event)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_error(self, answer: ErrorAnswer, send: Send) -> None:
         if not self._started:

@@ -14,12 +14,23 @@ from dataclasses import replace
 from ...sdk.errors import InvalidRequest
 from ...sdk.results import Logprob, RequestOutput
 from .answer import Call, Streamed, Whole
+from .direct_line import DirectLine
 from .generation import Piece, PromptRun, run_together
 from .logprobs import ChatLogprobs, chat_logprobs
 from .prompts import check_model, check_sequences, prepare_chat
 from .requests import ChatBody, StreamOptions
 from .response_format import answer_format
-from .responses import LAST_EVENT, ChatChoice, ChatCompletion, ChatMessage, FunctionCall, ToolCall, to_event, usage_of
+from .responses import (
+    LAST_EVENT,
+    ChatChoice,
+    ChatCompletion,
+    ChatMessage,
+    EventTemplate,
+    FunctionCall,
+    ToolCall,
+    to_event,
+    usage_of,
+)
 from .sampling import chat_params
 from .tool_choice import ToolUse, settle_tools
 from .tools import Parsed, ParsedCall
@@ -54,11 +65,12 @@ async def chat(call: Call) -> Whole | Streamed:
     request = model.factory.make(
         f"{answer_id}-0", prepared, params, arrival_time_s=call.record.arrival_s, priority=body.priority or 0
     )
-    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text, held_to=held_to)
-    writer = _Writer(call, body, answer_id, params.n, tools)
+    line = DirectLine()
+    run = PromptRun(call.gateway, model, request, call.record, index=0, text=prepared.text, held_to=held_to, line=line)
+    writer = _Writer(call, body, answer_id, params.n, tools, line)
     pieces = run_together([run], timeout_s=call.time_left_s)
     if body.stream:
-        return Streamed(events=writer.events(pieces, run.output))
+        return Streamed(events=writer.events(pieces, run.output), line=line)
     async with aclosing(pieces):
         async for piece in pieces:
             writer.samples[piece.sample].take(piece)
@@ -107,7 +119,7 @@ class _Sample:
 class _Writer:
     """Writes the answer to one request."""
 
-    def __init__(self, call: Call, body: ChatBody, answer_id: str, n: int, tools: ToolUse) -> None:
+    def __init__(self, call: Call, body: ChatBody, answer_id: str, n: int, tools: ToolUse, line: DirectLine) -> None:
         self._body = body
         self.samples = [_Sample(tools) for _ in range(n)]
         self._envelope: ChatCompletion = {
@@ -117,6 +129,15 @@ class _Writer:
             "model": body.model or call.gateway.settings.model_name,
             "choices": [],
         }
+        self._line = line
+        # Whether all that comes between the first piece and the last is content.
+        self._options = body.stream_options or StreamOptions()
+        self._content_is_all = (
+            tools.make_parser is None
+            and not body.logprobs
+            and not body.return_token_ids
+            and not self._options.continuous_usage_stats
+        )
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         """Write the answer in one piece."""
@@ -143,7 +164,9 @@ class _Writer:
 
     async def events(self, pieces: AsyncGenerator[Piece], output: RequestOutput) -> AsyncGenerator[bytes]:
         """Write the answer as a stream: for each sample its role, then what pieces add, then why it ended."""
-        options = self._body.stream_options or StreamOptions()
+        options = self._options
+        if options.include_usage:
+            self._envelope["usage"] = None
         begun: set[int] = set()
         async with aclosing(pieces):
             async for piece in pieces:
@@ -151,15 +174,19 @@ class _Writer:
                 if piece.sample not in begun:
                     begun.add(piece.sample)
                     delta = {"role": "assistant", "content": ""}
-                if (choice := self._piece(piece, delta)) is None:
-                    continue
-                event: ChatCompletion = {**self._envelope, "choices": [choice]}
-                if options.include_usage:
-                    event["usage"] = usage_of([output]) if options.continuous_usage_stats else None
-                yield to_event(event)
+                    if self._content_is_all:
+                        self._line.open(piece.sample, self._template(piece.sample))
+                if (choice := self._piece(piece, delta)) is not None:
+                    event: ChatCompletion = {**self._envelope, "choices": [choice]}
+                    if options.include_usage and options.continuous_usage_stats:
+                        event["usage"] = usage_of([output])
+                    yield to_event(event)
         if options.include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": usage_of([output])})
         yield LAST_EVENT
+
+    def _template(self, sample: int) -> EventTemplate:
+        return EventTemplate(lambda text: {**self._envelope, "choices": [_only_content(sample, text)]})
 
     def _piece(self, piece: Piece, delta: ChatMessage) -> ChatChoice | None:
         """Write what one piece adds, None when that is nothing."""
@@ -190,3 +217,8 @@ class _Writer:
         if not self._body.logprobs or not tables:
             return None
         return chat_logprobs(list(zip(token_ids, tables, strict=True)), top=self._body.top_logprobs or 0)
+
+
+def _only_content(index: int, content: str) -> ChatChoice:
+    """Write a piece that brings content and nothing else."""
+    return {"index": index, "delta": {"content": content}, "logprobs": None, "finish_reason": None}

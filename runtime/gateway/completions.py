@@ -15,13 +15,14 @@ from typing import Any
 from ...sdk.params import SamplingParams
 from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from .answer import Call, Streamed, Whole
+from .direct_line import DirectLine
 from .generation import Piece, PromptRun, run_together
 from .logprobs import CompletionLogprobs, Entry, completion_logprobs
 from .prompts import check_model, check_sequences, prepare, split_prompts
 from .replica import ServedModel
 from .requests import CompletionBody, StreamOptions
 from .response_format import answer_format
-from .responses import LAST_EVENT, Completion, CompletionChoice, Usage, to_event, usage_of
+from .responses import LAST_EVENT, Completion, CompletionChoice, EventTemplate, Usage, to_event, usage_of
 from .sampling import completion_params
 
 
@@ -37,6 +38,7 @@ async def complete(call: Call) -> Whole | Streamed:
     call.gateway.admission.grow(call.ticket, len(prompts))
     model = call.gateway.replica.current()
     answer_id = call.record.answer_id = f"cmpl-{secrets.token_hex(16)}"
+    line = DirectLine()
     runs, texts = [], []
     for index, prompt in enumerate(prompts):
         prepared = await prepare(
@@ -48,14 +50,26 @@ async def complete(call: Call) -> Whole | Streamed:
         text = prompt if isinstance(prompt, str) else None
         if body.echo and text is None:
             text = model.tokenizer.decode(prepared.token_ids.tolist(), skip_special_tokens=True)
-        runs.append(PromptRun(call.gateway, model, request, call.record, index=index, text=text, held_to=wanted))
+        # Several prompts have one queue before their client, which a direct line would overtake.
+        runs.append(
+            PromptRun(
+                call.gateway,
+                model,
+                request,
+                call.record,
+                index=index,
+                text=text,
+                held_to=wanted,
+                line=line if len(prompts) == 1 else None,
+            )
+        )
         texts.append(text or "")
         call.record.prompt_tokens += len(prepared.token_ids)
-    writer = _Writer(call, model, body, params, answer_id, texts)
+    writer = _Writer(call, model, body, params, answer_id, texts, line)
     pieces = run_together(runs, timeout_s=call.time_left_s)
     outputs = [run.output for run in runs]
     if body.stream:
-        return Streamed(events=writer.events(pieces, outputs))
+        return Streamed(events=writer.events(pieces, outputs), line=line)
     async with aclosing(pieces):
         async for _ in pieces:
             pass
@@ -67,7 +81,7 @@ class _Writer:
 
     def __init__(
         self, call: Call, model: ServedModel, body: CompletionBody, params: SamplingParams, answer_id: str,
-        texts: list[str],
+        texts: list[str], line: DirectLine,
     ) -> None:  # fmt: skip
         self._model = model
         self._body = body
@@ -83,6 +97,15 @@ class _Writer:
         }
         # Where the text of each sample's next token begins.
         self._offsets: dict[int, int] = {}
+        self._line = line
+        # Whether all that comes between the first piece and the last is text.
+        self._options = body.stream_options or StreamOptions()
+        self._text_is_all = (
+            body.logprobs is None
+            and not body.return_token_ids
+            and not self._only_echo
+            and not self._options.continuous_usage_stats
+        )
 
     def whole(self, outputs: list[RequestOutput]) -> Completion:
         """Write the answer in one piece."""
@@ -97,28 +120,31 @@ class _Writer:
 
     async def events(self, pieces: AsyncGenerator[Piece], outputs: list[RequestOutput]) -> AsyncGenerator[bytes]:
         """Write the answer as a stream."""
-        options = self._body.stream_options or StreamOptions()
-        seen: set[tuple[int, int]] = set()
+        options = self._options
+        if options.include_usage:
+            self._envelope["usage"] = None
+        seen: set[int] = set()
         async with aclosing(pieces):
             async for piece in pieces:
-                key = (piece.prompt, piece.sample)
-                first = key not in seen
-                seen.add(key)
+                index = piece.prompt * self._params.n + piece.sample
+                if (first := index not in seen) and self._text_is_all:
+                    self._line.open(index, self._template(index))
+                seen.add(index)
                 choice = self._choice(
                     piece.prompt, piece.sample, piece.output, piece.text, piece.token_ids, piece.logprobs, piece,
                     first=first,
                 )  # fmt: skip
-                if not (
-                    first or choice["text"] or choice["logprobs"] or piece.finish_reason or choice.get("token_ids")
-                ):
-                    continue
-                event: Completion = {**self._envelope, "choices": [choice]}
-                if options.include_usage:
-                    event["usage"] = self._usage(outputs) if options.continuous_usage_stats else None
-                yield to_event(event)
+                if first or choice["text"] or choice["logprobs"] or piece.finish_reason or choice.get("token_ids"):
+                    event: Completion = {**self._envelope, "choices": [choice]}
+                    if options.include_usage and options.continuous_usage_stats:
+                        event["usage"] = self._usage(outputs)
+                    yield to_event(event)
         if options.include_usage:
             yield to_event({**self._envelope, "choices": [], "usage": self._usage(outputs)})
         yield LAST_EVENT
+
+    def _template(self, index: int) -> EventTemplate:
+        return EventTemplate(lambda text: {**self._envelope, "choices": [_written(index, text, None, None, None)]})
 
     def _usage(self, outputs: list[RequestOutput]) -> Usage:
         return usage_of(outputs, without_output=self._only_echo)
@@ -137,13 +163,9 @@ class _Writer:
             prompt_tables = output.prompt_logprobs or []
             entries = [*zip(output.prompt_token_ids, prompt_tables, strict=bool(prompt_tables)), *entries]
         reason = end.finish_reason
-        choice: CompletionChoice = {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(index, entries),
-            "finish_reason": "length" if self._only_echo and reason else reason,
-            "stop_reason": None if self._only_echo else end.stop_reason,
-        }
+        reason = "length" if self._only_echo and reason else reason
+        stop_reason = None if self._only_echo else end.stop_reason
+        choice = _written(index, text, self._logprobs(index, entries), reason, stop_reason)
         if self._body.return_token_ids:
             choice["token_ids"] = token_ids
             if first:
@@ -162,6 +184,19 @@ class _Writer:
 
     def _decode(self, token_id: int) -> str:
         return self._model.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _written(
+    index: int, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None, stop_reason: int | str | None
+) -> CompletionChoice:
+    """Write what every choice has."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }
 
 
 def _plain_table(table: dict[int, Logprob] | None) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Prompts on their way through the engine: events in, pieces of text out.
 
 Owns what happens to a prompt between admission and answer: its collector, its stop strings, its share of the metrics,
-its end. Leaving a generation early aborts it at the engine. It must not know how answers are written.
+its end. Leaving a generation early aborts it at the engine. It must not know how answers are written; what brings text
+and nothing else it sends over the stream's direct line where that is open, and there is no piece of it then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from ..collector import RequestCollector
 from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent
+from .direct_line import DirectLine
 from .errors import Draining
 from .gateway import Gateway
 from .record import RequestRecord
@@ -47,6 +49,11 @@ class Piece:
 class PromptRun:
     """One prompt on its way."""
 
+    __slots__ = (
+        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_record", "_request",
+        "output",
+    )  # fmt: skip
+
     def __init__(
         self,
         gateway: Gateway,
@@ -57,6 +64,7 @@ class PromptRun:
         index: int,
         text: str | None,
         held_to: AnswerFormat | None = None,
+        line: DirectLine | None = None,
     ) -> None:
         self._gateway = gateway
         self._model = model
@@ -64,6 +72,8 @@ class PromptRun:
         self._record = record
         self._index = index
         self._held_to = held_to
+        # A text in which a stop string may end is not final when its token comes.
+        self._line = None if request.params.stop_strings else line
         self._collector = RequestCollector(
             request, prompt=text, tokenizer=model.tokenizer, eos_token_ids=model.facts.eos_token_ids
         )
@@ -76,7 +86,9 @@ class PromptRun:
         Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up, InvalidRequest when
         it gave up for what the answer is held to
         """
-        events = cast("AsyncGenerator[RequestEvent]", self._model.client.generate(self._request, timeout_s=timeout_s))
+        take_token = None if self._line is None else self._take_token
+        generating = self._model.client.generate(self._request, timeout_s=timeout_s, take_token=take_token)
+        events = cast("AsyncGenerator[RequestEvent]", generating)
         ended = False
         self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         try:
@@ -101,8 +113,20 @@ class PromptRun:
                 raise Draining("the server stopped before the request was done") from error
             raise
         finally:
+            self._record.output_tokens += sum(len(sample.token_ids) for sample in self.output.outputs)
             if not ended:
                 self._gateway.metrics.aborted.inc()
+
+    def _take_token(self, index: int, token_id: int) -> bool:
+        """Send a token's text over the direct line; return False, and do nothing, when that is not open."""
+        line = self._line
+        if line is None or not line.is_open(index):
+            return False
+        now_s = self._gateway.clock()
+        if text := self._collector.add_token(index, token_id, None, now_s=now_s):
+            line.write(index, text)
+        self._measure(index, 1, now_s)
+        return True
 
     def _note(self, event: RequestEvent) -> None:
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, event.cached_tokens)
@@ -119,14 +143,14 @@ class PromptRun:
         text = ""
         for place, token_id in enumerate(event.token_ids):
             logprobs = event.logprobs[place] if event.logprobs else None
-            text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s).text
+            text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s)
             if self._collector.found_stop_string(event.index):
-                text += self._collector.end(event.index, FinishReason.STOP, None, now_s=now_s).text
+                text += self._collector.end(event.index, FinishReason.STOP, None, now_s=now_s)
                 break
         else:
             if event.finish_reason is not None:
                 self._refuse_broken_end(event.finish_reason)
-                text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s).text
+                text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s)
         self._measure(event.index, len(sample.token_ids) - first, now_s)
         return self._piece(event.index, sample, text, first)
 
@@ -157,25 +181,21 @@ class PromptRun:
         metrics = self._gateway.metrics
         last_s = self._last_token_s[index]
         self._last_token_s[index] = now_s
-        if last_s is not None:
-            metrics.inter_token_s.observe(now_s - last_s)
-        elif index == 0:
+        metrics.tokens.add(tokens, None if last_s is None else now_s - last_s)
+        if last_s is None and index == 0:
             ttft_s = now_s - self._record.arrival_s
             metrics.ttft_s.observe(ttft_s)
             if self._record.ttft_s is None:
                 self._record.ttft_s = ttft_s
-        metrics.output_tokens.inc(tokens)
-        self._record.output_tokens += tokens
-        self._gateway.readiness.saw_token(self._model)
+        self._gateway.readiness.saw_token(self._model, now_s=now_s)
 
 
-async def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:
+def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:
     """Run prompts side by side and yield their pieces as they come; the first error ends all of them."""
-    if len(runs) == 1:
-        async with aclosing(runs[0].pieces(timeout_s=timeout_s)) as pieces:
-            async for piece in pieces:
-                yield piece
-        return
+    return runs[0].pieces(timeout_s=timeout_s) if len(runs) == 1 else _merged(runs, timeout_s)
+
+
+async def _merged(runs: Sequence[PromptRun], timeout_s: float) -> AsyncGenerator[Piece]:
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(_QUEUED_PIECES)
     # No task group: it must not stay open across a yield. The tasks never outlive this generator all the same.
     tasks = [asyncio.create_task(_pump(run.pieces(timeout_s=timeout_s), queue)) for run in runs]

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .body_writer import leave_body_writer
 from .errors import HttpRefusal, answer_for
 from .responses import to_json
 from .settings import RequestLimits
@@ -49,10 +50,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
-        """Hand the request on."""
+        """Hand the request on. Its task has been made, and runs after this."""
         self._stop_waiting()
         self._bytes_for_nothing = 0
         super().on_headers_complete()
+        # Of a request that is upgraded there is no cycle; the one there is an earlier request's.
+        if getattr(self.cycle, "scope", None) is self.scope:
+            leave_body_writer(self.scope, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body on."""

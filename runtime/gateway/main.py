@@ -29,6 +29,7 @@ from ..rpc.client import GrpcEngineClient
 from ..text.tokenizer import Tokenizer
 from .app import create_app
 from .driver_process import DriverProcess, driver_command
+from .garbage import collect_seldom
 from .gateway import Gateway, make_gateway
 from .http_protocol import bounded_protocol
 from .logs import log_as_json
@@ -112,6 +113,7 @@ class _Process:
         """Serve; return the exit status."""
         self._signals.listen()
         server = _Server(_uvicorn_config(self._gateway))
+        collect_seldom()
         serving = asyncio.create_task(server.serve(sockets=[self._listening]), name="http")
         supervising = asyncio.create_task(self._supervisor.run(), name="supervisor")
         announcing = asyncio.create_task(self._announce_when_ready(), name="announce")

@@ -30,9 +30,9 @@ class Readiness:
         self._proven_epoch: str | None = None
         self._probing = asyncio.Lock()
 
-    def saw_token(self, model: ServedModel) -> None:
+    def saw_token(self, model: ServedModel, *, now_s: float) -> None:
         """Note that a token came from the engine now."""
-        self._proven_s = self._clock()
+        self._proven_s = now_s
         self._proven_epoch = model.facts.epoch
 
     async def problem(self) -> str | None:
@@ -68,5 +68,5 @@ class Readiness:
             return str(error) or f"no token came within {self._timeout_s:g} s"
         if tokens == 0:
             return "the engine ended a request without a token"
-        self.saw_token(model)
+        self.saw_token(model, now_s=self._clock())
         return None

@@ -5,7 +5,8 @@ Typed dictionaries and not models: a stream writes one a token, and this is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired
 
 import orjson
@@ -169,6 +170,23 @@ def to_json(value: object) -> bytes:
 def to_event(value: object) -> bytes:
     """Write one server-sent event."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class EventTemplate:
+    """Events that differ in one text alone: written once, and then only the text is.
+
+    ``make`` returns the event with a text; the text must stand in it once.
+    """
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, self._after = to_event(make(mark)).split(orjson.dumps(mark))
+
+    def write(self, text: str) -> bytes:
+        """Write the event with this text."""
+        return b"%b%b%b" % (self._before, orjson.dumps(text), self._after)
 
 
 LAST_EVENT = b"data: [DONE]\n\n"

@@ -6,7 +6,7 @@ runs on every implementation.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +83,10 @@ class RequestEvent:
     queue_s: float | None = None
 
 
+TakeToken = Callable[[int, int], bool]
+"""Offered a sample's index and its next token; returns whether it has taken it. Must not wait."""
+
+
 class EngineClient(Protocol):
     """One replica, as a gateway sees it. Safe to use from many tasks of one event loop."""
 
@@ -90,9 +94,13 @@ class EngineClient(Protocol):
         """Meet the replica; raise EngineUnavailable when it does not answer in time."""
         ...
 
-    def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncIterator[RequestEvent]:
+    def generate(
+        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+    ) -> AsyncIterator[RequestEvent]:
         """Submit a request and yield its news until every sample has ended.
 
+        ``take_token`` is offered each token that comes alone (no log-probabilities) while the caller waits for the next
+        event; what it takes is in no event. That saves waking a task for each token. What it raises, the caller gets.
         Leaving the iterator early, by ``aclose`` or cancellation, aborts the request at the engine.
         Raises: InvalidRequest; Overloaded (retryable); EngineUnavailable (retryable) when the replica is lost;
         DeadlineExceeded when ``timeout_s`` seconds have passed, the request being aborted

@@ -10,7 +10,7 @@ import asyncio
 
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..messages import EngineRequest, TokenLogprobs
-from .engine_client import PromptScores, RequestEvent, SampleEvent
+from .engine_client import PromptScores, RequestEvent, SampleEvent, TakeToken
 from .session import Ending
 
 
@@ -20,8 +20,15 @@ class Mailbox:
     Raises: EngineUnavailable from ``add_*`` when the peer sends what cannot be
     """
 
-    def __init__(self, key: int, request: EngineRequest) -> None:
+    # Slots, as in all that each token touches: a thousand streams are more than a processor's cache holds.
+    __slots__ = (
+        "_endings", "_error", "_logprobs", "_loop", "_scores", "_take_token", "_tokens", "_tokens_left", "_waiter",
+        "key", "open_samples", "request",
+    )  # fmt: skip
+
+    def __init__(self, key: int, request: EngineRequest, *, take_token: TakeToken | None = None) -> None:
         self.key = key
+        self._take_token = take_token
         self.request = request
         self.open_samples = request.params.n
         self._tokens_left = [request.max_tokens] * request.params.n
@@ -30,6 +37,8 @@ class Mailbox:
         self._scores: dict[int, TokenLogprobs] = {}
         self._endings: dict[int, Ending] = {}
         self._error: SlipstreamError | None = None
+        # Kept: asking for it costs a system call.
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
     def add_token(self, index: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -38,10 +47,27 @@ class Mailbox:
         if index >= len(left) or left[index] <= 0:
             raise EngineUnavailable(f"the replica sent a token too many for sample {index} of {self._name}")
         left[index] -= 1
+        if logprobs is None and self._taken(index, token_id):
+            return
         self._tokens.setdefault(index, []).append(token_id)
         if logprobs is not None:
             self._logprobs.setdefault(index, []).append(logprobs)
         self._wake()
+
+    def _taken(self, index: int, token_id: int) -> bool:
+        """Offer a token to whoever would take it without being woken.
+
+        Only while the reader waits: then it has read, and passed on, all that came before.
+        """
+        waiter = self._waiter
+        if self._take_token is None or waiter is None or waiter.done():
+            return False
+        try:
+            return self._take_token(index, token_id)
+        except Exception as error:
+            # The reader's own fault, and not the session's, which is everybody's.
+            waiter.set_exception(error)
+            return True
 
     def add_scores(self, scores: PromptScores) -> None:
         """Take in prompt log-probabilities; those of a prompt that was computed again come again, and are the same."""
@@ -80,7 +106,7 @@ class Mailbox:
                 raise self._error
             if not self.open_samples:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 
 from ...sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest, Overloaded, SlipstreamError
 from ..messages import EngineRequest
-from .engine_client import EngineFacts, EngineLoadReport, RequestEvent
+from .engine_client import EngineFacts, EngineLoadReport, RequestEvent, TakeToken
 from .mailbox import Mailbox
 from .session import (
     Abort,
@@ -84,9 +84,11 @@ class SessionClient(ABC):
             raise EngineUnavailable("the replica was started anew while it was being met")
         return facts
 
-    async def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncGenerator[RequestEvent]:
+    async def generate(
+        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+    ) -> AsyncGenerator[RequestEvent]:
         """Submit a request and yield its news; see ``EngineClient.generate``."""
-        box = self._open_box(request, timeout_s)
+        box = self._open_box(request, timeout_s, take_token)
         overdue = DeadlineExceeded(f"request {request.request_id!r} did not end within {timeout_s} s")
         timer = asyncio.get_running_loop().call_later(timeout_s, self._end_box, box, overdue)
         try:
@@ -133,14 +135,14 @@ class SessionClient(ABC):
 
     # ------------------------------------------------------------------ requests
 
-    def _open_box(self, request: EngineRequest, timeout_s: float) -> Mailbox:
+    def _open_box(self, request: EngineRequest, timeout_s: float, take_token: TakeToken | None) -> Mailbox:
         if self._failure is not None:
             raise self._failure
         if request.request_id in self._keys:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         if len(self._boxes) >= self._max_live_requests:
             raise Overloaded(f"{len(self._boxes)} requests are on their way to the replica already")
-        box = Mailbox(self._next_key, request)
+        box = Mailbox(self._next_key, request, take_token=take_token)
         self._send(Submit(key=box.key, request=request, timeout_s=timeout_s))
         self._next_key += 1
         self._boxes[box.key] = box

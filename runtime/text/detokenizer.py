@@ -11,22 +11,12 @@ a token does not grow with the number of tokens before it.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from typing import Protocol
 
 from .tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-
-
-def _printable_bytes() -> dict[str, int]:
-    """Return the characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _printable_bytes()
 
 
 class _Strategy(Protocol):
@@ -38,23 +28,15 @@ class _Strategy(Protocol):
 class IncrementalDetokenizer:
     """Text of one sequence, token by token."""
 
+    __slots__ = ("feed", "finish")
+
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         byte_level = tokenizer.decoder_kinds == ("ByteLevel",)
-        self._strategy: _Strategy = _ByteLevelText(tokenizer) if byte_level else _WindowText(tokenizer)
-
-    def feed(self, token_id: int) -> str:
-        """Take the next token and return the text that is final now, often empty."""
-        # tokenizers drops these before it decodes, so to the decoder they never were.
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token)):
-            return ""
-        return self._strategy.feed(token_id)
-
-    def finish(self) -> str:
-        """Return what is left when no more tokens come: replacement characters where bytes are missing."""
-        return self._strategy.finish()
+        strategy: _Strategy = (_ByteLevelText if byte_level else _WindowText)(tokenizer, skip_special_tokens)
+        self.feed: Callable[[int], str] = strategy.feed
+        """Takes the next token and returns the text that is final now, often empty."""
+        self.finish: Callable[[], str] = strategy.finish
+        """Returns what is left when no more tokens come: replacement characters where bytes are missing."""
 
 
 class _ByteLevelText:
@@ -65,20 +47,21 @@ class _ByteLevelText:
     Source: Unicode 15, section 3.9, "U+FFFD substitution of maximal subparts"
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    __slots__ = ("_begun", "_pieces")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._pieces = tokenizer.byte_pieces(skip_special_tokens)
+        # Bytes of a character whose others have not come.
+        self._begun = b""
 
     def feed(self, token_id: int) -> str:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        try:
-            piece = bytes([_BYTE_OF_CHARACTER[character] for character in token])
-        except KeyError:  # an added token in plain text, taken as it is
-            piece = token.encode()
-        return self._decoder.decode(piece)
+        text, used = codecs.utf_8_decode(data := self._begun + self._pieces[token_id], "replace", False)
+        self._begun = data[used:]
+        return text
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        begun, self._begun = self._begun, b""
+        return begun.decode(errors="replace")
 
 
 class _WindowText:
@@ -89,8 +72,9 @@ class _WindowText:
     their run: were the run no valid UTF-8, all of its bytes would become replacement characters, good ones too.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._has_byte_tokens = "ByteFallback" in tokenizer.decoder_kinds
         self._may_split_characters = "ByteLevel" in tokenizer.decoder_kinds
         self._context: list[int] = []
@@ -98,8 +82,12 @@ class _WindowText:
         self._pending: list[int] = []
 
     def feed(self, token_id: int) -> str:
+        # tokenizers drops these before it decodes, so to the decoder they never were.
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token)):
+            return ""
         self._pending.append(token_id)
-        if self._has_byte_tokens and _is_byte_token(self._tokenizer.id_to_token(token_id) or ""):
+        if self._has_byte_tokens and _is_byte_token(token):
             return ""
         text = self._decode(self._context + self._pending)
         if self._may_split_characters and text.endswith(_REPLACEMENT):

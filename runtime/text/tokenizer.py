@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from ...sdk.errors import CheckpointError, InvalidRequest
+from .byte_pieces import BytePieces
 from .chat_template import ChatTemplate, StrftimeNow
 from .json_file import read_json_object
 
@@ -45,6 +46,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().values()
         self._special_texts = frozenset(token.content for token in added if token.special)
         self.decoder_kinds = tuple(_decoder_kinds(_decoder_description(backend)))
+        self._all_pieces = BytePieces(self.id_to_token)
+        self._shown_pieces = BytePieces(self._shown_token)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
@@ -96,6 +99,10 @@ class Tokenizer:
         """Return whether ``skip_special_tokens`` leaves out a token, given as the vocabulary writes it."""
         return token in self._special_texts
 
+    def byte_pieces(self, skip_special_tokens: bool) -> BytePieces:
+        """Return what each token is in bytes, for a byte-level vocabulary; special tokens are none when skipped."""
+        return self._shown_pieces if skip_special_tokens else self._all_pieces
+
     @property
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can be used."""
@@ -121,6 +128,10 @@ class Tokenizer:
             tools=tools,
             extra_variables=template_variables,
         )
+
+    def _shown_token(self, token_id: int) -> str | None:
+        token = self._backend.id_to_token(token_id)
+        return None if token in self._special_texts else token
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

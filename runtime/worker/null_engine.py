@@ -20,7 +20,7 @@ _MAX_BLOCKS = 1 << 18
 class NullEngineOptions:
     """What an engine without a model pretends to be.
 
-    Units: step_time_s, seconds that each step seems to compute; 0 answers at once
+    Units: step_time_s, seconds that each step seems to compute (see ``PacedExecutor``); 0 answers at once
     """
 
     vocab_size: int = 32_000
@@ -52,19 +52,24 @@ def launch_null_engine(options: NullEngineOptions, *, clock: Clock) -> Engine:
 
 
 class PacedExecutor:
-    """An executor whose steps take at least ``step_time_s`` seconds each, one after the other, as a device's do."""
+    """An executor whose steps take ``step_time_s`` seconds each, one after the other, as a device's do.
+
+    Steps end when the clock shows a whole multiple of ``step_time_s``: who reads the same clock in another process can
+    tell when a token was drawn. A step that was submitted too late for its turn ends one multiple later.
+    """
 
     def __init__(self, executor: Executor, *, clock: Clock, step_time_s: float) -> None:
         self._executor = executor
         self._clock = clock
         self._step_time_s = step_time_s
-        self._busy_until_s = 0.0
+        self._last_end = 0  # in multiples of the step time
         self._closed = threading.Event()
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Start a step when those before have ended."""
-        self._busy_until_s = max(self._clock(), self._busy_until_s) + self._step_time_s
-        return _PacedStep(self._executor.submit(plan), self._busy_until_s, self._clock, self._closed)
+        self._last_end = max(int(self._clock() / self._step_time_s), self._last_end) + 1
+        ends_s = self._last_end * self._step_time_s
+        return _PacedStep(self._executor.submit(plan), ends_s, self._clock, self._closed)
 
     def close(self) -> None:
         """Close the executor; steps that still wait end at once."""

@@ -93,7 +93,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "grpc_reflection": ("runtime/rpc/",),
     "fastapi": ("runtime/gateway/",),
     "starlette": ("runtime/gateway/",),
-    "uvicorn": ("runtime/gateway/main.py", "runtime/gateway/http_protocol.py"),
+    "uvicorn": ("runtime/gateway/main.py", "runtime/gateway/http_protocol.py", "runtime/gateway/body_writer.py"),
     "pydantic": ("runtime/gateway/",),
     "orjson": ("runtime/gateway/",),
     "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
@@ -115,7 +115,7 @@ DISTRIBUTIONS = {
 }
 """Imported package → the distribution that it comes with, where the names differ."""
 
-LOADED_BY_OTHERS = {"httptools": "uvicorn, whose protocol over it we use"}
+LOADED_BY_OTHERS = {"httptools": "uvicorn, whose protocol on it ours builds on"}
 """Distribution that no file of ours imports → who does."""
 
 FORBIDDEN = {

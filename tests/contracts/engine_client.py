@@ -201,6 +201,54 @@ class EngineClientContract(ABC):
 
         self.run(test())
 
+    def test_tokens_may_be_taken_before_they_are_events(self) -> None:
+        async def test() -> None:
+            taken: dict[int, list[int]] = defaultdict(list)
+            got = Answer()
+            offers = 0
+
+            def take(index: int, token_id: int) -> bool:
+                nonlocal offers
+                offers += 1
+                if offers % 3 == 0:
+                    return False
+                # What was refused is read first: nothing is overtaken.
+                assert len(got.tokens[index]) + len(taken[index]) == places[index]
+                places[index] += 1
+                taken[index].append(token_id)
+                return True
+
+            places: dict[int, int] = defaultdict(int)
+            wanted = request("r", range(30), max_tokens=40, seed=7, n=2)
+            async with self.bench() as (_, client, _served):
+                async for event in client.generate(wanted, timeout_s=PATIENCE_S, take_token=take):
+                    got.add(event)
+                    for sample in event.samples:
+                        places[sample.index] += len(sample.token_ids)
+            assert taken[0] and got.tokens[0] and got.reasons == dict.fromkeys(range(2), FinishReason.LENGTH)
+            for index in range(2):
+                right = expected_tokens(range(30), sample_seed(7, index), 40)
+                assert sorted(taken[index] + got.tokens[index]) == sorted(right)
+
+        self.run(test())
+
+    def test_what_taking_a_token_raises_ends_its_request_alone(self) -> None:
+        async def test() -> None:
+            def take(index: int, token_id: int) -> bool:
+                raise ValueError("no")
+
+            async with self.bench() as (_, client, _served):
+                other = asyncio.create_task(answer(client, request("other", [1, 2], max_tokens=60)))
+                with pytest.raises(ValueError, match="no"):
+                    async for _event in client.generate(
+                        request("r", [1], max_tokens=50), timeout_s=PATIENCE_S, take_token=take
+                    ):
+                        pass
+                assert len((await other).tokens[0]) == 60
+                assert await all_is_free(client)
+
+        self.run(test())
+
     def test_logprobs_of_answer_and_prompt(self) -> None:
         async def test() -> None:
             prompt = [token % VOCABULARY for token in range(150)]

@@ -2,6 +2,7 @@
 
 The answer to a prompt is the prompt's own tokens from the beginning again, shifted by the sample's index, so that a
 test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica.
+``taken`` counts the tokens that ``take_token`` took.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from slipstream.runtime.rpc.engine_client import (
     PromptScores,
     RequestEvent,
     SampleEvent,
+    TakeToken,
 )
 from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, SlipstreamError
 
@@ -37,6 +39,7 @@ class ScriptedEngine:
             device="cpu",
         )
         self.script: list[int] | None = None
+        self.taken = 0
         self.tokens_per_event = 1
         self.hold = asyncio.Event()
         self.hold.set()
@@ -53,7 +56,9 @@ class ScriptedEngine:
     async def connect(self, *, timeout_s: float) -> EngineFacts:
         return self.facts
 
-    async def generate(self, request: EngineRequest, *, timeout_s: float) -> AsyncGenerator[RequestEvent]:
+    async def generate(
+        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+    ) -> AsyncGenerator[RequestEvent]:
         if self.refusal is not None:
             raise self.refusal
         self.requests.append(request)
@@ -62,7 +67,10 @@ class ScriptedEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 async for event in self._events(request):
-                    yield event
+                    if _taken(event, take_token):
+                        self.taken += 1
+                    else:
+                        yield event
             ended = True
         except TimeoutError as error:
             raise DeadlineExceeded(f"{timeout_s:g} s have passed") from error
@@ -144,3 +152,11 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         pass
+
+
+def _taken(event: RequestEvent, take_token: TakeToken | None) -> bool:
+    if take_token is None or len(event.samples) != 1:
+        return False
+    (sample,) = event.samples
+    alone = len(sample.token_ids) == 1 and not sample.logprobs and sample.finish_reason is None
+    return alone and take_token(sample.index, sample.token_ids[0])
