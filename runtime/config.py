@@ -63,6 +63,7 @@ def require_positive(name: str, value: object) -> None:
         raise ConfigError(name, f"must be an integer of at least 1, got {value!r}")
 
 
+QUANTIZATIONS = ("none", "int8", "int4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ONE_FOR_NOW = ("tensor_parallel_size", "pipeline_parallel_size")
@@ -79,6 +80,10 @@ class EngineOptions:
       is smaller than that (a warning says so).
     - ``kv_cache_memory_bytes`` or ``num_gpu_blocks_override`` (blocks, on any device) size the KV cache; otherwise
       ``gpu_memory_utilization`` of the device's free memory is the limit, and on a CPU 4 GiB.
+    - ``quantization``: how weights are kept on a CPU: ``none``, as ``dtype`` says; ``int8``, with activations quantized
+      token by token; ``int4``, in groups of 32. Any checkpoint can be quantized while it is read.
+    - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
+      wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
       is refused when true, because code from a checkpoint is never run.
@@ -102,6 +107,8 @@ class EngineOptions:
     num_gpu_blocks_override: int | None = None
     gpu_memory_utilization: float = 0.9
     scheduling_policy: str = "fcfs"
+    quantization: str = "none"
+    num_threads: int | None = None
     async_scheduling: bool = True
     long_prefill_token_threshold: int = 0
     max_queued_requests: int = 4096
@@ -115,7 +122,9 @@ class EngineOptions:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         if self.dtype not in DTYPES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError("quantization", f"must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:

@@ -19,6 +19,7 @@ from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
 from .linear import Linear
 from .model_spec import ModelSpec
+from .parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +51,15 @@ class Attention:
     window: int | None
 
     @classmethod
-    def take(cls, spec: ModelSpec, parameters: Mapping[str, Tensor], name: str, *, window: int | None) -> Attention:
+    def take(cls, spec: ModelSpec, parameters: Parameters, name: str, *, window: int | None) -> Attention:
         """Return the attention called ``name``."""
         qk_norm_SD = None
         if spec.qk_norm:
-            q_norm, k_norm = parameters[f"{name}.q_norm"], parameters[f"{name}.k_norm"]
+            q_norm, k_norm = parameters.tensor(f"{name}.q_norm"), parameters.tensor(f"{name}.k_norm")
             qk_norm_SD = torch.cat((q_norm.expand(spec.num_heads, -1), k_norm.expand(spec.num_kv_heads, -1)))
         return cls(
-            qkv=Linear.take(parameters, f"{name}.qkv"),
-            out=Linear.take(parameters, f"{name}.out"),
+            qkv=parameters.linear(f"{name}.qkv"),
+            out=parameters.linear(f"{name}.out"),
             qk_norm_SD=qk_norm_SD,
             epsilon=spec.rms_norm_eps,
             num_heads=spec.num_heads,

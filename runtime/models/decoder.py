@@ -8,7 +8,6 @@ Shapes: T tokens, H hidden size, N selected tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +15,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention_workspace import AttentionWorkspace
-from ...kernels.linear import linear
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .forward import ForwardBatch
 from .kv_cache import KvCache
+from .linear_format import choose_format
 from .mlp import Mlp, take_mlp
 from .model_spec import ModelSpec
+from .parameters import Parameters
 from .rope import RotaryPositions
-from .weights import load_parameters
+from .weights import read_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +44,12 @@ class DecoderLayer:
 class Decoder:
     """A model on one device. One thread at a time may use it: the workspace is shared by all steps."""
 
-    def __init__(self, spec: ModelSpec, parameters: Mapping[str, Tensor]) -> None:
-        """Assemble the layers from ``parameters``, named as in ``parameter_layout`` and of one type and
-        device.
-        """
+    def __init__(self, spec: ModelSpec, parameters: Parameters) -> None:
+        """Assemble the layers from ``parameters``, of one type and device."""
         self.spec = spec
-        self._embedding_VH = parameters["embedding"]
-        self._final_norm_H = parameters["final_norm"]
-        self._head_VH = self._embedding_VH if spec.tie_word_embeddings else parameters["head"]
+        self._embedding_VH = parameters.tensor("embedding")
+        self._final_norm_H = parameters.tensor("final_norm")
+        self._head = parameters.head(tied=spec.tie_word_embeddings)
         self._layers = tuple(_take_layer(spec, parameters, index) for index in range(spec.num_layers))
         dtype, device = self._embedding_VH.dtype, self._embedding_VH.device
         self._positions = RotaryPositions(spec.rope, dtype=dtype, device=device)
@@ -89,7 +87,7 @@ class Decoder:
 
         Shapes: hidden_NH [selected tokens, hidden size]; returns [selected tokens, vocabulary] float32
         """
-        return linear(hidden_NH, self._head_VH).float()
+        return self._head(hidden_NH, None).float()
 
     def _attention_inputs(self, batch: ForwardBatch, cache: KvCache) -> AttentionInputs:
         cos_TD, sin_TD = self._positions.cos_sin(batch.positions_T, batch.rope_lengths_T, longest=batch.longest)
@@ -108,19 +106,31 @@ class Decoder:
         )
 
 
-def load_decoder(path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    path: str | Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    deterministic: bool = False,
+) -> Decoder:
     """Load the weights in the directory ``path`` and return the decoder.
 
-    Raises: CheckpointError naming the file and the tensor.
+    Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
-    return Decoder(spec, load_parameters(path, spec, dtype=dtype, device=device))
+    linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
+    parameters = Parameters(linear_format)
+    for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device):
+        parameters.add(parameter.name, tensor, parameter.role)
+    return Decoder(spec, parameters)
 
 
-def _take_layer(spec: ModelSpec, parameters: Mapping[str, Tensor], index: int) -> DecoderLayer:
+def _take_layer(spec: ModelSpec, parameters: Parameters, index: int) -> DecoderLayer:
     name, layer = f"layers.{index}", spec.layers[index]
     return DecoderLayer(
-        input_norm_H=parameters[f"{name}.input_norm"],
+        input_norm_H=parameters.tensor(f"{name}.input_norm"),
         attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
-        mlp_norm_H=parameters[f"{name}.mlp_norm"],
+        mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
         mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp"),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor
 
@@ -35,6 +36,15 @@ class Piece:
         return part[self.first_row : self.first_row + self.shape[0]]
 
 
+class Role(Enum):
+    """What the decoder does with a parameter: multiplies with it, once or expert by expert, or uses its numbers."""
+
+    TENSOR = "tensor"
+    LINEAR = "linear"
+    EXPERTS = "experts"
+    HEAD = "head"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One parameter of the decoder and the pieces that fill it completely."""
@@ -42,6 +52,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    role: Role = Role.TENSOR
 
 
 def parameter_layout(spec: ModelSpec, stored: Container[str]) -> tuple[Parameter, ...]:
@@ -62,7 +73,7 @@ def parameter_layout(spec: ModelSpec, stored: Container[str]) -> tuple[Parameter
                 parameters += _moe(spec, layer.mlp, f"{name}.mlp", disk, stored)
     parameters.append(_whole("final_norm", "model.norm.weight", spec.hidden_size))
     if not spec.tie_word_embeddings:
-        parameters.append(_whole("head", "lm_head.weight", *embedding))
+        parameters.append(_whole("head", "lm_head.weight", *embedding, role=Role.HEAD))
     return tuple(parameters)
 
 
@@ -71,16 +82,16 @@ def is_ignorable(tensor: str, spec: ModelSpec) -> bool:
     return tensor.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and tensor == "lm_head.weight")
 
 
-def _whole(name: str, tensor: str, *shape: int) -> Parameter:
-    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),))
+def _whole(name: str, tensor: str, *shape: int, role: Role = Role.TENSOR) -> Parameter:
+    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),), role=role)
 
 
-def _fused(name: str, tensors: tuple[tuple[str, int], ...], *columns: int) -> Parameter:
+def _fused(name: str, tensors: tuple[tuple[str, int], ...], *columns: int, role: Role = Role.TENSOR) -> Parameter:
     pieces, first_row = [], 0
     for tensor, rows in tensors:
         pieces.append(Piece(tensor=tensor, shape=(rows, *columns), first_row=first_row))
         first_row += rows
-    return Parameter(name=name, shape=(first_row, *columns), pieces=tuple(pieces))
+    return Parameter(name=name, shape=(first_row, *columns), pieces=tuple(pieces), role=role)
 
 
 def _linear(
@@ -88,7 +99,7 @@ def _linear(
 ) -> list[Parameter]:
     weights = tuple((f"{disk}.{projection}.weight", rows) for projection, rows in projections)
     biases = tuple((f"{disk}.{projection}.bias", rows) for projection, rows in projections)
-    parameters = [_fused(f"{name}.weight", weights, columns)]
+    parameters = [_fused(f"{name}.weight", weights, columns, role=Role.LINEAR)]
     return [*parameters, _fused(f"{name}.bias", biases)] if bias else parameters
 
 
@@ -116,8 +127,8 @@ def _moe(spec: ModelSpec, mlp: MoeSpec, name: str, disk: str, stored: Container[
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
         return [
             _whole(f"{name}.router", f"{disk}.mlp.gate.weight", experts, hidden),
-            _whole(f"{name}.gate_up", f"{disk}.mlp.experts.gate_up_proj", *gate_up_shape),
-            _whole(f"{name}.down", f"{disk}.mlp.experts.down_proj", *down_shape),
+            _whole(f"{name}.gate_up", f"{disk}.mlp.experts.gate_up_proj", *gate_up_shape, role=Role.EXPERTS),
+            _whole(f"{name}.down", f"{disk}.mlp.experts.down_proj", *down_shape, role=Role.EXPERTS),
         ]
     if spec.architecture == "MixtralForCausalLM":
         block, (gate, up, down) = f"{disk}.block_sparse_moe", ("w1", "w3", "w2")
@@ -133,6 +144,6 @@ def _moe(spec: ModelSpec, mlp: MoeSpec, name: str, disk: str, stored: Container[
         down_pieces.append(Piece(tensor=f"{prefix}.{down}.weight", shape=(hidden, size), expert=expert))
     return [
         _whole(f"{name}.router", f"{block}.gate.weight", experts, hidden),
-        Parameter(name=f"{name}.gate_up", shape=gate_up_shape, pieces=tuple(gate_up_pieces)),
-        Parameter(name=f"{name}.down", shape=down_shape, pieces=tuple(down_pieces)),
+        Parameter(name=f"{name}.gate_up", shape=gate_up_shape, pieces=tuple(gate_up_pieces), role=Role.EXPERTS),
+        Parameter(name=f"{name}.down", shape=down_shape, pieces=tuple(down_pieces), role=Role.EXPERTS),
     ]

@@ -7,6 +7,7 @@ and nothing stays when loading fails. At most one tensor beyond the parameters e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +19,10 @@ from .layout import Parameter, Piece, is_ignorable, parameter_layout
 from .model_spec import ModelSpec
 
 
-def load_parameters(
+def read_parameters(
     path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Load every parameter of ``spec`` from the directory ``path``, by its name in ``parameter_layout``.
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """Read every parameter of ``spec`` from the directory ``path``, one after the other.
 
     Raises: CheckpointError naming the file and the tensor.
     """
@@ -29,7 +30,8 @@ def load_parameters(
     with CheckpointReader.open(directory) as reader:
         layout = parameter_layout(spec, reader.tensors)
         check_tensors(directory, reader, layout, spec)
-        return {parameter.name: _load(reader, parameter, dtype, device) for parameter in layout}
+        for parameter in layout:
+            yield parameter, _load(reader, parameter, dtype, device)
 
 
 def check_tensors(directory: Path, reader: CheckpointReader, layout: tuple[Parameter, ...], spec: ModelSpec) -> None:

@@ -24,6 +24,7 @@ from ..models.generation_defaults import GenerationDefaults, read_generation_def
 from ..models.kv_cache import KvCache
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
+from .cpu_settings import settle_cpu
 from .executor import ModelExecutor
 from .grammar import GrammarCompiler
 
@@ -63,7 +64,9 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     max_model_len, cache_size = _size(options, spec, device, dtype)
     config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
-    model = load_decoder(path, spec, dtype=dtype, device=device)
+    if device.type == "cpu":
+        settle_cpu(options.num_threads, weight_bytes=spec.facts().step_read_bytes(dtype.itemsize))
+    model = load_decoder(path, spec, dtype=dtype, device=device, quantization=options.quantization)
     cache = KvCache.allocate(
         spec, num_blocks=cache_size.num_blocks, block_size=options.block_size, dtype=dtype, device=device
     )

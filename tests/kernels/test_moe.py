@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.moe_gemm import moe_mlp
+from slipstream.kernels.moe_gemm import Product, moe_mlp
 from slipstream.kernels.moe_route import route
 
 HIDDEN, INNER, EXPERTS = 16, 10, 6
@@ -14,6 +16,14 @@ HIDDEN, INNER, EXPERTS = 16, 10, 6
 
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def products(weights: torch.Tensor) -> list[Product]:
+    return [partial(multiply, weight) for weight in weights]
+
+
+def multiply(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def expected_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> np.ndarray:
@@ -60,7 +70,7 @@ def test_moe_mlp_is_the_weighted_sum_of_experts(seed: int, tokens: int, chosen: 
         for choice in range(chosen):
             expert = experts[token, choice]
             expected[token] += weights[token, choice].item() * expected_mlp(x[token], gate_up[expert], down[expert])
-    found = moe_mlp(x, weights, torch.from_numpy(experts), gate_up, down)
+    found = moe_mlp(x, weights, torch.from_numpy(experts), products(gate_up), products(down))
     assert np.abs(found.double().numpy() - expected).max() < 1e-4
 
 
@@ -69,7 +79,7 @@ def test_moe_mlp_without_tokens() -> None:
         torch.zeros(0, HIDDEN),
         torch.zeros(0, 2),
         torch.zeros(0, 2, dtype=torch.int64),
-        torch.zeros(EXPERTS, 2 * INNER, HIDDEN),
-        torch.zeros(EXPERTS, HIDDEN, INNER),
+        products(torch.zeros(EXPERTS, 2 * INNER, HIDDEN)),
+        products(torch.zeros(EXPERTS, HIDDEN, INNER)),
     )
     assert nothing.shape == (0, HIDDEN)

@@ -15,7 +15,7 @@ from slipstream.runtime.models.forward import build_forward_batch
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.model_spec import DynamicRope, ModelSpec
 from slipstream.runtime.models.registry import read_model_spec
-from slipstream.runtime.models.weights import load_parameters
+from slipstream.runtime.models.weights import read_parameters
 from slipstream.tests.models.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -101,6 +101,12 @@ def test_cache_sizes_agree_with_placement(spec: ModelSpec) -> None:
     cache = KvCache.allocate(spec, num_blocks=5, block_size=8, dtype=torch.bfloat16, device=CPU)
     assert (cache.num_blocks, cache.block_size) == (5, 8)
     assert cache.bytes == 5 * 8 * spec.facts().kv_bytes_per_token(2)
+
+
+def load_parameters(
+    path: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    return {parameter.name: tensor for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device)}
 
 
 def test_weights_in_memory_agree_with_placement(qwen: Path, spec: ModelSpec) -> None:

@@ -1,4 +1,6 @@
-"""Loading holds the parameters and at most one more tensor, measured as anonymous memory of a process."""
+"""Loading holds the parameters and at most two more tensors, measured as anonymous memory of a process: the one that is
+brought into its format, and what the allocator keeps of the one before.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ BIG_MOE = Case(
     ],
     ids=["dense", "dense converted", "experts converted"],
 )
-def test_loading_holds_at_most_one_tensor_more(tmp_path: Path, case: Case, stored: torch.dtype, loaded: str) -> None:
+def test_loading_holds_at_most_two_tensors_more(tmp_path: Path, case: Case, stored: torch.dtype, loaded: str) -> None:
     model = random_model(case).to(stored)
     model.save_pretrained(tmp_path, max_shard_size="80MB")
     element_bytes = 2 if loaded == "bfloat16" else 4
@@ -86,5 +88,5 @@ def test_loading_holds_at_most_one_tensor_more(tmp_path: Path, case: Case, store
     peak, stays = json.loads(result.stdout)
     mib = 2**20
     print(f"final {final // mib} MiB, largest {largest // mib}, peak {peak // mib}, stays {stays // mib}")
-    assert peak <= final + largest + SLACK_BYTES
-    assert stays <= final + SLACK_BYTES
+    assert peak <= final + 2 * largest + SLACK_BYTES
+    assert stays <= final + largest + SLACK_BYTES

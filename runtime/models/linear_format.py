@@ -1,0 +1,120 @@
+"""How the weights of linear layers are stored and multiplied: one format for each ``quantization``.
+
+A format turns a weight, as it was read, into a ``Product`` that multiplies with it; the decoder knows no more. Formats
+are chosen once, by device, type and option, and applied weight by weight while a checkpoint is read, so that the
+weights never exist twice.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels.linear import linear
+from ...kernels.linear_int4 import can_pack_int4, linear_int4, pack_int4
+from ...kernels.linear_int8 import linear_int8, pack_int8
+from ...kernels.linear_packed import can_pack, linear_packed, pack_weight
+from ...sdk.errors import ConfigError
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""Multiplies: (x_TI [tokens, inputs], bias_O [outputs] or None) → [tokens, outputs] of x's type."""
+
+
+class LinearFormat(Protocol):
+    """One way to store and multiply weights."""
+
+    def prepare(self, weight_OI: Tensor) -> Product:
+        """Take a weight [outputs, inputs]; afterwards the caller's copy may go."""
+        ...
+
+    def prepare_head(self, weight_OI: Tensor) -> Product:
+        """Take the output head, in whose errors every token shares: never in fewer than 8 bits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainFormat:
+    """Weights as they are; any device."""
+
+    def prepare(self, weight_OI: Tensor) -> Product:
+        """Keep the weight."""
+        return lambda x_TI, bias_O: linear(x_TI, weight_OI, bias_O)
+
+    def prepare_head(self, weight_OI: Tensor) -> Product:
+        """Keep the weight."""
+        return self.prepare(weight_OI)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFormat:
+    """The same numbers in the layout that the CPU multiplies fastest."""
+
+    def prepare(self, weight_OI: Tensor) -> Product:
+        """Pack the weight."""
+        packed = pack_weight(weight_OI)
+        return lambda x_TI, bias_O: linear_packed(x_TI, packed, bias_O)
+
+    def prepare_head(self, weight_OI: Tensor) -> Product:
+        """Pack the weight."""
+        return self.prepare(weight_OI)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Format:
+    """Weights of 8 bits by output, activations of 8 bits by token."""
+
+    def prepare(self, weight_OI: Tensor) -> Product:
+        """Quantize the weight."""
+        weight = pack_int8(weight_OI)
+        return lambda x_TI, bias_O: linear_int8(x_TI, weight, bias_O)
+
+    def prepare_head(self, weight_OI: Tensor) -> Product:
+        """Quantize the weight."""
+        return self.prepare(weight_OI)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Format:
+    """Weights of 4 bits in groups; those whose shape does not allow it, and the head, of 8 bits.
+
+    ``one_way``: one kernel for any number of rows.
+    """
+
+    one_way: bool = False
+
+    def prepare(self, weight_OI: Tensor) -> Product:
+        """Quantize the weight."""
+        if not can_pack_int4(weight_OI):
+            return Int8Format().prepare(weight_OI)
+        return partial(_int4, pack_int4(weight_OI), self.one_way)
+
+    def prepare_head(self, weight_OI: Tensor) -> Product:
+        """Quantize the weight to 8 bits."""
+        return Int8Format().prepare(weight_OI)
+
+
+def _int4(weight: object, one_way: bool, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return linear_int4(x_TI, weight, bias_O, one_way=one_way)  # type: ignore[arg-type]
+
+
+def choose_format(
+    quantization: str, *, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> LinearFormat:
+    """Return the format for an option.
+
+    Raises: ConfigError naming ``quantization`` when the device or the type cannot have it
+    """
+    if quantization == "none":
+        return PackedFormat() if can_pack(dtype, device) else PlainFormat()
+    if device.type != "cpu":
+        raise ConfigError("quantization", f"{quantization!r} is for the CPU in this version, the device is {device}")
+    if not can_pack(dtype, device):
+        raise ConfigError("quantization", f"{quantization!r} needs float32 or bfloat16 on this CPU, got {dtype}")
+    return Int8Format() if quantization == "int8" else Int4Format(one_way=deterministic)

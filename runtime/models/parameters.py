@@ -1,0 +1,53 @@
+"""The decoder's parameters as it takes them: tensors as they are, weights of linear layers in their format.
+
+Filled one parameter at a time, so that a weight is in its format before the next one is read.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .layout import Role
+from .linear import Linear
+from .linear_format import LinearFormat, Product
+
+
+class Parameters:
+    """Parameters by their names in ``parameter_layout``."""
+
+    def __init__(self, linear_format: LinearFormat) -> None:
+        self._format = linear_format
+        self._tensors: dict[str, Tensor] = {}
+        self._products: dict[str, tuple[Product, ...]] = {}
+
+    def add(self, name: str, tensor: Tensor, role: Role) -> None:
+        """Take a parameter in."""
+        match role:
+            case Role.TENSOR:
+                self._tensors[name] = tensor
+            case Role.LINEAR:
+                self._products[name] = (self._format.prepare(tensor),)
+            case Role.EXPERTS:
+                self._products[name] = tuple(self._format.prepare(weight) for weight in tensor)
+            case Role.HEAD:
+                self._products[name] = (self._format.prepare_head(tensor),)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._tensors[name]
+
+    def linear(self, name: str) -> Linear:
+        """Return the linear layer called ``name``; it has a bias if there is one."""
+        (product,) = self._products[f"{name}.weight"]
+        return Linear(product=product, bias_O=self._tensors.get(f"{name}.bias"))
+
+    def experts(self, name: str) -> tuple[Product, ...]:
+        """Return the weights of all experts of a layer."""
+        return self._products[name]
+
+    def head(self, *, tied: bool) -> Product:
+        """Return the output head; ``tied``: it is the embedding, of which the format keeps a copy of its own."""
+        if tied:
+            return self._format.prepare_head(self._tensors["embedding"])
+        (product,) = self._products["head"]
+        return product
