@@ -45,7 +45,7 @@ def can_pack_int4(weight_OI: Tensor) -> bool:
 def pack_int4(weight_OI: Tensor) -> Int4Weight:
     """Quantize a weight, groups of ``GROUP`` inputs of an output sharing a scale.
 
-    Shapes: weight_OI [outputs, inputs] float32 or bfloat16, on the CPU
+    Shapes: weight_OI [outputs, inputs] bfloat16, on the CPU (float32 works, and is slow to multiply with)
     Source: group-wise round to nearest (as the baseline of GPTQ, arXiv 2210.17323, section 4)
     """
     outputs, inputs = weight_OI.shape

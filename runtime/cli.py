@@ -40,6 +40,8 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
+ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
 
@@ -74,6 +76,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="go on after the end token")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = "none",
+    num_threads: ThreadsOption = None,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -87,6 +91,8 @@ def generate(
     options: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
+        "quantization": quantization,
+        "num_threads": num_threads,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -138,6 +144,8 @@ def serve(
     seed: Annotated[int | None, typer.Option(help="makes requests without a seed repeat from run to run")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = "none",
+    num_threads: ThreadsOption = None,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -157,7 +165,8 @@ def serve(
     from .gateway.settings import GatewaySettings, RequestLimits
 
     engine = EngineOptions(
-        model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, max_model_len=max_model_len,
+        model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
+        num_threads=num_threads, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,

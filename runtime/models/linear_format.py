@@ -117,4 +117,7 @@ def choose_format(
         raise ConfigError("quantization", f"{quantization!r} is for the CPU in this version, the device is {device}")
     if not can_pack(dtype, device):
         raise ConfigError("quantization", f"{quantization!r} needs float32 or bfloat16 on this CPU, got {dtype}")
+    if quantization == "int4" and dtype != torch.bfloat16:
+        # torch's kernel is a hundred times slower with float32 activations.
+        raise ConfigError("quantization", f"'int4' needs dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
     return Int8Format() if quantization == "int8" else Int4Format(one_way=deterministic)
