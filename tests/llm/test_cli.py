@@ -23,7 +23,16 @@ OPTIONS = {
         # sampling, named as in SamplingParams
         *("max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "ignore_eos"),
         # engine, named as in EngineOptions
-        *("dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+        *(
+            "dtype",
+            "device",
+            "quantization",
+            "num_threads",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+        ),
         "enable_prefix_caching",
     },
     "serve": {
@@ -32,7 +41,17 @@ OPTIONS = {
         # what clients may cost, and how long starting and stopping may take
         *("max_concurrent_requests", "max_body_bytes", "request_timeout_s", "drain_timeout_s", "start_timeout_s"),
         # engine, named as in EngineOptions
-        *("tokenizer", "seed", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        *(
+            "tokenizer",
+            "seed",
+            "dtype",
+            "device",
+            "quantization",
+            "num_threads",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ),
         *("max_queued_requests", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization"),
         *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
     },
