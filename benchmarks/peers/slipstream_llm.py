@@ -39,7 +39,7 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         events: list[tuple[float, int, int]] = []
         outputs: dict[int, list[int]] = {}
         began_s = time.perf_counter()
-        for piece in llm.stream(prompts, params):  # type: ignore[arg-type]  # plain dictionaries for TokensPrompt
+        for piece in llm.stream(prompts, params):
             # Request ids count up in the prompts' order, whichever comes first.
             if piece.token_ids:
                 events.append((time.perf_counter() - began_s, int(piece.request_id), len(piece.token_ids)))

@@ -10,14 +10,18 @@ sequence. An exception is the answer ``{"error": ...}``.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
+
+_PR_SET_PDEATHSIG = 1
 
 
 def _load(path: str, options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -30,6 +34,12 @@ def _load(path: str, options: dict[str, Any]) -> Callable[[dict[str, Any]], dict
     return loaded
 
 
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent does: stopped between its turns, it would stay for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def _answer(line: TextIO, answer: dict[str, Any]) -> None:
     line.write(json.dumps(answer) + "\n")
     line.flush()
@@ -37,6 +47,7 @@ def _answer(line: TextIO, answer: dict[str, Any]) -> None:
 
 def main() -> None:
     """Load the contender, say so, and answer until the input ends."""
+    _end_with_parent()
     # Libraries print to standard output as they like: the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
