@@ -60,7 +60,7 @@ KINDS = {
             unwanted=("torchvision", "torchaudio", "torchcodec"),
             preload=("libtcmalloc_minimal.so.4", "libiomp5.so"),
             settings={
-                "VLLM_CPU_KVCACHE_SPACE": "2",
+                # The engine in the worker's process; binding its threads to cores is its default.
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_LOGGING_LEVEL": "WARNING",

@@ -45,7 +45,7 @@ class Shape:
 
 M120 = Shape(name="120m", hidden=768, layers=12, heads=12, kv_heads=4, ffn=2_048)
 B1 = Shape(name="1b", hidden=2_048, layers=16, heads=32, kv_heads=8, ffn=8_192)
-TINY = Shape(name="tiny", hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+TINY = Shape(name="tiny", hidden=128, layers=2, heads=4, kv_heads=2, ffn=256, vocabulary=512)
 SHAPES = {shape.name: shape for shape in (M120, B1, TINY)}
 
 

@@ -67,7 +67,7 @@ def print_point(figure: dict[str, Any], order: list[str]) -> None:
         cells = [name, *(f"{number:,.1f}" for number in numbers), f"{value['fraction_of_roof']:.0%}"]
         cells += [f"{value['ratio_of_ours']:.2f}", value["same_tokens"]]
         print("  ".join(f"{cell.replace('nan%', '-').replace('nan', '-'):>14}" for cell in cells))
-    if figure["best_peer"] is not None:
+    if not math.isnan(figure["ratio_to_best_peer"]):
         print(f"  {figure['ratio_to_best_peer']:.2f} of the best peer, {figure['best_peer']}", flush=True)
 
 
@@ -82,7 +82,9 @@ def without_nan(value: Any) -> Any:
 
 def _ratio(ours: list[Run | None], theirs: list[Run | None]) -> float:
     pairs = zip(ours, theirs, strict=False)
-    return spread([one.rate / other.rate for one, other in pairs if one is not None and other is not None]).median
+    ratios = [one.rate / other.rate for one, other in pairs if one is not None and other is not None]
+    # In logarithms, so that of an even number of rounds twice and half as fast make as fast.
+    return math.exp(spread([math.log(ratio) for ratio in ratios]).median)
 
 
 def _same_tokens(result: PointResult, name: str) -> str:

@@ -22,6 +22,7 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         skip_tokenizer_init=True,
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_batch"],
+        kv_cache_memory_bytes=options["kv_bytes"],
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
