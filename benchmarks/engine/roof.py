@@ -15,10 +15,12 @@ from slipstream.benchmarks.engine.points import Format, Kind, Point, Shape
 WEIGHT_BYTES = {
     Format.FP32: 4.0,
     Format.BF16: 2.0,
-    # Beside each weight its share of a scale: bf16, one a row for int8, scale and zero point for 32 weights of int4.
+    # Beside each weight its share of a scale: one a row for int8, a bf16 scale and zero point for 32 weights of int4.
     Format.INT8: 1.0,
     Format.INT4: 0.5 + 4 / 32,
 }
+HEAD_BYTES = {**WEIGHT_BYTES, Format.INT4: WEIGHT_BYTES[Format.INT8]}
+"""With int4 the head stays at 8 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class Rates:
 
 def weight_bytes(shape: Shape, format_: Format) -> float:
     """Return the bytes of weights that a decode step reads."""
-    return (shape.layer_weights + shape.head_weights) * WEIGHT_BYTES[format_]
+    return shape.layer_weights * WEIGHT_BYTES[format_] + shape.head_weights * HEAD_BYTES[format_]
 
 
 def kv_bytes_per_token(shape: Shape, format_: Format) -> int:
