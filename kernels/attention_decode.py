@@ -3,7 +3,7 @@
 Nothing is shared between rows, so a row gives the same whatever the batch.
 
 Shapes: T tokens, R rows, C items, S spans of a row, N query heads, K KV heads, G query heads per KV head, M = G
-or at least ``MIN_QUERIES``, P = C * K, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
+padded to whole ``QUERY_UNIT``s, P = C * K, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention_decode_plan import DecodePlan, SpanGroup, SplitRows
 from .attention_products import (
-    MIN_QUERIES,
+    QUERY_UNIT,
     attend_span,
     attend_whole,
     gather_keys_values,
@@ -67,7 +67,7 @@ def _scores(
     """Return masked scores and the values of a group's items."""
     _, kv_heads, heads, head_size = q_TKGD.shape
     tokens_C, mask_C11L = group.tokens_C[part], group.mask_C11L[part]
-    queries, keys = max(MIN_QUERIES, heads), mask_C11L.shape[-1]
+    queries, keys = QUERY_UNIT * -(-heads // QUERY_UNIT), mask_C11L.shape[-1]
     q_CKMD = workspace.take("queries", (tokens_C.shape[0], kv_heads, queries, head_size))
     # The queries that only fill up may hold anything: rows of a product do not touch one another.
     q_CKMD[:, :, :heads] = q_TKGD.index_select(0, tokens_C)
@@ -88,7 +88,7 @@ def _split_results(
     q_TKGD: Tensor, layer_cache: Tensor, split: SplitRows, *, scale: float, workspace: AttentionWorkspace
 ) -> Tensor:
     _, kv_heads, heads, head_size = q_TKGD.shape
-    queries = max(MIN_QUERIES, heads)
+    queries = QUERY_UNIT * -(-heads // QUERY_UNIT)
     items = sum(group.tokens_C.shape[0] for group in split.groups)
     results_CKMD = workspace.take("span results", (items, kv_heads, queries, head_size))
     peaks_2CX = torch.empty((2, items, kv_heads * queries), dtype=torch.float32, device=q_TKGD.device)

@@ -7,7 +7,7 @@ in the same way whether it is decoded, part of a chunk, or behind a cached prefi
 and tiles of several tokens (prefill) go into launches of equal shape.
 
 Why this gives the same bits in any company: the bits of a row of a product depend neither on how many rows there
-are (from ``MIN_QUERIES`` on) nor on masked keys at its end, as long as at most ``SPAN_KEYS`` keys are summed.
+are (in multiples of ``QUERY_UNIT``) nor on masked keys at its end, as long as at most ``SPAN_KEYS`` keys are summed.
 ``tests/kernels/test_row_independence.py`` holds torch to that.
 
 Shapes: T tokens, R rows, K KV heads.

@@ -32,7 +32,7 @@ def attend_prefill(
     Shapes: q_TKGD, out_TKGD [tokens, KV heads, group, head size]; layer_cache [2, blocks, KV heads, block size,
     head size] contiguous; all of the workspace's type
     """
-    rows, kv_heads, blocks = group.gather_RKB.shape
+    rows, _, blocks = group.gather_RKB.shape
     block_size = layer_cache.shape[3]
     for some_rows, heads in _parts(group, layer_cache, q_TKGD.shape[2]):
         gathered = group.gather_RKB[some_rows, heads].reshape(-1)

@@ -1,9 +1,9 @@
 """The arithmetic that decoding and prefill share: scores, softmax and values of one range of keys, and the merge
 of several ranges.
 
-The bits of a query depend on its own keys alone: a product's rows do not depend on one another from
-``MIN_QUERIES`` rows on (below, fp32 products take another path), a softmax is made row by row, and what is
-merged is merged in the order of the keys.
+The bits of a query depend on its own keys alone: the rows of a product do not depend on one another if their
+number is a multiple of ``QUERY_UNIT`` (fp32 products of 1, 2, 3 or 5 rows take other paths), a softmax is made row
+by row, and what is merged is merged in the order of the keys.
 
 Shapes: P pairs of row and KV head, M queries times query heads of a KV head, L keys, S spans, D head size.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention_workspace import AttentionWorkspace
 
-MIN_QUERIES = 4
+QUERY_UNIT = 4
 # The softmax over spans always has a multiple of so many places: its order of summing stays the same.
 _SPAN_PLACES = 16
 
