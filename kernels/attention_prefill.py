@@ -38,19 +38,36 @@ def attend_prefill(
         gathered = group.gather_RKB[some_rows, heads].reshape(-1)
         keys_PLD, values_PLD = gather_keys_values(layer_cache, gathered, keys=blocks * block_size, workspace=workspace)
         for tile in group.tiles:
-            tokens = tile.tokens_RQ.view(rows, -1)[some_rows].reshape(-1)
+            q_RKGQD = _load(q_TKGD[:, heads], tile, some_rows, rows=rows, workspace=workspace)
+            mask_R11QW = tile.mask_R11QW[some_rows]
             result_RKGQD = _attend_tile(
-                q_TKGD[:, heads].index_select(0, tokens),
-                keys_PLD,
-                values_PLD,
-                tile,
-                mask_R11QW=tile.mask_R11QW[some_rows],
-                scale=scale,
-                workspace=workspace,
+                q_RKGQD, keys_PLD, values_PLD, tile, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
             )
-            # Queries that only fill up repeat the row's last one: they write what it writes.
-            result_XKGD = result_RKGQD.permute(0, 3, 1, 2, 4).flatten(0, 1)
-            out_TKGD[:, heads].index_copy_(0, tokens, result_XKGD.to(out_TKGD.dtype))
+            _store(result_RKGQD, tile, some_rows, rows=rows, out_TKGD=out_TKGD[:, heads])
+
+
+def _load(q_TKGD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, workspace: AttentionWorkspace) -> Tensor:
+    """Return the tile's queries, [rows, KV heads, group, queries, head size]."""
+    if tile.place is not None:
+        q_1KGQD = workspace.take("queries", (1, *q_TKGD.shape[1:3], tile.queries, q_TKGD.shape[3]))
+        # The queries that only fill up may hold anything: rows of a product do not touch one another.
+        q_1KGQD[0, :, :, : tile.place.stop - tile.place.start] = q_TKGD[tile.place].permute(1, 2, 0, 3)
+        return q_1KGQD
+    tokens_RQ = tile.tokens_RQ.view(rows, -1)[some_rows]
+    q_RQKGD = q_TKGD.index_select(0, tokens_RQ.reshape(-1)).unflatten(0, tokens_RQ.shape)
+    q_RKGQD = q_RQKGD.permute(0, 2, 3, 1, 4)
+    return workspace.take("queries", q_RKGQD.shape).copy_(q_RKGQD)
+
+
+def _store(result_RKGQD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, out_TKGD: Tensor) -> None:
+    if tile.place is not None:
+        count = tile.place.stop - tile.place.start
+        out_TKGD[tile.place] = result_RKGQD[0, :, :, :count].permute(2, 0, 1, 3)
+        return
+    tokens = tile.tokens_RQ.view(rows, -1)[some_rows].reshape(-1)
+    # Queries that only fill up repeat the row's last one: they write what it writes.
+    result_XKGD = result_RKGQD.permute(0, 3, 1, 2, 4).flatten(0, 1)
+    out_TKGD.index_copy_(0, tokens, result_XKGD.to(out_TKGD.dtype))
 
 
 def _parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[tuple[slice, slice]]:
@@ -72,7 +89,7 @@ def _parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[
 
 
 def _attend_tile(
-    q_XKGD: Tensor,
+    q_RKGQD: Tensor,
     keys_PLD: Tensor,
     values_PLD: Tensor,
     tile: PrefillTile,
@@ -82,10 +99,7 @@ def _attend_tile(
     workspace: AttentionWorkspace,
 ) -> Tensor:
     """Return [rows, KV heads, group, queries, head size]; valid until the next call."""
-    _, kv_heads, group, head_size = q_XKGD.shape
-    rows, queries = mask_R11QW.shape[0], tile.queries
-    q_RKGQD = workspace.take("queries", (rows, kv_heads, group, queries, head_size))
-    q_RKGQD.copy_(q_XKGD.view(rows, queries, kv_heads, group, head_size).permute(0, 2, 3, 1, 4))
+    rows, kv_heads, group, queries, head_size = q_RKGQD.shape
     q_PMD = q_RKGQD.view(rows * kv_heads, group * queries, head_size)
 
     def scores_of(first: int, last: int) -> Tensor:

@@ -28,11 +28,14 @@ class PrefillTile:
     ``ranges`` are the columns of the gathered keys that are attended to, more than one if they are to be merged;
     columns below ``edge`` are seen by every query and have no mask.
 
+    ``place`` is where the tile stands in the batch if the group has one row: a copy of a slice is cheaper.
+
     Shapes: tokens_RQ [rows * queries] int64, places in the batch; mask_R11QW [rows, 1, 1, queries, columns from
     ``edge`` on] of the plan's type
     """
 
     tokens_RQ: Tensor
+    place: slice | None
     queries: int
     ranges: tuple[tuple[int, int], ...]
     edge: int
@@ -165,6 +168,7 @@ def _group(
         tiles.append(
             PrefillTile(
                 tokens_RQ=torch.from_numpy(tokens.reshape(-1)).to(layout.device),
+                place=slice(int(tokens[0, 0]), int(tokens[0, -1]) + 1) if len(rows) == 1 else None,
                 queries=tile.queries,
                 ranges=tile.ranges,
                 edge=tile.edge,

@@ -174,7 +174,7 @@ def assert_rows_alone_equal(operation: Callable[[torch.Tensor], torch.Tensor], r
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [768, 2048, 112])
 def test_norms_activation_and_rope_of_a_row_are_the_same_in_any_batch(seed: int, dtype: torch.dtype, size: int) -> None:
-    """The activation where ``silu_and_mul`` promises it: at 112 its fp32 rows do depend on where threads divide them."""
+    """The activation where it promises so: at 112, fp32 rows do depend on where threads divide them."""
     rows, weight = random(seed, 301, 2 * size, dtype=dtype), random(seed + 1, 2 * size, dtype=dtype)
     assert_rows_alone_equal(lambda x: rms_norm(x, weight, 1e-5), rows)
     assert_rows_alone_equal(lambda x: add_rms_norm(x, x * 3, weight, 1e-5)[0], rows)
