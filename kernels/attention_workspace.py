@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # A share of the last-level cache: what is gathered is still there when it is multiplied.
-GATHER_BYTES = 12 * 2**20
+GATHER_BYTES = 4 * 2**20
 
 
 class AttentionWorkspace:
