@@ -12,6 +12,9 @@ from torch import Tensor
 def silu_and_mul(gate_up_TI: Tensor) -> Tensor:
     """Return ``silu(gate) * up`` for gate and up side by side.
 
+    A row's bits do not depend on other rows if ``size`` is a multiple of 32 times the threads: torch rounds
+    values at the ragged end of a thread's share (which may lie within a row) in another way than the others.
+
     Shapes: gate_up_TI [tokens, 2 * size], gate first; returns [tokens, size]
     Source: SwiGLU (arXiv 2002.05202), section 2
     """

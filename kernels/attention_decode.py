@@ -1,111 +1,111 @@
-"""Attention of rows with one query over the paged cache, all rows at once.
+"""Attention of rows with one query over the paged cache, all rows of about equal length at once.
 
-Each chunk of keys gives a partial result (its largest score, its sum of exponentials, its weighted values);
-the partial results of a row are added up. Nothing is shared between rows, so a row gives the same whatever
-the batch.
+Nothing is shared between rows, so a row gives the same whatever the batch.
 
-Shapes: T tokens, R rows, C chunks, N query heads, K KV heads, G query heads per KV head, L keys of a chunk, D
-head size; a layer's cache is [2, num_blocks, K, block_size, D].
+Shapes: T tokens, R rows, C items, S spans of a row, N query heads, K KV heads, G query heads per KV head, M = G
+padded to whole ``QUERY_UNIT``s, P = C * K, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .attention_plan import DecodePlan
+from .attention_decode_plan import DecodePlan, SpanGroup, SplitRows
+from .attention_products import (
+    QUERY_UNIT,
+    attend_span,
+    attend_whole,
+    gather_keys_values,
+    merge_spans,
+    scaled_scores,
+)
 from .attention_workspace import GATHER_BYTES, AttentionWorkspace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Partials:
-    """Shapes: values_CKGD [chunks, KV heads, group, head size]; maxima_CKG1, sums_CKG1 [chunks, KV heads,
-    group, 1] float32: the largest score, and the sum of exponentials relative to it.
-    """
-
-    values_CKGD: Tensor
-    maxima_CKG1: Tensor
-    sums_CKG1: Tensor
-
-
 def attend_decode(
-    q_TND: Tensor,
+    q_TKGD: Tensor,
     layer_cache: Tensor,
     plan: DecodePlan,
     *,
     scale: float,
     workspace: AttentionWorkspace,
-    out_TND: Tensor,
+    out_TKGD: Tensor,
 ) -> None:
-    """Compute the attention of the plan's rows into their places in ``out_TND``.
+    """Compute the attention of the plan's rows into their places in ``out_TKGD``.
 
-    Shapes: q_TND, out_TND [tokens, heads, head size]; layer_cache [2, blocks, KV heads, block size, head
-    size] contiguous; all of the workspace's type
-    Source: Flash-Decoding (Dao et al., 2023): keys split into chunks, combined by their log-sum-exp
+    Shapes: q_TKGD, out_TKGD [tokens, KV heads, group, head size]; layer_cache [2, blocks, KV heads, block size,
+    head size] contiguous; all of the workspace's type
     """
-    kv_heads, head_size = layer_cache.shape[2], layer_cache.shape[4]
-    num_rows = plan.tokens_R.shape[0]
-    q_RKGD = q_TND.index_select(0, plan.tokens_R).view(num_rows, kv_heads, -1, head_size)
-    parts = _partial_results(q_RKGD, layer_cache, plan, scale=scale, workspace=workspace)
-    out_RND = _combine(parts, plan).to(q_TND.dtype).view(num_rows, -1, head_size)
-    out_TND.index_copy_(0, plan.tokens_R, out_RND)
+    for group in plan.direct:
+        for part in _parts(group, layer_cache):
+            scores_PML, values_PLD = _scores(q_TKGD, layer_cache, group, part, scale=scale, workspace=workspace)
+            result_PMD = attend_whole(scores_PML, values_PLD, workspace=workspace)
+            _put(result_PMD, group.tokens_C[part], out_TKGD)
+    if plan.split is not None:
+        merged_RMD = _split_results(q_TKGD, layer_cache, plan.split, scale=scale, workspace=workspace)
+        _put(merged_RMD.to(out_TKGD.dtype), plan.split.tokens_R, out_TKGD)
 
 
-def _partial_results(
-    q_RKGD: Tensor, layer_cache: Tensor, plan: DecodePlan, *, scale: float, workspace: AttentionWorkspace
-) -> _Partials:
-    _, kv_heads, group, head_size = q_RKGD.shape
-    chunks, keys = plan.mask_CL.shape
-    q_CKGD = q_RKGD.index_select(0, plan.chunk_rows_C)
-    parts = _Partials(
-        values_CKGD=q_RKGD.new_empty((chunks, kv_heads, group, head_size)),
-        maxima_CKG1=plan.mask_CL.new_empty((chunks, kv_heads, group, 1)),
-        sums_CKG1=plan.mask_CL.new_empty((chunks, kv_heads, group, 1)),
-    )
-    chunk_bytes = 2 * kv_heads * keys * head_size * q_RKGD.element_size()
-    at_once = max(1, GATHER_BYTES // chunk_bytes)
-    for first in range(0, chunks, at_once):
-        last = min(chunks, first + at_once)
-        keys_PLD, values_PLD = _gather(layer_cache, plan.gather_CKB[first:last], keys=keys, workspace=workspace)
-        scores_PGL = torch.bmm(q_CKGD[first:last].view(-1, group, head_size), keys_PLD.transpose(1, 2))
-        # Adding the float32 mask casts the scores in the same pass.
-        scores_CKGL = torch.add(
-            plan.mask_CL[first:last, None, None], scores_PGL.view(-1, kv_heads, group, keys), alpha=scale
-        )
-        maxima_CKG1 = parts.maxima_CKG1[first:last]
-        torch.amax(scores_CKGL, -1, keepdim=True, out=maxima_CKG1)
-        scores_CKGL.sub_(maxima_CKG1).exp_()
-        torch.sum(scores_CKGL, -1, keepdim=True, out=parts.sums_CKG1[first:last])
-        weights_PGL = scores_CKGL.to(q_RKGD.dtype).view(-1, group, keys)
-        torch.bmm(weights_PGL, values_PLD, out=parts.values_CKGD[first:last].view(-1, group, head_size))
-    return parts
+def _parts(group: SpanGroup, layer_cache: Tensor) -> list[slice]:
+    """Cut a group so that what is gathered at once stays in cache."""
+    items = group.tokens_C.shape[0]
+    item_bytes = 2 * group.gather_CKB[0].numel() * layer_cache[0, 0, 0].nbytes
+    at_once = max(1, GATHER_BYTES // item_bytes)
+    return [slice(first, min(items, first + at_once)) for first in range(0, items, at_once)]
 
 
-def _gather(
-    layer_cache: Tensor, gather_CKB: Tensor, *, keys: int, workspace: AttentionWorkspace
+def _scores(
+    q_TKGD: Tensor,
+    layer_cache: Tensor,
+    group: SpanGroup,
+    part: slice,
+    *,
+    scale: float,
+    workspace: AttentionWorkspace,
 ) -> tuple[Tensor, Tensor]:
-    # P stands for (chunk, KV head) pairs: the keys of one head of one chunk lie side by side.
-    block_size, head_size = layer_cache.shape[3:]
-    rows = gather_CKB.reshape(-1)
-    keys_out = workspace.take("decode keys", (rows.shape[0], block_size * head_size))
-    values_out = workspace.take("decode values", (rows.shape[0], block_size * head_size))
-    torch.index_select(layer_cache[0].view(-1, block_size * head_size), 0, rows, out=keys_out)
-    torch.index_select(layer_cache[1].view(-1, block_size * head_size), 0, rows, out=values_out)
-    return keys_out.view(-1, keys, head_size), values_out.view(-1, keys, head_size)
+    """Return masked scores and the values of a group's items."""
+    _, kv_heads, heads, head_size = q_TKGD.shape
+    tokens_C, mask_C11L = group.tokens_C[part], group.mask_C11L[part]
+    queries, keys = QUERY_UNIT * -(-heads // QUERY_UNIT), mask_C11L.shape[-1]
+    q_CKMD = workspace.take("queries", (tokens_C.shape[0], kv_heads, queries, head_size))
+    # The queries that only fill up may hold anything: rows of a product do not touch one another.
+    q_CKMD[:, :, :heads] = q_TKGD.index_select(0, tokens_C)
+    rows = group.gather_CKB[part].view(-1)
+    keys_PLD, values_PLD = gather_keys_values(layer_cache, rows, keys=keys, workspace=workspace)
+    scores_PML = scaled_scores(q_CKMD.view(-1, queries, head_size), keys_PLD, scale=scale, workspace=workspace)
+    scores_PML.view(-1, kv_heads, queries, keys).add_(mask_C11L)
+    return scores_PML, values_PLD
 
 
-def _combine(parts: _Partials, plan: DecodePlan) -> Tensor:
-    if plan.one_chunk_each:
-        return parts.values_CKGD / parts.sums_CKG1
-    num_rows = plan.tokens_R.shape[0]
-    rows = plan.chunk_rows_C
-    shape = (num_rows, *parts.maxima_CKG1.shape[1:])
-    largest_RKG1 = parts.maxima_CKG1.new_full(shape, float("-inf"))
-    largest_RKG1.scatter_reduce_(0, rows.view(-1, 1, 1, 1).expand_as(parts.maxima_CKG1), parts.maxima_CKG1, "amax")
-    shares_CKG1 = torch.exp(parts.maxima_CKG1 - largest_RKG1.index_select(0, rows))
-    values_RKGD = shares_CKG1.new_zeros((*shape[:-1], parts.values_CKGD.shape[-1]))
-    values_RKGD.index_add_(0, rows, parts.values_CKGD * shares_CKG1)
-    sums_RKG1 = shares_CKG1.new_zeros(shape).index_add_(0, rows, parts.sums_CKG1 * shares_CKG1)
-    return values_RKGD / sums_RKG1
+def _put(result_PMD: Tensor, tokens: Tensor, out_TKGD: Tensor) -> None:
+    _, kv_heads, heads, head_size = out_TKGD.shape
+    result = result_PMD.view(tokens.shape[0], kv_heads, -1, head_size)
+    out_TKGD.index_copy_(0, tokens, result[:, :, :heads])
+
+
+def _split_results(
+    q_TKGD: Tensor, layer_cache: Tensor, split: SplitRows, *, scale: float, workspace: AttentionWorkspace
+) -> Tensor:
+    _, kv_heads, heads, head_size = q_TKGD.shape
+    queries = QUERY_UNIT * -(-heads // QUERY_UNIT)
+    items = sum(group.tokens_C.shape[0] for group in split.groups)
+    results_CKMD = workspace.take("span results", (items, kv_heads, queries, head_size))
+    peaks_2CX = torch.empty((2, items, kv_heads * queries), dtype=torch.float32, device=q_TKGD.device)
+    done = 0
+    for group in split.groups:
+        for part in _parts(group, layer_cache):
+            scores_PML, values_PLD = _scores(q_TKGD, layer_cache, group, part, scale=scale, workspace=workspace)
+            here = slice(done, done + scores_PML.shape[0] // kv_heads)
+            attend_span(
+                scores_PML,
+                values_PLD,
+                result_PMD=results_CKMD[here].view(-1, queries, head_size),
+                peaks_2PM=peaks_2CX[:, here].view(2, -1, queries),
+            )
+            done = here.stop
+    rows, most_spans = split.items_RS.shape
+    chosen = split.items_RS.view(-1)
+    peaks_2RSX = peaks_2CX.index_select(1, chosen).view(2, rows, most_spans, -1)
+    results_RSXD = results_CKMD.index_select(0, chosen).view(rows, most_spans, -1, head_size)
+    return merge_spans(results_RSXD, peaks_2RSX[0] + split.absent_RS1, peaks_2RSX[1])

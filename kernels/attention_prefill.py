@@ -1,161 +1,127 @@
-"""Attention of rows with several queries over the paged cache: one row at a time, in tiles of queries.
+"""Attention of rows with several queries over the paged cache: rows of equal tiles side by side, tile by tile.
 
-The keys and values of a row are gathered once a layer, for as many KV heads at a time as fit the workspace's
-share; each tile then multiplies with the slice of keys that it sees. The query heads of a KV head are rows of
-one product.
+The keys and values of as many rows (or, of one row, as many KV heads) as fit the workspace's share are gathered
+once a layer; each tile then multiplies with the range of keys that it sees. The query heads of a KV head are
+rows of one product.
 
-Shapes: T tokens, N query heads, K KV heads (of the group at work), G query heads per KV head, Q queries of a
-tile, L keys, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
+Shapes: T tokens, R rows at work, K KV heads, G query heads per KV head, Q queries of a tile, P = R * K, M = G *
+Q, L keys, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .attention_plan import PrefillRow, key_unit
+from .attention_prefill_plan import PrefillGroup, PrefillTile
+from .attention_products import attend_span, attend_whole, gather_keys_values, merge_spans, scaled_scores
 from .attention_workspace import GATHER_BYTES, AttentionWorkspace
-
-QUERY_TILE = 128
-SMALLEST_TILE = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """Queries ``first`` to ``first + count`` of a row, padded to ``padded`` (few shapes: each new one costs
-    set-up time), and the columns of the row's gathered keys that they may see.
-
-    ``query_column`` is the column of the first query's own key; ``oldest_column`` that of the oldest key it
-    sees, None without a window.
-    """
-
-    first: int
-    count: int
-    padded: int
-    first_column: int
-    last_column: int
-    query_column: int
-    oldest_column: int | None
 
 
 def attend_prefill(
-    q_TND: Tensor,
+    q_TKGD: Tensor,
     layer_cache: Tensor,
-    row: PrefillRow,
+    group: PrefillGroup,
     *,
-    window: int | None,
     scale: float,
     workspace: AttentionWorkspace,
-    out_TND: Tensor,
+    out_TKGD: Tensor,
 ) -> None:
-    """Compute the attention of one row into its places in ``out_TND``.
+    """Compute the attention of one group of rows into their places in ``out_TKGD``.
 
-    Shapes: q_TND, out_TND [tokens, heads, head size]; layer_cache [2, blocks, KV heads, block size, head
-    size] contiguous; all of the workspace's type
+    Shapes: q_TKGD, out_TKGD [tokens, KV heads, group, head size]; layer_cache [2, blocks, KV heads, block size,
+    head size] contiguous; all of the workspace's type
     """
-    _, _, kv_heads, block_size, head_size = layer_cache.shape
-    span = slice(row.first_token, row.first_token + row.count)
-    q_TKGD = q_TND[span].view(row.count, kv_heads, -1, head_size)
-    out_TKGD = out_TND[span].view(row.count, kv_heads, -1, head_size)
-    head_bytes = 2 * row.gather_KB.shape[1] * block_size * head_size * q_TND.element_size()
-    at_once = max(1, min(kv_heads, GATHER_BYTES // head_bytes))
-    tiles = _tiles(row, window=window, unit=key_unit(block_size))
-    for first in range(0, kv_heads, at_once):
-        heads = slice(first, min(kv_heads, first + at_once))
-        keys_KLD, values_KLD = _gather(layer_cache, row.gather_KB[heads], workspace)
-        for tile in tiles:
-            queries = slice(tile.first, tile.first + tile.count)
-            _attend_tile(
-                q_TKGD[queries, heads],
-                keys_KLD[:, tile.first_column : tile.last_column],
-                values_KLD[:, tile.first_column : tile.last_column],
-                tile,
-                scale=scale,
-                unit=key_unit(block_size),
-                workspace=workspace,
-                out_QKGD=out_TKGD[queries, heads],
+    rows, _, blocks = group.gather_RKB.shape
+    block_size = layer_cache.shape[3]
+    for some_rows, heads in _parts(group, layer_cache, q_TKGD.shape[2]):
+        gathered = group.gather_RKB[some_rows, heads].reshape(-1)
+        keys_PLD, values_PLD = gather_keys_values(layer_cache, gathered, keys=blocks * block_size, workspace=workspace)
+        for tile in group.tiles:
+            q_RKGQD = _load(q_TKGD[:, heads], tile, some_rows, rows=rows, workspace=workspace)
+            mask_R11QW = tile.mask_R11QW[some_rows]
+            result_RKGQD = _attend_tile(
+                q_RKGQD, keys_PLD, values_PLD, tile, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
             )
+            _store(result_RKGQD, tile, some_rows, rows=rows, out_TKGD=out_TKGD[:, heads])
 
 
-def _tiles(row: PrefillRow, *, window: int | None, unit: int) -> list[_Tile]:
-    tiles = []
-    for first in range(0, row.count, QUERY_TILE):
-        count = min(QUERY_TILE, row.count - first)
-        query_column = row.start + first - row.first_key
-        oldest = None if window is None else query_column - (window - 1)
-        tiles.append(
-            _Tile(
-                first=first,
-                count=count,
-                padded=max(SMALLEST_TILE, 1 << (count - 1).bit_length()),
-                first_column=0 if oldest is None else max(0, oldest) // unit * unit,
-                last_column=-(-(query_column + count) // unit) * unit,
-                query_column=query_column,
-                oldest_column=oldest,
-            )
-        )
-    return tiles
+def _load(q_TKGD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, workspace: AttentionWorkspace) -> Tensor:
+    """Return the tile's queries, [rows, KV heads, group, queries, head size]."""
+    if tile.place is not None:
+        q_1KGQD = workspace.take("queries", (1, *q_TKGD.shape[1:3], tile.queries, q_TKGD.shape[3]))
+        # The queries that only fill up may hold anything: rows of a product do not touch one another.
+        q_1KGQD[0, :, :, : tile.place.stop - tile.place.start] = q_TKGD[tile.place].permute(1, 2, 0, 3)
+        return q_1KGQD
+    tokens_RQ = tile.tokens_RQ.view(rows, -1)[some_rows]
+    q_RQKGD = q_TKGD.index_select(0, tokens_RQ.reshape(-1)).unflatten(0, tokens_RQ.shape)
+    q_RKGQD = q_RQKGD.permute(0, 2, 3, 1, 4)
+    return workspace.take("queries", q_RKGQD.shape).copy_(q_RKGQD)
 
 
-def _gather(layer_cache: Tensor, gather_KB: Tensor, workspace: AttentionWorkspace) -> tuple[Tensor, Tensor]:
-    block_size, head_size = layer_cache.shape[3:]
-    rows = gather_KB.reshape(-1)
-    keys_out = workspace.take("prefill keys", (rows.shape[0], block_size * head_size))
-    values_out = workspace.take("prefill values", (rows.shape[0], block_size * head_size))
-    torch.index_select(layer_cache[0].view(-1, block_size * head_size), 0, rows, out=keys_out)
-    torch.index_select(layer_cache[1].view(-1, block_size * head_size), 0, rows, out=values_out)
-    return keys_out.view(gather_KB.shape[0], -1, head_size), values_out.view(gather_KB.shape[0], -1, head_size)
+def _store(result_RKGQD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, out_TKGD: Tensor) -> None:
+    if tile.place is not None:
+        count = tile.place.stop - tile.place.start
+        out_TKGD[tile.place] = result_RKGQD[0, :, :, :count].permute(2, 0, 1, 3)
+        return
+    tokens = tile.tokens_RQ.view(rows, -1)[some_rows].reshape(-1)
+    # Queries that only fill up repeat the row's last one: they write what it writes.
+    result_XKGD = result_RKGQD.permute(0, 3, 1, 2, 4).flatten(0, 1)
+    out_TKGD.index_copy_(0, tokens, result_XKGD.to(out_TKGD.dtype))
+
+
+def _parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[tuple[slice, slice]]:
+    """Cut a group into (rows, KV heads) so that neither what is gathered nor the scores leave the cache."""
+    rows, kv_heads, blocks = group.gather_RKB.shape
+    block_bytes = layer_cache[0, 0, 0].nbytes
+    keys = blocks * layer_cache.shape[3]
+    queries = max(tile.queries for tile in group.tiles) * heads_per_kv
+    head_bytes = max(2 * blocks * block_bytes, queries * keys * layer_cache.element_size())
+    rows_at_once = max(1, GATHER_BYTES // (head_bytes * kv_heads))
+    heads_at_once = max(1, min(kv_heads, GATHER_BYTES // (2 * blocks * block_bytes)))
+    if rows_at_once > 1:
+        heads_at_once = kv_heads
+    return [
+        (slice(row, min(rows, row + rows_at_once)), slice(head, min(kv_heads, head + heads_at_once)))
+        for row in range(0, rows, rows_at_once)
+        for head in range(0, kv_heads, heads_at_once)
+    ]
 
 
 def _attend_tile(
-    q_QKGD: Tensor,
-    keys_KLD: Tensor,
-    values_KLD: Tensor,
-    tile: _Tile,
+    q_RKGQD: Tensor,
+    keys_PLD: Tensor,
+    values_PLD: Tensor,
+    tile: PrefillTile,
     *,
+    mask_R11QW: Tensor,
     scale: float,
-    unit: int,
     workspace: AttentionWorkspace,
-    out_QKGD: Tensor,
-) -> None:
-    count, kv_heads, group, head_size = q_QKGD.shape
-    columns = keys_KLD.shape[1]
-    packed_KGQD = workspace.take("prefill queries", (kv_heads, group, tile.padded, head_size))
-    packed_KGQD[:, :, :count].copy_(q_QKGD.permute(1, 2, 0, 3))
-    packed_KGQD[:, :, count:].zero_()
-    scores_KML = workspace.take("prefill scores", (kv_heads, group * tile.padded, columns))
-    # beta=0: what the buffer held does not count, only its memory does.
-    torch.baddbmm(
-        scores_KML,
-        packed_KGQD.view(kv_heads, -1, head_size),
-        keys_KLD.transpose(1, 2),
-        beta=0,
-        alpha=scale,
-        out=scores_KML,
-    )
-    _hide_unseen(scores_KML.view(kv_heads, group, tile.padded, columns), tile, unit=unit, workspace=workspace)
-    weights_KML = workspace.take("prefill weights", scores_KML.shape)
-    torch.softmax(scores_KML, dim=-1, out=weights_KML)
-    result_KMD = workspace.take("prefill results", (kv_heads, group * tile.padded, head_size))
-    torch.bmm(weights_KML, values_KLD, out=result_KMD)
-    result_KGQD = result_KMD.view(kv_heads, group, tile.padded, head_size)
-    out_QKGD.copy_(result_KGQD[:, :, :count].permute(2, 0, 1, 3))
+) -> Tensor:
+    """Return [rows, KV heads, group, queries, head size]; valid until the next call."""
+    rows, kv_heads, group, queries, head_size = q_RKGQD.shape
+    q_PMD = q_RKGQD.view(rows * kv_heads, group * queries, head_size)
 
+    def scores_of(first: int, last: int) -> Tensor:
+        scores_PML = scaled_scores(q_PMD, keys_PLD[:, first:last], scale=scale, workspace=workspace)
+        if last > tile.edge:
+            start = max(first, tile.edge)
+            edge = scores_PML.view(rows, kv_heads, group, queries, -1)[..., start - first :]
+            edge.add_(mask_R11QW[..., start - tile.edge : last - tile.edge])
+        return scores_PML
 
-def _hide_unseen(scores_KGQL: Tensor, tile: _Tile, *, unit: int, workspace: AttentionWorkspace) -> None:
-    # Only the slanted edges need a mask: to the left of the first query's key everything is seen but what the
-    # window hides, and the constant masks are cut to where the edge lies.
-    own = tile.query_column - tile.first_column
-    future_QL = workspace.future_mask(QUERY_TILE, QUERY_TILE + unit)
-    width = scores_KGQL.shape[-1] - own
-    scores_KGQL[..., own:].add_(future_QL[: tile.padded, :width])
-    if tile.oldest_column is None:
-        return
-    past_QL = workspace.past_mask(QUERY_TILE, QUERY_TILE + unit)
-    edge = tile.oldest_column - tile.first_column
-    width = min(edge + tile.count, scores_KGQL.shape[-1])
-    if width > 0:
-        shift = unit - edge
-        scores_KGQL[..., :width].add_(past_QL[: tile.padded, shift : shift + width])
+    if len(tile.ranges) == 1:
+        first, last = tile.ranges[0]
+        result = attend_whole(scores_of(first, last), values_PLD[:, first:last], workspace=workspace)
+        return result.view_as(q_RKGQD)
+    results_SPMD = workspace.take("span results", (len(tile.ranges), *q_PMD.shape))
+    peaks_2SPM = torch.empty((2, *results_SPMD.shape[:3]), dtype=torch.float32, device=q_PMD.device)
+    for place, (first, last) in enumerate(tile.ranges):
+        attend_span(
+            scores_of(first, last),
+            values_PLD[:, first:last],
+            result_PMD=results_SPMD[place],
+            peaks_2PM=peaks_2SPM[:, place],
+        )
+    maxima_PSM, peak_weights_PSM = peaks_2SPM.transpose(1, 2)
+    return merge_spans(results_SPMD.transpose(0, 1), maxima_PSM, peak_weights_PSM).view(q_RKGQD.shape)

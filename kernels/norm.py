@@ -16,8 +16,10 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     Source: RMSNorm (arXiv 1910.07467), equation 4
     """
     x32_TH = x_TH.float()
-    variance_T1 = x32_TH.square().mean(-1, keepdim=True)
-    return weight_H * (x32_TH * torch.rsqrt(variance_T1 + epsilon)).to(x_TH.dtype)
+    # The norm reads x once and leaves no squares; addcmul makes the variance of it and adds epsilon.
+    norm_T1 = torch.linalg.vector_norm(x32_TH, dim=-1, keepdim=True)
+    scale_T1 = torch.addcmul(norm_T1.new_full((), epsilon), norm_T1, norm_T1, value=1 / x_TH.shape[-1]).rsqrt_()
+    return (x32_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
 
 
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

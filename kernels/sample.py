@@ -28,6 +28,7 @@ COLDEST_TEMPERATURE = 1e-5
 
 _HASH_BITS = 24
 _HASH_RANGE = 1 << _HASH_BITS
+_BLOCK = 128  # values whose largest is found before its place is
 _CHUNK_ELEMENTS_CPU = 1 << 18  # logits worked on at once: the temporaries stay in cache
 _CHUNK_ELEMENTS_GPU = 1 << 24  # bounds the temporaries' memory
 
@@ -214,7 +215,7 @@ def draw(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
     sampling (arXiv 1904.09751)
     """
     if not (settings.temperatures >= COLDEST_TEMPERATURE).any():
-        best_R, first_R = logits_RV.max(dim=-1)
+        best_R, first_R = _first_largest(logits_RV)
         return DrawnTokens(token_ids_R=first_R, valid_R=best_R.isfinite())
     rows, vocabulary = logits_RV.shape
     ids_V = torch.arange(vocabulary, dtype=torch.int32, device=logits_RV.device)
@@ -235,7 +236,7 @@ def _draw_rows(logits_RV: Tensor, settings: DrawSettings, ids_V: Tensor) -> Draw
     temperatures_R = torch.from_numpy(np.where(greedy, 1.0, settings.temperatures)).to(device)
     integers_2R = torch.from_numpy(np.stack((settings.seeds, settings.positions))).to(device)
     keys_R = _row_keys(integers_2R[0], integers_2R[1])
-    best_R, first_R = logits_RV.max(dim=-1)
+    best_R, first_R = _first_largest(logits_RV)
     valid_R = best_R.isfinite()
     floor_R = _filter_floor(logits_RV, best_R, temperatures_R, settings, ~greedy)
 
@@ -256,6 +257,37 @@ def _draw_rows(logits_RV: Tensor, settings: DrawSettings, ids_V: Tensor) -> Draw
         )
     first_wins_R = torch.from_numpy(greedy).to(device) | ~valid_R
     return DrawnTokens(token_ids_R=torch.where(first_wins_R, first_R, tokens_R), valid_R=valid_R)
+
+
+def _first_largest(values_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's largest value and where it stands first, as ``max`` does; NaN counts as the largest."""
+    if not _in_blocks(values_RV):
+        best_R, first_R = values_RV.max(dim=-1)
+        return best_R, first_R
+    blocks_RB = values_RV.unflatten(-1, (-1, _BLOCK)).amax(-1)
+    best_R, block_R = blocks_RB.max(dim=-1)
+    return best_R, block_R * _BLOCK + _block_of(values_RV, block_R).argmax(-1)
+
+
+def _first_least(values_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's least value and where it stands first, as ``min`` does; NaN counts as the least."""
+    if not _in_blocks(values_RV):
+        least_R, first_R = values_RV.min(dim=-1)
+        return least_R, first_R
+    blocks_RB = values_RV.unflatten(-1, (-1, _BLOCK)).amin(-1)
+    least_R, block_R = blocks_RB.min(dim=-1)
+    return least_R, block_R * _BLOCK + _block_of(values_RV, block_R).argmin(-1)
+
+
+def _in_blocks(values_RV: Tensor) -> bool:
+    # On a CPU, the place of an extreme is found value by value, the extreme itself sixteen values at a time: so the
+    # values of blocks are compared first.
+    return not values_RV.is_cuda and values_RV.shape[-1] % _BLOCK == 0
+
+
+def _block_of(values_RV: Tensor, block_R: Tensor) -> Tensor:
+    places_RB = (block_R * _BLOCK).unsqueeze(-1) + torch.arange(_BLOCK, device=values_RV.device)
+    return values_RV.gather(1, places_RB)
 
 
 def _filter_floor(
@@ -304,7 +336,7 @@ def _winners(rows: _Rows) -> Tensor:
     the best scaled logit, where float32 still has x to 1e-5. (The textbook bound of 19.6, the width of the noise,
     leaves most of a flat vocabulary.)
     """
-    least_N, nearest_N = rows.times_NV.min(dim=-1)
+    least_N, nearest_N = _first_least(rows.times_NV)
     bound_N = least_N / _uniform(_hash(rows.keys_N, nearest_N.to(torch.int32)))
     rounding = 1.001  # of float32 in the estimates; about 1e-5 would do
     rows_E, ids_E = (rows.times_NV <= (bound_N * rounding).float().unsqueeze(-1)).nonzero(as_tuple=True)

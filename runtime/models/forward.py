@@ -52,10 +52,12 @@ def build_forward_batch(
     block_tables: Int32Array,
     block_size: int,
     spec: ModelSpec,
+    dtype: torch.dtype,
     device: torch.device,
+    deterministic: bool = False,
 ) -> ForwardBatch:
     """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
-    sequence.
+    sequence, with weights of type ``dtype``; ``deterministic`` as in ``build_attention_plan``.
 
     Shapes: token_ids [tokens] int64 on ``device``, the rows' tokens one row after the other; starts, counts,
     prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
@@ -86,7 +88,9 @@ def build_forward_batch(
                 block_size=block_size,
                 kv_heads=spec.num_kv_heads,
                 window=window,
+                dtype=dtype,
                 device=device,
+                deterministic=deterministic,
             )
             for window in spec.windows
         },

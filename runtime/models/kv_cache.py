@@ -8,7 +8,10 @@ heads of a block is contiguous.
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ class KvCache:
         What a block held before never counts: whoever enters a block clears it (``build_forward_batch``).
         """
         shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        return cls(layers=tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)))
+        return cls(layers=tuple(_empty(shape, dtype, device) for _ in range(spec.num_layers)))
 
     @property
     def num_blocks(self) -> int:
@@ -57,3 +60,13 @@ class KvCache:
         Shapes: sources, targets [copies] int32
         """
         copy_blocks(self.layers, sources, targets)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Blocks are read in any order: with small pages, finding them takes as long as reading them.
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)

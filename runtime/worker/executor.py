@@ -137,6 +137,7 @@ class ModelExecutor:
             block_tables=self._block_table[plan.slots],
             block_size=self._block_size,
             spec=self._model.spec,
+            dtype=self._model.dtype,
             device=self._device,
         )
         return self._model.forward(batch, self._cache)

@@ -28,7 +28,7 @@ class Problem:
     block_size: int
     kv_heads: int
 
-    def run(self, window: int | None, *, only: int | None = None) -> torch.Tensor:
+    def run(self, window: int | None, *, only: int | None = None, deterministic: bool = False) -> torch.Tensor:
         """Attend all rows, or row ``only`` by itself."""
         chosen = range(len(self.rows)) if only is None else [only]
         starts, counts = np.array([self.rows[row] for row in chosen], dtype=np.int32).T
@@ -39,7 +39,9 @@ class Problem:
             block_size=self.block_size,
             kv_heads=self.kv_heads,
             window=window,
+            dtype=self.cache.dtype,
             device=CPU,
+            deterministic=deterministic,
         )
         queries = torch.cat([self.row_of(self.queries, row) for row in chosen])
         workspace = AttentionWorkspace(dtype=self.cache.dtype, device=CPU)
@@ -99,8 +101,8 @@ def make_problem(
     )
 
 
-def check(problem: Problem, window: int | None) -> None:
-    found = problem.run(window)
+def check(problem: Problem, window: int | None, *, deterministic: bool = False) -> None:
+    found = problem.run(window, deterministic=deterministic)
     for row in range(len(problem.rows)):
         error = np.abs(problem.row_of(found, row).double().numpy() - problem.expected(row, window)).max()
         assert error <= BOUNDS[problem.cache.dtype], f"row {problem.rows[row]}, window {window}: {error:.2e}"
@@ -111,13 +113,14 @@ PREFILL_ROWS = ((0, 2), (0, 128), (0, 129), (5, 7), (63, 65), (64, 64), (100, 30
 MIXED_ROWS = ((0, 1), (0, 30), (200, 1), (17, 130), (63, 1), (64, 1), (130, 2))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 16, 50, 128, 200])
 @pytest.mark.parametrize("rows", [DECODE_ROWS, PREFILL_ROWS, MIXED_ROWS], ids=["decode", "prefill", "mixed"])
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 256])
 def test_windows_and_block_sizes(
-    seed: int, rows: tuple[tuple[int, int], ...], window: int | None, block_size: int
+    seed: int, rows: tuple[tuple[int, int], ...], window: int | None, block_size: int, deterministic: bool
 ) -> None:
-    check(make_problem(seed, rows, block_size=block_size), window)
+    check(make_problem(seed, rows, block_size=block_size), window, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))

@@ -291,3 +291,26 @@ def test_equal_logprobs_come_in_the_order_of_ids() -> None:
     assert made.ranks_R.tolist() == [3, 1]
     assert token_logprobs(logits, torch.tensor([2, 5]), 99).top_ids_RK.shape == (2, 6)
     assert token_logprobs(logits, torch.tensor([2, 5]), 0).top_ids_RK.shape == (2, 0)
+
+
+@pytest.mark.parametrize("vocabulary", [127, 128, 512, 1000])
+@pytest.mark.parametrize("special", [None, math.nan, math.inf, -math.inf])
+def test_greedy_takes_the_first_of_equals_wherever_it_stands(seed: int, vocabulary: int, special: float | None) -> None:
+    logits = torch.randint(-9, 9, (40, vocabulary), generator=torch.Generator().manual_seed(seed)).float()
+    if special is not None:
+        logits[3, 5], logits[4, vocabulary - 1], logits[5] = special, special, special
+    zeros = np.zeros(40)
+    drawn = draw(
+        logits,
+        DrawSettings(
+            temperatures=zeros,
+            top_ps=zeros + 1,
+            top_ks=zeros.astype(np.int64),
+            min_ps=zeros,
+            seeds=zeros.astype(np.int64),
+            positions=zeros.astype(np.int64),
+        ),
+    )
+    best, first = logits.max(dim=-1)
+    assert torch.equal(drawn.valid_R, best.isfinite())
+    assert torch.equal(drawn.token_ids_R[drawn.valid_R], first[drawn.valid_R])

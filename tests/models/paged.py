@@ -46,6 +46,7 @@ class PagedRunner:
             block_tables=self.block_tables[sequences],
             block_size=self.block_size,
             spec=self.decoder.spec,
+            dtype=self.decoder.dtype,
             device=self.decoder.device,
         )
         with torch.inference_mode():

@@ -47,6 +47,7 @@ def test_positions_slots_lengths_and_fresh_blocks(seed: int, spec: ModelSpec, bl
         block_tables=tables,
         block_size=block_size,
         spec=spec,
+        dtype=torch.float32,
         device=CPU,
     )
     positions, slots, lengths, fresh = [], [], [], []
@@ -77,6 +78,7 @@ def test_lengths_are_left_out_where_they_do_not_matter(spec: ModelSpec) -> None:
         block_tables=np.zeros((1, 1), dtype=np.int32),
         block_size=16,
         spec=spec,
+        dtype=torch.float32,
         device=CPU,
     )
     assert batch.rope_lengths_T is None
@@ -93,6 +95,7 @@ def test_token_ids_must_match_the_rows(spec: ModelSpec) -> None:
             block_tables=np.zeros((1, 1), dtype=np.int32),
             block_size=16,
             spec=spec,
+            dtype=torch.float32,
             device=CPU,
         )
 

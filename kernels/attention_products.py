@@ -1,0 +1,83 @@
+"""The arithmetic that decoding and prefill share: scores, softmax and values of one range of keys, and the merge
+of several ranges.
+
+The bits of a query depend on its own keys alone: the rows of a product do not depend on one another if their
+number is a multiple of ``QUERY_UNIT`` (fp32 products of 1, 2, 3 or 5 rows take other paths), a softmax is made row
+by row, and what is merged is merged in the order of the keys.
+
+Shapes: P pairs of row and KV head, M queries times query heads of a KV head, L keys, S spans, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention_workspace import AttentionWorkspace
+
+QUERY_UNIT = 4
+# The softmax over spans always has a multiple of so many places: its order of summing stays the same.
+_SPAN_PLACES = 16
+
+
+def gather_keys_values(
+    layer_cache: Tensor, rows: Tensor, *, keys: int, workspace: AttentionWorkspace
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values, contiguous per row and KV head; valid until the next call.
+
+    Shapes: layer_cache [2, blocks, KV heads, block size, head size] contiguous; rows [pairs * blocks of a pair],
+    see ``KeyLayout.gather``; returns two [pairs, keys, head size]
+    """
+    block_size, head_size = layer_cache.shape[3:]
+    shape = (rows.shape[0], block_size * head_size)
+    found = workspace.take("keys", shape), workspace.take("values", shape)
+    for stored, out in zip(layer_cache.view(2, -1, shape[1]), found, strict=True):
+        torch.index_select(stored, 0, rows, out=out)
+    return found[0].view(-1, keys, head_size), found[1].view(-1, keys, head_size)
+
+
+def scaled_scores(q_PMD: Tensor, keys_PLD: Tensor, *, scale: float, workspace: AttentionWorkspace) -> Tensor:
+    """Return ``scale * q @ keys.T``, [pairs, queries, keys], without a mask; valid until the next call."""
+    scores_PML = workspace.take("scores", (q_PMD.shape[0], q_PMD.shape[1], keys_PLD.shape[1]))
+    # beta=0: what the buffer held does not count, only its memory does.
+    return torch.baddbmm(scores_PML, q_PMD, keys_PLD.transpose(1, 2), beta=0, alpha=scale, out=scores_PML)
+
+
+def attend_whole(scores_PML: Tensor, values_PLD: Tensor, *, workspace: AttentionWorkspace) -> Tensor:
+    """Return the attention over all keys that there are, [pairs, queries, head size]; valid until the next call."""
+    weights_PML = workspace.take("weights", scores_PML.shape)
+    torch.softmax(scores_PML, dim=-1, out=weights_PML)
+    result_PMD = workspace.take("results", (*scores_PML.shape[:2], values_PLD.shape[-1]))
+    return torch.bmm(weights_PML, values_PLD, out=result_PMD)
+
+
+def attend_span(scores_PML: Tensor, values_PLD: Tensor, *, result_PMD: Tensor, peaks_2PM: Tensor) -> None:
+    """Compute the attention over one span of keys, and what ``merge_spans`` needs to weigh it.
+
+    Shapes: result_PMD [pairs, queries, head size], written; peaks_2PM [2, pairs, queries] float32, written: the
+    largest score and its weight
+    """
+    weights_PML = torch.softmax(scores_PML, dim=-1, dtype=torch.float32)
+    peaks_2PM[0] = scores_PML.amax(-1)
+    torch.amax(weights_PML, -1, out=peaks_2PM[1])
+    torch.bmm(weights_PML.to(scores_PML.dtype), values_PLD, out=result_PMD)
+
+
+def merge_spans(results_PSMD: Tensor, maxima_PSM: Tensor, peak_weights_PSM: Tensor) -> Tensor:
+    """Return the attention over all spans, float32 [pairs, queries, head size].
+
+    A span's sum of exponentials, relative to its largest score, is the reciprocal of that score's weight. A query
+    that sees one span gives that span's result exactly: its share is 1, all others 0.
+
+    Shapes: results_PSMD [pairs, spans, queries, head size]; maxima_PSM, peak_weights_PSM [pairs, spans, queries]
+    float32, a maximum of -inf for a span that is not there
+    Source: Flash-Decoding (Dao et al., 2023): keys split into spans, combined by their log-sum-exp
+    """
+    pairs, spans, queries = maxima_PSM.shape
+    places = _SPAN_PLACES * -(-spans // _SPAN_PLACES)
+    shares_PMS = maxima_PSM.new_full((pairs, queries, places), float("-inf"))
+    shares_PMS[..., :spans] = maxima_PSM.transpose(1, 2)
+    shares_PMS = torch.softmax(shares_PMS, dim=-1)
+    shares_PMS[..., :spans].div_(peak_weights_PSM.transpose(1, 2))
+    shares_PMS.div_(shares_PMS.sum(-1, keepdim=True))
+    return results_PSMD.mul(shares_PMS[..., :spans].transpose(1, 2).unsqueeze(-1)).sum(1)
