@@ -41,6 +41,7 @@ ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face 
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
+DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
@@ -78,6 +79,7 @@ def generate(
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
     num_threads: ThreadsOption = None,
+    deterministic: DeterministicOption = False,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -93,6 +95,7 @@ def generate(
         "device": device,
         "quantization": quantization,
         "num_threads": num_threads,
+        "deterministic": deterministic,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -146,6 +149,7 @@ def serve(
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
     num_threads: ThreadsOption = None,
+    deterministic: DeterministicOption = False,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -166,7 +170,7 @@ def serve(
 
     engine = EngineOptions(
         model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
-        num_threads=num_threads, max_model_len=max_model_len,
+        num_threads=num_threads, deterministic=deterministic, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,

@@ -82,6 +82,8 @@ class EngineOptions:
       ``gpu_memory_utilization`` of the device's free memory is the limit, and on a CPU 4 GiB.
     - ``quantization``: how weights are kept on a CPU: ``none``, as ``dtype`` says; ``int8``, with activations quantized
       token by token; ``int4``, in groups of 32. Any checkpoint can be quantized while it is read.
+    - ``deterministic``: on a CPU, the same bits for a position whatever else is in the batch, however its prompt is cut
+      and whatever of it the prefix cache has.
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
@@ -109,6 +111,7 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     quantization: str = "none"
     num_threads: int | None = None
+    deterministic: bool = False
     async_scheduling: bool = True
     long_prefill_token_threshold: int = 0
     max_queued_requests: int = 4096
@@ -138,6 +141,8 @@ class EngineOptions:
         for name in _ONE_FOR_NOW:
             if getattr(self, name) != 1:
                 raise ConfigError(name, f"only 1 is supported by this version, got {getattr(self, name)!r}")
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code", "must be false: code that comes with a checkpoint is never run")
         # The scheduler's options are checked here too, so that a bad one is refused before the model is read.

@@ -70,11 +70,13 @@ class ModelExecutor:
         max_length: int,
         device: torch.device,
         grammars: GrammarCompiler,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._cache = cache
         self._block_size = block_size
         self._device = device
+        self._deterministic = deterministic
         self._sampler = Sampler(max_slots)
         self._grammars = GrammarMasks(grammars)
         self._tokens = np.zeros((max_slots, max_length), dtype=np.int32)
@@ -137,6 +139,7 @@ class ModelExecutor:
             block_tables=self._block_table[plan.slots],
             block_size=self._block_size,
             spec=self._model.spec,
+            deterministic=self._deterministic,
             dtype=self._model.dtype,
             device=self._device,
         )

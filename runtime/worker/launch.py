@@ -62,11 +62,20 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
     generation = read_generation_defaults(path)
     device = choose_device(options.device)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
+    if options.deterministic and device.type != "cpu":
+        raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
     max_model_len, cache_size = _size(options, spec, device, dtype)
     config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
     if device.type == "cpu":
         settle_cpu(options.num_threads, weight_bytes=spec.facts().step_read_bytes(dtype.itemsize))
-    model = load_decoder(path, spec, dtype=dtype, device=device, quantization=options.quantization)
+    model = load_decoder(
+        path,
+        spec,
+        dtype=dtype,
+        device=device,
+        quantization=options.quantization,
+        deterministic=options.deterministic,
+    )
     cache = KvCache.allocate(
         spec, num_blocks=cache_size.num_blocks, block_size=options.block_size, dtype=dtype, device=device
     )
@@ -84,6 +93,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
         max_length=max_model_len,
         device=device,
         grammars=grammars,
+        deterministic=options.deterministic,
     )
     engine = Engine(
         Scheduler(config, prefix_key=spec.prefix_cache_key),
