@@ -10,10 +10,13 @@ Shapes: T tokens, I inputs, O outputs, G groups of inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+
+from .row_buckets import in_buckets
 
 GROUP = 32
 MANY_ROWS = 32
@@ -91,5 +94,6 @@ def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, 
     for first in range(0, outputs, at_once):
         last = min(outputs, first + at_once)
         bias = None if bias_O is None else bias_O[first:last]
-        product_TO[:, first:last] = functional.linear(x_TI, unpack_int4(weight, first, last), bias)
+        multiply = partial(functional.linear, weight=unpack_int4(weight, first, last), bias=bias)
+        product_TO[:, first:last] = in_buckets(x_TI, multiply)
     return product_TO

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .row_buckets import in_buckets
+
 _LARGEST = 127.0
 _ZERO_POINT = 128  # oneDNN is fast with unsigned activations alone
 _SMALLEST_SCALE = 1e-12
@@ -62,8 +64,17 @@ def linear_int8(x_TI: Tensor, weight: Int8Weight, bias_O: Tensor | None = None) 
     Source: dynamic quantization by token (ZeroQuant, arXiv 2206.01861, section 3.1)
     """
     integers_TI, scales_T1 = quantize_rows(x_TI)
+    unsigned_TI = integers_TI.add_(_ZERO_POINT).to(torch.uint8)
+    product_TO = in_buckets(unsigned_TI, lambda rows_TI: _multiply(rows_TI, weight))
+    product_TO.mul_(scales_T1)
+    if bias_O is not None:
+        product_TO.add_(bias_O)
+    return product_TO.to(x_TI.dtype)
+
+
+def _multiply(unsigned_TI: Tensor, weight: Int8Weight) -> Tensor:
     product_TO: Tensor = torch.ops.onednn.qlinear_pointwise(
-        integers_TI.add_(_ZERO_POINT).to(torch.uint8),
+        unsigned_TI,
         1.0,  # a scale for all tokens would tie them together: each has its own, below
         _ZERO_POINT,
         weight.packed,
@@ -77,7 +88,4 @@ def linear_int8(x_TI: Tensor, weight: Int8Weight, bias_O: Tensor | None = None) 
         [],
         "",
     )
-    product_TO.mul_(scales_T1)
-    if bias_O is not None:
-        product_TO.add_(bias_O)
-    return product_TO.to(x_TI.dtype)
+    return product_TO

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .row_buckets import in_buckets
+
 _ROWS_HINT = 8
 """The rows that the layout is made for. 8 is good from 1 to 512; 1 is bad above one row, 512 below five."""
 _LONGEST_PLAIN_SUM = 1024
@@ -41,7 +43,11 @@ def linear_packed(x_TI: Tensor, packed_weight: Tensor, bias_O: Tensor | None = N
 
     Shapes: x_TI [tokens, inputs] of the weight's type; packed_weight from ``pack_weight``; bias_O [outputs]
     """
-    alone = x_TI.shape[0] == 1 and x_TI.shape[1] > _LONGEST_PLAIN_SUM
-    rows_TI = x_TI.expand(2, -1).contiguous() if alone else x_TI
-    product_TO: Tensor = torch.ops.mkldnn._linear_pointwise(rows_TI, packed_weight, bias_O, "none", [], "")
-    return product_TO[:1] if alone else product_TO
+    if x_TI.shape[0] == 1 and x_TI.shape[1] > _LONGEST_PLAIN_SUM:
+        return _multiply(x_TI.expand(2, -1).contiguous(), packed_weight, bias_O)[:1]
+    return in_buckets(x_TI, lambda rows_TI: _multiply(rows_TI, packed_weight, bias_O))
+
+
+def _multiply(x_TI: Tensor, packed_weight: Tensor, bias_O: Tensor | None) -> Tensor:
+    product_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed_weight, bias_O, "none", [], "")
+    return product_TO

@@ -9,6 +9,7 @@ import torch
 from slipstream.kernels.linear_int4 import GROUP, MANY_ROWS, can_pack_int4, linear_int4, pack_int4, unpack_int4
 from slipstream.kernels.linear_int8 import linear_int8, pack_int8, quantize_rows
 from slipstream.kernels.linear_packed import can_pack, linear_packed, pack_weight
+from slipstream.kernels.row_buckets import in_buckets
 
 CPU = torch.device("cpu")
 SHAPES = [(160, 64), (96, 1024), (48, 1056), (32, 4096), (513, 96), (7, 5)]
@@ -114,6 +115,21 @@ def test_a_row_is_the_same_bits_in_any_company(name: str, dtype: torch.dtype, th
                 assert torch.equal(run(x[300 - rows :].contiguous()), whole[300 - rows :]), (outputs, inputs, rows)
     finally:
         torch.set_num_threads(before)
+
+
+def test_products_come_in_few_shapes(seed: int) -> None:
+    seen: set[int] = set()
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        seen.add(x.shape[0])
+        return x[:, :3] * 2
+
+    for rows in (0, 1, 7, 8, 9, 64, 65, 255, 256, 257, 511, 512, 700, 2048):
+        x = random(seed, rows, 5)
+        assert torch.equal(in_buckets(x, multiply), x[:, :3] * 2), rows
+    for rows in range(1, 2049):
+        in_buckets(torch.zeros(rows, 5), multiply)
+    assert len(seen - {0}) <= 24
 
 
 def test_zeros_and_large_numbers() -> None:
