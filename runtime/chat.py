@@ -15,6 +15,7 @@ from typing import Any
 
 from .api_client.client import ApiClient, read_api_key
 from .api_client.errors import ApiError
+from .ending import run_ending_on_signals
 
 ReadLine = Callable[[], str | None]
 """Returns what a person typed, None at the end."""
@@ -70,7 +71,7 @@ def run_chat(
     with asyncio.Runner() as runner:
         client = ApiClient(base_url, api_key=key)
         try:
-            chosen = model or runner.run(_first_model(client))
+            chosen = model or run_ending_on_signals(runner, _first_model(client))
             show(f"{chosen} at {client.url}. /reset starts anew, /exit ends, Ctrl-C stops an answer.\n")
             conversation = Conversation(client=client, model=chosen, options=options, system=system)
             while (text := read()) is not None and text.strip() != "/exit":
@@ -100,7 +101,7 @@ async def _first_model(client: ApiClient) -> str:
 def _answer(runner: asyncio.Runner, conversation: Conversation, text: str, show: Show) -> None:
     """Show one answer; a failure is shown and the chat goes on."""
     try:
-        runner.run(conversation.say(text, show))
+        run_ending_on_signals(runner, conversation.say(text, show))
         show("\n")
     except KeyboardInterrupt:
         show("\n(stopped)\n")

@@ -13,17 +13,15 @@ import contextlib
 import os
 import re
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from ..sdk.errors import SlipstreamError
 from .clock import monotonic_clock
+from .ending import ending_on_signals
 
 _READY = re.compile(rb" at (http://127\.0\.0\.1:\d+)/v1 ")
 _DRAIN_TIMEOUT_S = 5.0
@@ -45,7 +43,7 @@ def running_server(model: str, *options: str, start_timeout_s: float) -> Iterato
     ``options`` are those of ``slipstream serve``.
     Raises: ServerFailed; when the block fails because the server has ended, this comes in place of that error
     """
-    with tempfile.TemporaryFile() as log, _end_on_signals(), _started(model, options, log) as process:
+    with tempfile.TemporaryFile() as log, ending_on_signals(), _started(model, options, log) as process:
         try:
             yield _wait_until_ready(process, log, start_timeout_s)
         except SlipstreamError as error:
@@ -111,21 +109,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 return
     finally:
         process.kill()
-
-
-@contextlib.contextmanager
-def _end_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP leave the block as an exception, as Ctrl-C does: a server must not stay behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _exit(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

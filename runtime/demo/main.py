@@ -10,6 +10,7 @@ from rich.console import Console
 from ..api_client.client import ApiClient
 from ..api_client.errors import ApiError
 from ..clock import monotonic_clock
+from ..ending import run_ending_on_signals
 from .asking import Answer, Show, ask_together
 from .screen import AnswerScreen, timings
 
@@ -33,8 +34,8 @@ def run_demo(base_url: str, body: dict[str, Any]) -> None:
     Raises: ApiError when an answer failed, after all has been shown
     """
     console = Console()
-    with AnswerScreen(console, PROMPTS) as screen:
-        answers = asyncio.run(_ask(base_url, body, screen.add))
+    with AnswerScreen(console, PROMPTS) as screen, asyncio.Runner() as runner:
+        answers = run_ending_on_signals(runner, _ask(base_url, body, screen.add))
     console.print(timings(answers))
     for answer in answers:
         if answer.record.error is not None:

@@ -43,10 +43,12 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Clients of any server's HTTP API: they know nothing of how ours works.
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
-    "chat": _VALUES | {"api_client"},
-    "demo": _VALUES | {"api_client", "load_test"},
+    "chat": _VALUES | {"api_client", "ending"},
+    "demo": _VALUES | {"api_client", "load_test", "ending"},
+    # How commands end at a signal.
+    "ending": _VALUES,
     # Starts our own server as a process and hands out its address; it imports none of it.
-    "local_server": _VALUES,
+    "local_server": _VALUES | {"ending"},
     # The ways in.
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "cli": _VALUES
