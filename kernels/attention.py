@@ -5,18 +5,41 @@ Shapes: T tokens, N query heads, K KV heads, D head size; a layer's cache is [2,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .attention_decode import attend_decode
+from .attention_decode import PreparedDecode, attend_decode, prepare_decode
 from .attention_plan import AttentionPlan
 from .attention_prefill import attend_prefill
+from .attention_prefill_plan import PrefillGroup
 from .attention_workspace import AttentionWorkspace
 
 
-def paged_attention(
-    q_TND: Tensor, layer_cache: Tensor, plan: AttentionPlan, *, scale: float, workspace: AttentionWorkspace
-) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedAttention:
+    """The attention of one step, ready for each layer of one window."""
+
+    decode: PreparedDecode | None
+    prefill: tuple[PrefillGroup, ...]
+    workspace: AttentionWorkspace
+
+
+def prepare_attention(
+    plan: AttentionPlan, layer_cache: Tensor, *, tokens: int, heads: int, workspace: AttentionWorkspace
+) -> PreparedAttention:
+    """Make what the layers of a step have in common, for ``tokens`` with ``heads`` query heads each.
+
+    Valid for one step: the next one may use the workspace's memory. ``layer_cache`` may be any layer's.
+    """
+    decode = None
+    if plan.decode is not None:
+        decode = prepare_decode(plan.decode, layer_cache, tokens=tokens, heads=heads, workspace=workspace)
+    return PreparedAttention(decode=decode, prefill=plan.prefill, workspace=workspace)
+
+
+def paged_attention(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedAttention, *, scale: float) -> Tensor:
     """Return each token's causal attention over its sequence's cached keys, its own included.
 
     The keys and values of the batch must have been written before. Query head n belongs to KV head n // (N / K).
@@ -26,12 +49,13 @@ def paged_attention(
     size, head size] contiguous; returns [tokens, heads, head size] contiguous; all of the workspace's type
     Source: PagedAttention (arXiv 2309.06180), section 4
     """
-    tokens, _, head_size = q_TND.shape
+    tokens, heads, head_size = q_TND.shape
     kv_heads = layer_cache.shape[2]
     q_TKGD = q_TND.unflatten(1, (kv_heads, -1))
-    out_TKGD = torch.empty(q_TKGD.shape, dtype=q_TND.dtype, device=q_TND.device)
-    if plan.decode is not None:
-        attend_decode(q_TKGD, layer_cache, plan.decode, scale=scale, workspace=workspace, out_TKGD=out_TKGD)
-    for group in plan.prefill:
-        attend_prefill(q_TKGD, layer_cache, group, scale=scale, workspace=workspace, out_TKGD=out_TKGD)
-    return out_TKGD.view(tokens, -1, head_size)
+    out_TND = torch.empty((tokens, heads, head_size), dtype=q_TND.dtype, device=q_TND.device)
+    out_TKGD = out_TND.view(tokens, kv_heads, -1, head_size)
+    if prepared.decode is not None:
+        attend_decode(q_TKGD, layer_cache, prepared.decode, scale=scale, out_TKGD=out_TKGD)
+    for group in prepared.prefill:
+        attend_prefill(q_TKGD, layer_cache, group, scale=scale, workspace=prepared.workspace, out_TKGD=out_TKGD)
+    return out_TND

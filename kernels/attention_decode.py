@@ -1,50 +1,157 @@
 """Attention of rows with one query over the paged cache, all rows of about equal length at once.
 
-Nothing is shared between rows, so a row gives the same whatever the batch.
+What is the same for all layers of a step is made once, ``prepare_decode``: which rows of the cache to gather, the
+masks, and views of the workspace. A layer is then a handful of operations: with small batches, what an operation costs
+besides its arithmetic is most of the time. Nothing is shared between rows, so a row gives the same whatever the batch.
 
 Shapes: T tokens, R rows, C items, S spans of a row, N query heads, K KV heads, G query heads per KV head, M = G
-padded to whole ``QUERY_UNIT``s, P = C * K, D head size; a layer's cache is [2, num_blocks, K, block_size, D].
+padded to whole ``QUERY_UNIT``s, P = C * K, D head size, L keys, X rows of the cache; a layer's cache is [2, num_blocks,
+K, block_size, D].
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .attention_decode_plan import DecodePlan, SpanGroup, SplitRows
-from .attention_products import (
-    QUERY_UNIT,
-    attend_span,
-    attend_whole,
-    gather_keys_values,
-    merge_spans,
-    scaled_scores,
-)
+from .attention_products import QUERY_UNIT, attend_span, merge_spans
 from .attention_workspace import GATHER_BYTES, AttentionWorkspace
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launch:
+    """Items computed at once, and where. The buffers are shared by all launches: valid until the next one.
+
+    Shapes: tokens_C [items], None if they are all tokens of the batch in order; rows_X [keys' and values' rows of the
+    cache] int64, gathered_XE [those, block size * head size]; keys_PDL, values_PLD views of it; mask_PML None if every
+    key is seen; own_queries_CKGD, own_results_CKGD views of queries_PMD and results_PMD without what fills up
+    """
+
+    tokens_C: Tensor | None
+    rows_X: Tensor
+    gathered_XE: Tensor
+    keys_PDL: Tensor
+    values_PLD: Tensor
+    mask_PML: Tensor | None
+    queries_PMD: Tensor
+    own_queries_CKGD: Tensor
+    scores_PML: Tensor
+    weights_PML: Tensor
+    results_PMD: Tensor
+    own_results_CKGD: Tensor
+
+    def score(self, q_TKGD: Tensor, cache_XE: Tensor, scale: float) -> None:
+        """Compute masked scores, and gather the values."""
+        self.own_queries_CKGD.copy_(q_TKGD if self.tokens_C is None else q_TKGD.index_select(0, self.tokens_C))
+        torch.index_select(cache_XE, 0, self.rows_X, out=self.gathered_XE)
+        base_PML, beta = (self.scores_PML, 0) if self.mask_PML is None else (self.mask_PML, 1)
+        # With beta=0, what the buffer held does not count.
+        torch.baddbmm(base_PML, self.queries_PMD, self.keys_PDL, beta=beta, alpha=scale, out=self.scores_PML)
+
+    def attend(self) -> None:
+        """Compute the results of items that see no other keys."""
+        torch.softmax(self.scores_PML, dim=-1, out=self.weights_PML)
+        torch.bmm(self.weights_PML, self.values_PLD, out=self.results_PMD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PreparedSplit:
+    """Rows whose spans are merged: launches with the places of their items, and what merging takes.
+
+    Shapes: results_CKMD of all items; peaks_2CX [2, items, K * M] float32
+    """
+
+    launches: tuple[tuple[_Launch, slice], ...]
+    rows: SplitRows
+    results_CKMD: Tensor
+    peaks_2CX: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedDecode:
+    """The rows of one token, ready for any layer."""
+
+    direct: tuple[_Launch, ...]
+    split: _PreparedSplit | None
+
+
+def prepare_decode(
+    plan: DecodePlan, layer_cache: Tensor, *, tokens: int, heads: int, workspace: AttentionWorkspace
+) -> PreparedDecode:
+    """Make what the layers of a step have in common, for a batch of ``tokens`` with ``heads`` query heads.
+
+    Valid until the workspace is prepared again. ``layer_cache``: any layer's.
+    """
+    direct = tuple(
+        _prepare(group, part, layer_cache, tokens=tokens, heads=heads, workspace=workspace)
+        for group in plan.direct
+        for part in _parts(group, layer_cache)
+    )
+    if plan.split is None:
+        return PreparedDecode(direct=direct, split=None)
+    launches, done = [], 0
+    for group in plan.split.groups:
+        for part in _parts(group, layer_cache):
+            launch = _prepare(group, part, layer_cache, tokens=tokens, heads=heads, workspace=workspace)
+            launches.append((launch, slice(done, done + part.stop - part.start)))
+            done = launches[-1][1].stop
+    kv_heads, head_size = layer_cache.shape[2], layer_cache.shape[4]
+    queries = _padded_queries(heads // kv_heads)
+    split = _PreparedSplit(
+        launches=tuple(launches),
+        rows=plan.split,
+        results_CKMD=workspace.take("span results", (done, kv_heads, queries, head_size)),
+        peaks_2CX=torch.empty((2, done, kv_heads * queries), dtype=torch.float32, device=layer_cache.device),
+    )
+    return PreparedDecode(direct=direct, split=split)
+
+
 def attend_decode(
-    q_TKGD: Tensor,
-    layer_cache: Tensor,
-    plan: DecodePlan,
-    *,
-    scale: float,
-    workspace: AttentionWorkspace,
-    out_TKGD: Tensor,
+    q_TKGD: Tensor, layer_cache: Tensor, prepared: PreparedDecode, *, scale: float, out_TKGD: Tensor
 ) -> None:
-    """Compute the attention of the plan's rows into their places in ``out_TKGD``.
+    """Compute the attention of the prepared rows into their places in ``out_TKGD``.
 
     Shapes: q_TKGD, out_TKGD [tokens, KV heads, group, head size]; layer_cache [2, blocks, KV heads, block size,
     head size] contiguous; all of the workspace's type
     """
-    for group in plan.direct:
-        for part in _parts(group, layer_cache):
-            scores_PML, values_PLD = _scores(q_TKGD, layer_cache, group, part, scale=scale, workspace=workspace)
-            result_PMD = attend_whole(scores_PML, values_PLD, workspace=workspace)
-            _put(result_PMD, group.tokens_C[part], out_TKGD)
-    if plan.split is not None:
-        merged_RMD = _split_results(q_TKGD, layer_cache, plan.split, scale=scale, workspace=workspace)
-        _put(merged_RMD.to(out_TKGD.dtype), plan.split.tokens_R, out_TKGD)
+    cache_XE = layer_cache.view(-1, layer_cache.shape[3] * layer_cache.shape[4])
+    for launch in prepared.direct:
+        launch.score(q_TKGD, cache_XE, scale)
+        launch.attend()
+        if launch.tokens_C is None:
+            out_TKGD.copy_(launch.own_results_CKGD)
+        else:
+            out_TKGD.index_copy_(0, launch.tokens_C, launch.own_results_CKGD)
+    if prepared.split is not None:
+        merged_RKMD = _attend_split(q_TKGD, cache_XE, prepared.split, scale)
+        own_RKGD = merged_RKMD[:, :, : out_TKGD.shape[2]].to(out_TKGD.dtype)
+        out_TKGD.index_copy_(0, prepared.split.rows.tokens_R, own_RKGD)
+
+
+def _attend_split(q_TKGD: Tensor, cache_XE: Tensor, split: _PreparedSplit, scale: float) -> Tensor:
+    """Return the merged results of the rows, float32 [rows, KV heads, padded group, head size]."""
+    _, kv_heads, queries, head_size = split.results_CKMD.shape
+    for launch, here in split.launches:
+        launch.score(q_TKGD, cache_XE, scale)
+        attend_span(
+            launch.scores_PML,
+            launch.values_PLD,
+            result_PMD=split.results_CKMD[here].view(-1, queries, head_size),
+            peaks_2PM=split.peaks_2CX[:, here].view(2, -1, queries),
+        )
+    rows, most_spans = split.rows.items_RS.shape
+    chosen = split.rows.items_RS.view(-1)
+    peaks_2RSX = split.peaks_2CX.index_select(1, chosen).view(2, rows, most_spans, -1)
+    results_RSXD = split.results_CKMD.index_select(0, chosen).view(rows, most_spans, -1, head_size)
+    merged_RXD = merge_spans(results_RSXD, peaks_2RSX[0] + split.rows.absent_RS1, peaks_2RSX[1])
+    return merged_RXD.view(rows, kv_heads, queries, head_size)
+
+
+def _padded_queries(group: int) -> int:
+    return QUERY_UNIT * -(-group // QUERY_UNIT)
 
 
 def _parts(group: SpanGroup, layer_cache: Tensor) -> list[slice]:
@@ -55,57 +162,34 @@ def _parts(group: SpanGroup, layer_cache: Tensor) -> list[slice]:
     return [slice(first, min(items, first + at_once)) for first in range(0, items, at_once)]
 
 
-def _scores(
-    q_TKGD: Tensor,
-    layer_cache: Tensor,
-    group: SpanGroup,
-    part: slice,
-    *,
-    scale: float,
-    workspace: AttentionWorkspace,
-) -> tuple[Tensor, Tensor]:
-    """Return masked scores and the values of a group's items."""
-    _, kv_heads, heads, head_size = q_TKGD.shape
-    tokens_C, mask_C11L = group.tokens_C[part], group.mask_C11L[part]
-    queries, keys = QUERY_UNIT * -(-heads // QUERY_UNIT), mask_C11L.shape[-1]
-    q_CKMD = workspace.take("queries", (tokens_C.shape[0], kv_heads, queries, head_size))
-    # The queries that only fill up may hold anything: rows of a product do not touch one another.
-    q_CKMD[:, :, :heads] = q_TKGD.index_select(0, tokens_C)
-    rows = group.gather_CKB[part].view(-1)
-    keys_PLD, values_PLD = gather_keys_values(layer_cache, rows, keys=keys, workspace=workspace)
-    scores_PML = scaled_scores(q_CKMD.view(-1, queries, head_size), keys_PLD, scale=scale, workspace=workspace)
-    scores_PML.view(-1, kv_heads, queries, keys).add_(mask_C11L)
-    return scores_PML, values_PLD
-
-
-def _put(result_PMD: Tensor, tokens: Tensor, out_TKGD: Tensor) -> None:
-    _, kv_heads, heads, head_size = out_TKGD.shape
-    result = result_PMD.view(tokens.shape[0], kv_heads, -1, head_size)
-    out_TKGD.index_copy_(0, tokens, result[:, :, :heads])
-
-
-def _split_results(
-    q_TKGD: Tensor, layer_cache: Tensor, split: SplitRows, *, scale: float, workspace: AttentionWorkspace
-) -> Tensor:
-    _, kv_heads, heads, head_size = q_TKGD.shape
-    queries = QUERY_UNIT * -(-heads // QUERY_UNIT)
-    items = sum(group.tokens_C.shape[0] for group in split.groups)
-    results_CKMD = workspace.take("span results", (items, kv_heads, queries, head_size))
-    peaks_2CX = torch.empty((2, items, kv_heads * queries), dtype=torch.float32, device=q_TKGD.device)
-    done = 0
-    for group in split.groups:
-        for part in _parts(group, layer_cache):
-            scores_PML, values_PLD = _scores(q_TKGD, layer_cache, group, part, scale=scale, workspace=workspace)
-            here = slice(done, done + scores_PML.shape[0] // kv_heads)
-            attend_span(
-                scores_PML,
-                values_PLD,
-                result_PMD=results_CKMD[here].view(-1, queries, head_size),
-                peaks_2PM=peaks_2CX[:, here].view(2, -1, queries),
-            )
-            done = here.stop
-    rows, most_spans = split.items_RS.shape
-    chosen = split.items_RS.view(-1)
-    peaks_2RSX = peaks_2CX.index_select(1, chosen).view(2, rows, most_spans, -1)
-    results_RSXD = results_CKMD.index_select(0, chosen).view(rows, most_spans, -1, head_size)
-    return merge_spans(results_RSXD, peaks_2RSX[0] + split.absent_RS1, peaks_2RSX[1])
+def _prepare(
+    group: SpanGroup, part: slice, layer_cache: Tensor, *, tokens: int, heads: int, workspace: AttentionWorkspace
+) -> _Launch:
+    _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
+    items, keys = part.stop - part.start, group.keys
+    pairs, own, queries = items * kv_heads, heads // kv_heads, _padded_queries(heads // kv_heads)
+    key_rows = group.gather_CKB[part].view(-1)
+    rows_X = torch.cat((key_rows, key_rows + num_blocks * kv_heads))
+    # Queries that only fill up may hold anything: rows of a product do not touch one another.
+    queries_CKMD = workspace.take("queries", (items, kv_heads, queries, head_size))
+    gathered_XE = workspace.take("keys and values", (rows_X.shape[0], block_size * head_size))
+    keys_PLD, values_PLD = gathered_XE.view(2, pairs, keys, head_size).unbind()
+    results_CKMD = workspace.take("results", (items, kv_heads, queries, head_size))
+    mask_PML = None
+    if group.mask_C11L is not None:
+        mask_CKML = group.mask_C11L[part].expand(items, kv_heads, queries, keys)
+        mask_PML = mask_CKML.reshape(pairs, queries, keys)
+    return _Launch(
+        tokens_C=None if group.in_order and items == tokens else group.tokens_C[part],
+        rows_X=rows_X,
+        gathered_XE=gathered_XE,
+        keys_PDL=keys_PLD.transpose(1, 2),
+        values_PLD=values_PLD,
+        mask_PML=mask_PML,
+        queries_PMD=queries_CKMD.view(pairs, queries, head_size),
+        own_queries_CKGD=queries_CKMD[:, :, :own],
+        scores_PML=workspace.take("scores", (pairs, queries, keys)),
+        weights_PML=workspace.take("weights", (pairs, queries, keys)),
+        results_PMD=results_CKMD.view(pairs, queries, head_size),
+        own_results_CKGD=results_CKMD[:, :, :own],
+    )

@@ -24,15 +24,17 @@ WASTE_KEYS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanGroup:
-    """Items of equal padded length.
+    """Items of equal padded length, ``keys``. ``in_order``: they are the first tokens of the batch, in order.
 
     Shapes: tokens_C [items] int64, places in the batch; gather_CKB [items, KV heads, blocks] int64, see
-    ``KeyLayout.gather``; mask_C11L [items, 1, 1, keys] of the plan's type
+    ``KeyLayout.gather``; mask_C11L [items, 1, 1, keys] of the plan's type, None if every item sees every key
     """
 
+    keys: int
+    in_order: bool
     tokens_C: Tensor
     gather_CKB: Tensor
-    mask_C11L: Tensor
+    mask_C11L: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +121,16 @@ def _span_group(items: _Items, chosen: NDArray[np.intp], keys: int) -> SpanGroup
     layout = items.layout
     rows, first_keys = items.rows[chosen], items.first_keys[chosen]
     first_blocks = first_keys // layout.block_size
+    tokens, positions = items.tokens[rows], items.positions[rows]
+    mask_C11L = None
+    if not layout.sees_all(positions, first_keys, keys):
+        mask_C11L = layout.mask(positions[:, None], first_keys, keys).unsqueeze(1)
     return SpanGroup(
-        tokens_C=torch.from_numpy(items.tokens[rows]).to(layout.device),
+        keys=keys,
+        in_order=bool((tokens == np.arange(len(tokens))).all()),
+        tokens_C=torch.from_numpy(tokens).to(layout.device),
         gather_CKB=layout.gather(items.tables, rows, first_blocks, keys // layout.block_size),
-        mask_C11L=layout.mask(items.positions[rows, None], first_keys, keys).unsqueeze(1),
+        mask_C11L=mask_C11L,
     )
 
 

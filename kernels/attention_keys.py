@@ -68,6 +68,15 @@ class KeyLayout:
         rows_CKB = blocks_CB[:, None, :] * self.kv_heads + np.arange(self.kv_heads)[:, None]
         return torch.from_numpy(rows_CKB).to(self.device)
 
+    def sees_all(self, positions_C: Int64Array, first_keys_C: Int64Array, keys: int) -> bool:
+        """Return whether each position sees all of ``keys`` keys from its first one on.
+
+        Shapes: positions_C, first_keys_C [items]
+        """
+        return bool((self.lowest_seen(positions_C) <= first_keys_C).all()) and bool(
+            (positions_C >= first_keys_C + (keys - 1)).all()
+        )
+
     def mask(self, query_positions_CQ: Int64Array, first_keys_C: Int64Array, keys: int) -> Tensor:
         """Return what is added to scores: 0 where the query sees the key, else a number that hides it.
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.attention import paged_attention
-from ...kernels.attention_plan import AttentionPlan
-from ...kernels.attention_workspace import AttentionWorkspace
+from ...kernels.attention import PreparedAttention, paged_attention
 from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
 from .linear import Linear
@@ -33,8 +31,7 @@ class AttentionInputs:
     sin_TD: Tensor
     kv_rows: Tensor
     fresh_blocks_F: Tensor
-    plans: Mapping[int | None, AttentionPlan]
-    workspace: AttentionWorkspace
+    attention: Mapping[int | None, PreparedAttention]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +79,7 @@ class Attention:
         attended_TND = paged_attention(
             qkv_TSD[:, : self.num_heads],
             layer_cache,
-            inputs.plans[self.window],
+            inputs.attention[self.window],
             scale=self.head_dim**-0.5,
-            workspace=inputs.workspace,
         )
         return self.out(attended_TND.view(tokens, -1))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...kernels.attention import prepare_attention
 from ...kernels.attention_workspace import AttentionWorkspace
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.rope_kv import kv_write_rows
@@ -101,8 +102,16 @@ class Decoder:
                 block_size=cache.block_size,
             ),
             fresh_blocks_F=batch.fresh_blocks_F,
-            plans=batch.attention,
-            workspace=self._workspace,
+            attention={
+                window: prepare_attention(
+                    plan,
+                    cache.layers[0],
+                    tokens=batch.token_ids_T.shape[0],
+                    heads=self.spec.num_heads,
+                    workspace=self._workspace,
+                )
+                for window, plan in batch.attention.items()
+            },
         )
 
 

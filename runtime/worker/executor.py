@@ -3,7 +3,9 @@
 Owns the rank's side of every running sequence: its tokens, its block table, its sampling state, and the KV cache. The
 scheduler sends deltas; drawn tokens are written here first, so that the next step can read them before the scheduler
 has heard of them. Steps run one after the other on a thread of their own; torch releases the interpreter lock while
-it computes, so the next step is planned meanwhile.
+it computes, so the next step is planned meanwhile. Whatever else computes for the engine, loading for one, must run on
+that thread too: OpenMP keeps a team of threads for every thread that has ever computed, and once there are more of them
+than cores they no longer wait actively for work. On two cores a step of a small model then takes half as long again.
 
 On a request's way: after the scheduler, around models and sampler.
 """
@@ -54,6 +56,11 @@ def _lay_out(plan: StepPlan) -> _Rows:
     )
 
 
+def step_thread() -> ThreadPoolExecutor:
+    """Return a thread for all that computes for one engine."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-step")
+
+
 class ModelExecutor:
     """Runs plans on one device.
 
@@ -70,8 +77,10 @@ class ModelExecutor:
         max_length: int,
         device: torch.device,
         grammars: GrammarCompiler,
+        thread: ThreadPoolExecutor,
         deterministic: bool = False,
     ) -> None:
+        """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread."""
         self._model = model
         self._cache = cache
         self._block_size = block_size
@@ -83,7 +92,7 @@ class ModelExecutor:
         self._block_table = np.zeros((max_slots, -(-max_length // block_size)), dtype=np.int32)
         self._prompt_length = np.zeros(max_slots, dtype=np.int32)
         self._prompt_logprobs: dict[int, int] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-step")
+        self._thread = thread
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a step behind those submitted before."""

@@ -25,7 +25,7 @@ from ..models.kv_cache import KvCache
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from .cpu_settings import settle_cpu
-from .executor import ModelExecutor
+from .executor import ModelExecutor, step_thread
 from .grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,20 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
     config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
     if device.type == "cpu":
         settle_cpu(options.num_threads, weight_bytes=spec.facts().step_read_bytes(dtype.itemsize))
-    model = load_decoder(
-        path,
-        spec,
-        dtype=dtype,
-        device=device,
-        quantization=options.quantization,
-        deterministic=options.deterministic,
-    )
+    thread = step_thread()
+    try:
+        model = thread.submit(
+            load_decoder,
+            path,
+            spec,
+            dtype=dtype,
+            device=device,
+            quantization=options.quantization,
+            deterministic=options.deterministic,
+        ).result()
+    except BaseException:
+        thread.shutdown(wait=False, cancel_futures=True)
+        raise
     cache = KvCache.allocate(
         spec, num_blocks=cache_size.num_blocks, block_size=options.block_size, dtype=dtype, device=device
     )
@@ -93,6 +99,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
         max_length=max_model_len,
         device=device,
         grammars=grammars,
+        thread=thread,
         deterministic=options.deterministic,
     )
     engine = Engine(

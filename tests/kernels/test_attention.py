@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slipstream.kernels import attention_decode, attention_prefill
-from slipstream.kernels.attention import paged_attention
+from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.attention_workspace import AttentionWorkspace
 
@@ -45,8 +45,9 @@ class Problem:
         )
         queries = torch.cat([self.row_of(self.queries, row) for row in chosen])
         workspace = AttentionWorkspace(dtype=self.cache.dtype, device=CPU)
-        scale = queries.shape[-1] ** -0.5
-        return paged_attention(queries, self.cache, plan, scale=scale, workspace=workspace)
+        tokens, heads, head_size = queries.shape
+        prepared = prepare_attention(plan, self.cache, tokens=tokens, heads=heads, workspace=workspace)
+        return paged_attention(queries, self.cache, prepared, scale=head_size**-0.5)
 
     def row_of(self, values: torch.Tensor, row: int) -> torch.Tensor:
         """Return the part of per-token values that belongs to a row."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 
 from slipstream.kernels.activation import silu_and_mul
-from slipstream.kernels.attention import paged_attention
+from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_keys import SPAN_KEYS
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.attention_products import QUERY_UNIT, merge_spans
@@ -124,7 +124,9 @@ class Sequences:
             deterministic=True,
         )
         queries = torch.cat([self.queries[sequence, first:end] for sequence, first, end in pieces])
-        found = paged_attention(queries, self.cache, plan, scale=0.11, workspace=self.workspace)
+        tokens, heads, _ = queries.shape
+        prepared = prepare_attention(plan, self.cache, tokens=tokens, heads=heads, workspace=self.workspace)
+        found = paged_attention(queries, self.cache, prepared, scale=0.11)
         return list(found.split([end - first for _, first, end in pieces]))
 
 
