@@ -5,6 +5,8 @@ Shapes: T tokens, H normalized size; a weight may have further axes that broadca
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,18 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     Shapes: x_TH [..., size] any float type; weight_H [size], or [heads, size] for x [tokens, heads, size]
     Source: RMSNorm (arXiv 1910.07467), equation 4
     """
-    x32_TH = x_TH.float()
     # The norm reads x once and leaves no squares; addcmul makes the variance of it and adds epsilon.
-    norm_T1 = torch.linalg.vector_norm(x32_TH, dim=-1, keepdim=True)
-    scale_T1 = torch.addcmul(norm_T1.new_full((), epsilon), norm_T1, norm_T1, value=1 / x_TH.shape[-1]).rsqrt_()
-    return (x32_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
+    norm_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True, dtype=torch.float32)
+    scale_T1 = torch.addcmul(_scalar(epsilon, x_TH.device), norm_T1, norm_T1, value=1 / x_TH.shape[-1]).rsqrt_()
+    # A product with float32 is float32.
+    return (x_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
+
+
+@lru_cache(maxsize=64)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    # Made once: with few tokens, an operation takes as long as its call.
+    with torch.inference_mode(mode=False):
+        return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         # Whatever the project's own launcher sets up for a CPU belongs here, and only here.
-        Kind(name="slipstream", worker="slipstream_llm.py"),
+        Kind(name="slipstream", worker="slipstream_llm.py", settings={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
         Kind(
             name="llama.cpp",
             worker="llama_cpp_decode.py",

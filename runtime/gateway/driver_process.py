@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,6 +28,7 @@ EXIT_REFUSED = 2
 _MODULE = "slipstream.runtime.worker.main"
 _NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _KILL_TIMEOUT_S = 10.0
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def driver_command(options: EngineOptions, socket: Path, *, drain_timeout_s: float) -> list[str]:
@@ -42,6 +44,18 @@ def driver_command(options: EngineOptions, socket: Path, *, drain_timeout_s: flo
         else:
             command += [f"--{flag}", str(value)]
     return [*command, "--", options.model]
+
+
+def driver_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a driver's environment: huge pages for all that it allocates, unless somebody has chosen already.
+
+    glibc reads this before the process begins, so only whoever starts it can set it. Weights on a CPU are read from
+    beginning to end at every step, and are many small pieces: in small pages a step takes 5 to 15 % longer.
+    """
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES not in tunables:
+        tunables = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+    return {**environment, "GLIBC_TUNABLES": tunables}
 
 
 class DriverProcess:
@@ -61,7 +75,11 @@ class DriverProcess:
         """
         # A session of its own: Ctrl-C in a terminal is for the gateway, which lets the driver finish what runs.
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, start_new_session=True
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE,
+            start_new_session=True,
+            env=driver_environment(os.environ),
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -93,15 +92,12 @@ class Int4Format:
         """Quantize the weight."""
         if not can_pack_int4(weight_OI):
             return Int8Format().prepare(weight_OI)
-        return partial(_int4, pack_int4(weight_OI), self.one_way)
+        weight = pack_int4(weight_OI)
+        return lambda x_TI, bias_O: linear_int4(x_TI, weight, bias_O, one_way=self.one_way)
 
     def prepare_head(self, weight_OI: Tensor) -> Product:
         """Quantize the weight to 8 bits."""
         return Int8Format().prepare(weight_OI)
-
-
-def _int4(weight: object, one_way: bool, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-    return linear_int4(x_TI, weight, bias_O, one_way=one_way)  # type: ignore[arg-type]
 
 
 def choose_format(

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from slipstream.runtime.gateway.driver_process import driver_environment
 from slipstream.runtime.gateway.replica import Replica
 from slipstream.runtime.gateway.supervisor import Backoff, Supervisor
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
@@ -117,3 +118,16 @@ def test_pauses_grow_and_shrink() -> None:
     pauses = [backoff.pause_s(lasted_s=1.0) for _ in range(10)]
     assert pauses == sorted(pauses) and pauses[0] == 0.5 and pauses[-1] == 30.0
     assert backoff.pause_s(lasted_s=1000.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_driver_gets_huge_pages_unless_somebody_has_chosen(before: str | None, after: str) -> None:
+    given = {"PATH": "/bin"} if before is None else {"PATH": "/bin", "GLIBC_TUNABLES": before}
+    assert driver_environment(given) == {"PATH": "/bin", "GLIBC_TUNABLES": after}
