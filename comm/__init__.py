@@ -1,4 +1,5 @@
 """Communication between ranks: groups, collectives, overlap, expert exchange, KV transport.
 
-Empty so far: it fills when a model is spread over several devices. Collectives will be called nowhere else.
+Reading order: ``mesh`` (who is who), ``collectives`` (what ranks can do together), its implementations, and what is
+built on them. Collectives are called nowhere else.
 """
