@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...comm.groups import ALONE, MeshGroups
+from ...comm.parts import Parts, run_plain
 from ...kernels.attention import prepare_attention
 from ...kernels.attention_workspace import AttentionWorkspace
 from ...kernels.norm import add_rms_norm, rms_norm
@@ -26,6 +28,7 @@ from .mlp import Mlp, take_mlp
 from .model_spec import ModelSpec
 from .parameters import Parameters
 from .rope import RotaryPositions
+from .sharding import Shard
 from .weights import read_parameters
 
 
@@ -43,52 +46,84 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A model on one device. One thread at a time may use it: the workspace is shared by all steps."""
+    """A rank's part of a model, on one device. One thread at a time may use it: the workspace is shared by all steps.
 
-    def __init__(self, spec: ModelSpec, parameters: Parameters) -> None:
-        """Assemble the layers from ``parameters``, of one type and device."""
+    What needs other ranks is written as parts (``comm.parts``): run by themselves they wait where they must.
+    """
+
+    def __init__(self, spec: ModelSpec, parameters: Parameters, groups: MeshGroups, vocabulary: range) -> None:
+        """Assemble the layers from ``parameters``, of one type and device.
+
+        ``spec`` is what this rank has (``Shard.local_spec``), ``vocabulary`` its tokens of the embedding and the head.
+        """
         self.spec = spec
-        self._embedding_VH = parameters.tensor("embedding")
-        self._final_norm_H = parameters.tensor("final_norm")
-        self._head = parameters.head(tied=spec.tie_word_embeddings)
+        self.vocabulary = vocabulary
+        self._groups = groups
         self._layers = tuple(_take_layer(spec, parameters, index) for index in range(spec.num_layers))
-        dtype, device = self._embedding_VH.dtype, self._embedding_VH.device
-        self._positions = RotaryPositions(spec.rope, dtype=dtype, device=device)
-        self._workspace = AttentionWorkspace(dtype=dtype, device=device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the type of the weights, which is that of the hidden states."""
-        return self._embedding_VH.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the weights are."""
-        return self._embedding_VH.device
+        self._embedding_VH = self._final_norm_H = self._head = None
+        if groups.place.is_first_stage:
+            self._embedding_VH = parameters.tensor("embedding")
+        if groups.place.is_last_stage:
+            self._final_norm_H = parameters.tensor("final_norm")
+            self._head = parameters.head(tied=spec.tie_word_embeddings)
+        norm_H = self._layers[0].input_norm_H
+        self.dtype, self.device = norm_H.dtype, norm_H.device
+        self._positions = RotaryPositions(spec.rope, dtype=self.dtype, device=self.device)
+        self._workspace = AttentionWorkspace(dtype=self.dtype, device=self.device)
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
-        """Run the layers over the batch, write its keys and values to ``cache``, return normalized hidden
-        states.
+        """Run all layers over the batch and return normalized hidden states; see ``forward_parts``."""
+        return run_plain(self.forward_parts(batch, cache))
 
-        Shapes: returns hidden_TH [tokens, hidden size] of the weights' type
+    def forward_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Parts[Tensor]:
+        """Run this stage's layers over the batch and write its keys and values to ``cache``.
+
+        ``hidden_TH`` comes from the stage before; the first one embeds the batch's tokens. The last stage returns
+        normalized hidden states, every other what goes to the next.
+
+        Shapes: hidden_TH, and what is returned, [tokens, hidden size] of the weights' type
         """
         inputs = self._attention_inputs(batch, cache)
         epsilon = self.spec.rms_norm_eps
-        residual_TH = torch.nn.functional.embedding(batch.token_ids_T, self._embedding_VH)
+        residual_TH = (yield from self._embed(batch.token_ids_T)) if hidden_TH is None else hidden_TH
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
-        next_norms = [*(layer.input_norm_H for layer in self._layers[1:]), self._final_norm_H]
-        for layer, layer_cache, next_norm_H in zip(self._layers, cache.layers, next_norms, strict=True):
-            attended_TH = layer.attention(normed_TH, layer_cache, inputs)
+        for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
+            attended_TH = yield from self._sum(layer.attention(normed_TH, layer_cache, inputs))
             normed_TH, residual_TH = add_rms_norm(attended_TH, residual_TH, layer.mlp_norm_H, epsilon)
-            normed_TH, residual_TH = add_rms_norm(layer.mlp(normed_TH), residual_TH, next_norm_H, epsilon)
+            added_TH = yield from self._sum(layer.mlp(normed_TH))
+            next_norm_H = self._norm_after(index)
+            if next_norm_H is None:
+                return residual_TH + added_TH
+            normed_TH, residual_TH = add_rms_norm(added_TH, residual_TH, next_norm_H, epsilon)
         return normed_TH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return the logits of hidden states from ``forward``.
+        """Return the logits of hidden states from the last stage, for this rank's ``vocabulary``.
 
-        Shapes: hidden_NH [selected tokens, hidden size]; returns [selected tokens, vocabulary] float32
+        Shapes: hidden_NH [selected tokens, hidden size]; returns [selected tokens, own vocabulary] float32
         """
+        assert self._head is not None, "only the last stage has a head"
         return self._head(hidden_NH, None).float()
+
+    def _norm_after(self, index: int) -> Tensor | None:
+        """Return the norm behind a layer; None where the next stage has it."""
+        return self._layers[index + 1].input_norm_H if index + 1 < len(self._layers) else self._final_norm_H
+
+    def _embed(self, token_ids_T: Tensor) -> Parts[Tensor]:
+        assert self._embedding_VH is not None, "only the first stage has an embedding"
+        if self._groups.tp is None:
+            return torch.nn.functional.embedding(token_ids_T, self._embedding_VH)
+        # Every token is in one rank's table; the others add zeros, which changes no bits.
+        local_T = token_ids_T - self.vocabulary.start
+        elsewhere_T = (local_T < 0) | (local_T >= len(self.vocabulary))
+        found_TH = torch.nn.functional.embedding(local_T.masked_fill(elsewhere_T, 0), self._embedding_VH)
+        return (yield from self._sum(found_TH.masked_fill_(elsewhere_T.unsqueeze(1), 0)))
+
+    def _sum(self, x_TH: Tensor) -> Parts[Tensor]:
+        """Sum over the tensor-parallel ranks."""
+        if self._groups.tp is None:
+            return x_TH
+        return (yield self._groups.tp.all_reduce(x_TH))
 
     def _attention_inputs(self, batch: ForwardBatch, cache: KvCache) -> AttentionInputs:
         cos_TD, sin_TD = self._positions.cos_sin(batch.positions_T, batch.rope_lengths_T, longest=batch.longest)
@@ -123,16 +158,21 @@ def load_decoder(
     device: torch.device,
     quantization: str = "none",
     deterministic: bool = False,
+    groups: MeshGroups = ALONE,
 ) -> Decoder:
-    """Load the weights in the directory ``path`` and return the decoder.
+    """Load the weights in the directory ``path``, or the part of them that belongs to a rank, and return its decoder.
+
+    ``spec`` is the whole model's.
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
     linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
+    shard = Shard(place=groups.place)
+    local_spec = shard.local_spec(spec)
     parameters = Parameters(linear_format)
-    for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device):
+    for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard):
         parameters.add(parameter.name, tensor, parameter.role)
-    return Decoder(spec, parameters)
+    return Decoder(local_spec, parameters, groups, shard.vocabulary(spec.vocab_size))
 
 
 def _take_layer(spec: ModelSpec, parameters: Parameters, index: int) -> DecoderLayer:

@@ -1,7 +1,8 @@
 """Which tensors of a checkpoint make up which parameter of the decoder.
 
 Owns the names on disk, in both layouts of experts (one tensor per expert, or all stacked), and the fused
-layout in memory: q|k|v and gate|up as one matrix, experts stacked. Reads nothing.
+layout in memory: q|k|v and gate|up as one matrix, experts stacked; and which slices of the tensors a rank reads. Reads
+nothing.
 
 Shapes: H hidden size, I intermediate size, E experts.
 """
@@ -15,25 +16,21 @@ from enum import Enum
 from torch import Tensor
 
 from .model_spec import DenseMlpSpec, ModelSpec, MoeSpec
+from .sharding import WHOLE, Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One tensor on disk and its place in a parameter: rows from ``first_row`` on, of one expert if it names
-    one.
-    """
+    """One tensor on disk, or the ``region`` of it that this rank holds, and its ``place`` in a parameter."""
 
     tensor: str
     shape: tuple[int, ...]
-    first_row: int = 0
-    expert: int | None = None
+    region: tuple[slice, ...] = ()
+    place: tuple[int | slice, ...] = ()
 
     def place_in(self, parameter: Tensor) -> Tensor:
         """Return the view of ``parameter`` that this piece fills."""
-        part = parameter if self.expert is None else parameter[self.expert]
-        if self.shape == tuple(part.shape):
-            return part
-        return part[self.first_row : self.first_row + self.shape[0]]
+        return parameter[self.place] if self.place else parameter
 
 
 class Role(Enum):
@@ -55,25 +52,28 @@ class Parameter:
     role: Role = Role.TENSOR
 
 
-def parameter_layout(spec: ModelSpec, stored: Container[str]) -> tuple[Parameter, ...]:
-    """Return every parameter of the decoder; ``stored`` (names on disk) decides between the layouts of
-    experts.
+def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHOLE) -> tuple[Parameter, ...]:
+    """Return every parameter of a rank's decoder; ``spec`` is the whole model's, layers are numbered as the rank has
+    them. ``stored`` (names on disk) decides between the layouts of experts.
     """
-    embedding = (spec.vocab_size, spec.hidden_size)
-    parameters = [_whole("embedding", "model.embed_tokens.weight", *embedding)]
-    for index, layer in enumerate(spec.layers):
-        name, disk = f"layers.{index}", f"model.layers.{index}"
+    place = shard.place
+    parameters = []
+    if place.is_first_stage or (place.is_last_stage and spec.tie_word_embeddings):
+        parameters.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, shard))
+    for index, global_index in enumerate(shard.layers(spec)):
+        name, disk, layer = f"layers.{index}", f"model.layers.{global_index}", spec.layers[global_index]
         parameters.append(_whole(f"{name}.input_norm", f"{disk}.input_layernorm.weight", spec.hidden_size))
         parameters.append(_whole(f"{name}.mlp_norm", f"{disk}.post_attention_layernorm.weight", spec.hidden_size))
-        parameters += _attention(spec, f"{name}.attention", f"{disk}.self_attn")
+        parameters += _attention(spec, shard, f"{name}.attention", f"{disk}.self_attn")
         match layer.mlp:
             case DenseMlpSpec():
-                parameters += _dense_mlp(spec, layer.mlp, f"{name}.mlp", f"{disk}.mlp")
+                parameters += _dense_mlp(spec, shard, layer.mlp, f"{name}.mlp", f"{disk}.mlp")
             case MoeSpec():
-                parameters += _moe(spec, layer.mlp, f"{name}.mlp", disk, stored)
-    parameters.append(_whole("final_norm", "model.norm.weight", spec.hidden_size))
-    if not spec.tie_word_embeddings:
-        parameters.append(_whole("head", "lm_head.weight", *embedding, role=Role.HEAD))
+                parameters += _moe(spec, shard, layer.mlp, f"{name}.mlp", disk, stored)
+    if place.is_last_stage:
+        parameters.append(_whole("final_norm", "model.norm.weight", spec.hidden_size))
+        if not spec.tie_word_embeddings:
+            parameters.append(_vocabulary("head", "lm_head.weight", spec, shard, role=Role.HEAD))
     return tuple(parameters)
 
 
@@ -82,68 +82,156 @@ def is_ignorable(tensor: str, spec: ModelSpec) -> bool:
     return tensor.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and tensor == "lm_head.weight")
 
 
-def _whole(name: str, tensor: str, *shape: int, role: Role = Role.TENSOR) -> Parameter:
-    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),), role=role)
+def _whole(name: str, tensor: str, *shape: int) -> Parameter:
+    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),))
 
 
-def _fused(name: str, tensors: tuple[tuple[str, int], ...], *columns: int, role: Role = Role.TENSOR) -> Parameter:
-    pieces, first_row = [], 0
-    for tensor, rows in tensors:
-        pieces.append(Piece(tensor=tensor, shape=(rows, *columns), first_row=first_row))
-        first_row += rows
-    return Parameter(name=name, shape=(first_row, *columns), pieces=tuple(pieces), role=role)
+def _vocabulary(name: str, tensor: str, spec: ModelSpec, shard: Shard, *, role: Role = Role.TENSOR) -> Parameter:
+    rows = shard.vocabulary(spec.vocab_size)
+    return _rows(name, ((tensor, spec.vocab_size, rows),), spec.hidden_size, role=role)
 
 
-def _linear(
-    name: str, disk: str, projections: tuple[tuple[str, int], ...], columns: int, *, bias: bool
+def _rows(name: str, tensors: tuple[tuple[str, int, range], ...], *columns: int, role: Role = Role.TENSOR) -> Parameter:
+    """Return a parameter that has ranges of rows of some tensors, one after the other: (name, all rows, range)."""
+    pieces, first = [], 0
+    for tensor, size, rows in tensors:
+        pieces.append(
+            Piece(
+                tensor=tensor,
+                shape=(size, *columns),
+                region=_slices(rows, size),
+                place=(slice(first, first + len(rows)),),
+            )
+        )
+        first += len(rows)
+    return Parameter(name=name, shape=(first, *columns), pieces=tuple(pieces), role=role)
+
+
+def _slices(part: range, size: int) -> tuple[slice, ...]:
+    """Return the region of a first axis, nothing if it is all of it."""
+    return () if len(part) == size else (slice(part.start, part.stop),)
+
+
+def _row_linear(
+    name: str, disk: str, projections: tuple[tuple[str, int, range], ...], columns: int, *, bias: bool
 ) -> list[Parameter]:
-    weights = tuple((f"{disk}.{projection}.weight", rows) for projection, rows in projections)
-    biases = tuple((f"{disk}.{projection}.bias", rows) for projection, rows in projections)
-    parameters = [_fused(f"{name}.weight", weights, columns, role=Role.LINEAR)]
-    return [*parameters, _fused(f"{name}.bias", biases)] if bias else parameters
+    """Return a linear layer of which the rank has some outputs (column-parallel, in Megatron's words)."""
+    weights = tuple((f"{disk}.{projection}.weight", size, rows) for projection, size, rows in projections)
+    biases = tuple((f"{disk}.{projection}.bias", size, rows) for projection, size, rows in projections)
+    parameters = [_rows(f"{name}.weight", weights, columns, role=Role.LINEAR)]
+    return [*parameters, _rows(f"{name}.bias", biases)] if bias else parameters
 
 
-def _attention(spec: ModelSpec, name: str, disk: str) -> list[Parameter]:
-    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    qkv = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
-    parameters = _linear(f"{name}.qkv", disk, qkv, spec.hidden_size, bias=spec.qkv_bias)
-    parameters += _linear(f"{name}.out", disk, (("o_proj", spec.hidden_size),), q_size, bias=spec.o_bias)
+def _column_linear(name: str, disk: str, outputs: int, inputs: int, part: range, *, bias: bool) -> list[Parameter]:
+    """Return a linear layer of which the rank has some inputs (row-parallel): its products are summed over ranks."""
+    region = () if len(part) == inputs else (slice(None), slice(part.start, part.stop))
+    piece = Piece(tensor=f"{disk}.weight", shape=(outputs, inputs), region=region)
+    weight = Parameter(name=f"{name}.weight", shape=(outputs, len(part)), pieces=(piece,), role=Role.LINEAR)
+    return [weight, _whole(f"{name}.bias", f"{disk}.bias", outputs)] if bias else [weight]
+
+
+def _attention(spec: ModelSpec, shard: Shard, name: str, disk: str) -> list[Parameter]:
+    size, q_size, kv_size = spec.head_dim, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    q_rows, kv_rows = _times(shard.heads(spec), size), _times(shard.kv_heads(spec), size)
+    qkv = (("q_proj", q_size, q_rows), ("k_proj", kv_size, kv_rows), ("v_proj", kv_size, kv_rows))
+    parameters = _row_linear(f"{name}.qkv", disk, qkv, spec.hidden_size, bias=spec.qkv_bias)
+    bias = spec.o_bias and shard.adds_bias
+    parameters += _column_linear(f"{name}.out", f"{disk}.o_proj", spec.hidden_size, q_size, q_rows, bias=bias)
     if spec.qk_norm:
-        parameters.append(_whole(f"{name}.q_norm", f"{disk}.q_norm.weight", spec.head_dim))
-        parameters.append(_whole(f"{name}.k_norm", f"{disk}.k_norm.weight", spec.head_dim))
+        parameters.append(_whole(f"{name}.q_norm", f"{disk}.q_norm.weight", size))
+        parameters.append(_whole(f"{name}.k_norm", f"{disk}.k_norm.weight", size))
     return parameters
 
 
-def _dense_mlp(spec: ModelSpec, mlp: DenseMlpSpec, name: str, disk: str) -> list[Parameter]:
-    size = mlp.intermediate_size
-    gate_up = (("gate_proj", size), ("up_proj", size))
-    parameters = _linear(f"{name}.gate_up", disk, gate_up, spec.hidden_size, bias=spec.mlp_bias)
-    return parameters + _linear(f"{name}.down", disk, (("down_proj", spec.hidden_size),), size, bias=spec.mlp_bias)
+def _times(part: range, size: int) -> range:
+    return range(part.start * size, part.stop * size)
 
 
-def _moe(spec: ModelSpec, mlp: MoeSpec, name: str, disk: str, stored: Container[str]) -> list[Parameter]:
-    hidden, size, experts = spec.hidden_size, mlp.intermediate_size, mlp.num_experts
-    gate_up_shape, down_shape = (experts, 2 * size, hidden), (experts, hidden, size)
+def _dense_mlp(spec: ModelSpec, shard: Shard, mlp: DenseMlpSpec, name: str, disk: str) -> list[Parameter]:
+    size, hidden = mlp.intermediate_size, spec.hidden_size
+    part = shard.columns(size)
+    gate_up = (("gate_proj", size, part), ("up_proj", size, part))
+    parameters = _row_linear(f"{name}.gate_up", disk, gate_up, hidden, bias=spec.mlp_bias)
+    bias = spec.mlp_bias and shard.adds_bias
+    return parameters + _column_linear(f"{name}.down", f"{disk}.down_proj", hidden, size, part, bias=bias)
+
+
+def _moe(spec: ModelSpec, shard: Shard, mlp: MoeSpec, name: str, disk: str, stored: Container[str]) -> list[Parameter]:
+    hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.columns(mlp.intermediate_size)
+    experts = shard.experts(mlp.num_experts)
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
-        return [
-            _whole(f"{name}.router", f"{disk}.mlp.gate.weight", experts, hidden),
-            _whole(f"{name}.gate_up", f"{disk}.mlp.experts.gate_up_proj", *gate_up_shape, role=Role.EXPERTS),
-            _whole(f"{name}.down", f"{disk}.mlp.experts.down_proj", *down_shape, role=Role.EXPERTS),
-        ]
-    if spec.architecture == "MixtralForCausalLM":
-        block, (gate, up, down) = f"{disk}.block_sparse_moe", ("w1", "w3", "w2")
+        router = f"{disk}.mlp.gate.weight"
+        pieces = _stacked_experts(f"{disk}.mlp.experts", mlp, hidden, experts, part)
+    elif spec.architecture == "MixtralForCausalLM":
+        router = f"{disk}.block_sparse_moe.gate.weight"
+        pieces = _single_experts(f"{disk}.block_sparse_moe.experts", ("w1", "w3", "w2"), size, hidden, experts, part)
     else:
-        block, (gate, up, down) = f"{disk}.mlp", ("gate_proj", "up_proj", "down_proj")
-    gate_up_pieces: list[Piece] = []
-    down_pieces: list[Piece] = []
-    for expert in range(experts):
-        prefix = f"{block}.experts.{expert}"
-        for first_row, projection in ((0, gate), (size, up)):
-            tensor = f"{prefix}.{projection}.weight"
-            gate_up_pieces.append(Piece(tensor=tensor, shape=(size, hidden), first_row=first_row, expert=expert))
-        down_pieces.append(Piece(tensor=f"{prefix}.{down}.weight", shape=(hidden, size), expert=expert))
+        router = f"{disk}.mlp.gate.weight"
+        names = ("gate_proj", "up_proj", "down_proj")
+        pieces = _single_experts(f"{disk}.mlp.experts", names, size, hidden, experts, part)
+    gate_up, down = (len(experts), 2 * len(part), hidden), (len(experts), hidden, len(part))
     return [
-        _whole(f"{name}.router", f"{block}.gate.weight", experts, hidden),
-        Parameter(name=f"{name}.gate_up", shape=gate_up_shape, pieces=tuple(gate_up_pieces), role=Role.EXPERTS),
-        Parameter(name=f"{name}.down", shape=down_shape, pieces=tuple(down_pieces), role=Role.EXPERTS),
+        _whole(f"{name}.router", router, mlp.num_experts, hidden),
+        Parameter(name=f"{name}.gate_up", shape=gate_up, pieces=pieces[0], role=Role.EXPERTS),
+        Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.EXPERTS),
     ]
+
+
+_Pieces = tuple[tuple[Piece, ...], tuple[Piece, ...]]
+
+
+def _single_experts(
+    block: str, names: tuple[str, str, str], size: int, hidden: int, experts: tuple[int, ...], part: range
+) -> _Pieces:
+    """Return the pieces of gate|up and of down, from one tensor an expert."""
+    (gate, up, down), columns = names, slice(part.start, part.stop)
+    gate_up_pieces, down_pieces = [], []
+    for local, expert in enumerate(experts):
+        for first, projection in ((0, gate), (len(part), up)):
+            gate_up_pieces.append(
+                Piece(
+                    tensor=f"{block}.{expert}.{projection}.weight",
+                    shape=(size, hidden),
+                    region=_slices(part, size),
+                    place=(local, slice(first, first + len(part))),
+                )
+            )
+        down_pieces.append(
+            Piece(
+                tensor=f"{block}.{expert}.{down}.weight",
+                shape=(hidden, size),
+                region=() if len(part) == size else (slice(None), columns),
+                place=(local,),
+            )
+        )
+    return tuple(gate_up_pieces), tuple(down_pieces)
+
+
+def _stacked_experts(block: str, mlp: MoeSpec, hidden: int, experts: tuple[int, ...], part: range) -> _Pieces:
+    """Return the pieces of gate|up and of down, from two tensors with all experts."""
+    size, count = mlp.intermediate_size, mlp.num_experts
+    gate_up_shape, down_shape = (count, 2 * size, hidden), (count, hidden, size)
+    gate_up, down = f"{block}.gate_up_proj", f"{block}.down_proj"
+    if len(part) == size and len(experts) == count:
+        return (Piece(tensor=gate_up, shape=gate_up_shape),), (Piece(tensor=down, shape=down_shape),)
+    gate_up_pieces, down_pieces = [], []
+    for local, expert in enumerate(experts):
+        one = slice(expert, expert + 1)
+        for first, offset in ((0, 0), (len(part), size)):
+            gate_up_pieces.append(
+                Piece(
+                    tensor=gate_up,
+                    shape=gate_up_shape,
+                    region=(one, slice(offset + part.start, offset + part.stop)),
+                    place=(slice(local, local + 1), slice(first, first + len(part))),
+                )
+            )
+        down_pieces.append(
+            Piece(
+                tensor=down,
+                shape=down_shape,
+                region=(one, slice(None), slice(part.start, part.stop)),
+                place=(slice(local, local + 1),),
+            )
+        )
+    return tuple(gate_up_pieces), tuple(down_pieces)

@@ -17,20 +17,21 @@ from ...sdk.errors import CheckpointError
 from .checkpoint import DTYPE_BYTES, CheckpointReader
 from .layout import Parameter, Piece, is_ignorable, parameter_layout
 from .model_spec import ModelSpec
+from .sharding import WHOLE, Shard
 
 
 def read_parameters(
-    path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+    path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
 ) -> Iterator[tuple[Parameter, Tensor]]:
-    """Read every parameter of ``spec`` from the directory ``path``, one after the other.
+    """Read every parameter of ``spec``, or a rank's part of it, from the directory ``path``, one after the other.
 
     Raises: CheckpointError naming the file and the tensor.
     """
     directory = Path(path)
     with CheckpointReader.open(directory) as reader:
-        layout = parameter_layout(spec, reader.tensors)
-        check_tensors(directory, reader, layout, spec)
-        for parameter in layout:
+        # Every rank checks the whole model: all of them refuse a checkpoint, with the same words.
+        check_tensors(directory, reader, parameter_layout(spec, reader.tensors), spec)
+        for parameter in parameter_layout(spec, reader.tensors, shard):
             yield parameter, _load(reader, parameter, dtype, device)
 
 
@@ -67,5 +68,5 @@ def _check_tensor(directory: Path, reader: CheckpointReader, piece: Piece) -> No
 def _load(reader: CheckpointReader, parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
     tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
     for piece in parameter.pieces:
-        reader.read_into(piece.tensor, piece.place_in(tensor))
+        reader.read_into(piece.tensor, piece.place_in(tensor), region=piece.region)
     return tensor

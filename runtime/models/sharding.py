@@ -1,0 +1,116 @@
+"""Which part of a model one rank holds: ranges of heads, columns, tokens of the vocabulary, experts and layers.
+
+Owns the rules by which parts are cut, and refuses degrees that do not fit. Knows no tensors: the layout turns ranges
+into slices of files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...comm.mesh import MeshPlace, MeshShape
+from ...sdk.errors import ConfigError
+from .model_spec import LayerSpec, ModelSpec, MoeSpec
+
+_COLUMN_UNIT = 32
+"""Columns are cut at multiples of so many where that comes out: groups of int4 weights, and whole cache lines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What the rank at ``place`` holds of a model; ``WHOLE`` is all of it."""
+
+    place: MeshPlace
+
+    def layers(self, spec: ModelSpec) -> range:
+        """Return the layers of the rank's stage; earlier stages have one more where the number does not divide."""
+        return _ceil_share(spec.num_layers, self.place.pp, self.place.shape.pp)
+
+    def heads(self, spec: ModelSpec) -> range:
+        """Return the rank's query heads."""
+        return _share(spec.num_heads, self.place.tp, self.place.shape.tp)
+
+    def kv_heads(self, spec: ModelSpec) -> range:
+        """Return the KV heads of the rank's query heads: one that several ranks share if there are fewer than ranks."""
+        degree = self.place.shape.tp
+        if spec.num_kv_heads >= degree:
+            return _share(spec.num_kv_heads, self.place.tp, degree)
+        head = self.place.tp * spec.num_kv_heads // degree
+        return range(head, head + 1)
+
+    def columns(self, size: int) -> range:
+        """Return the rank's part of an MLP's intermediate values."""
+        unit = _COLUMN_UNIT if size % _COLUMN_UNIT == 0 and size // _COLUMN_UNIT >= self.place.shape.tp else 1
+        part = _share(size // unit, self.place.tp, self.place.shape.tp)
+        return range(part.start * unit, part.stop * unit)
+
+    def vocabulary(self, size: int) -> range:
+        """Return the rank's tokens of the embedding and the head."""
+        return _share(size, self.place.tp, self.place.shape.tp)
+
+    def experts(self, count: int) -> tuple[int, ...]:
+        """Return the experts whose weights the rank has, whole or its columns of them."""
+        return tuple(_share(count, self.place.ep, self.place.shape.ep))
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a bias behind a sum over ranks is added here: on one rank, once."""
+        return self.place.tp == 0
+
+    def local_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Return what the rank's decoder looks like: its layers, heads and columns; the vocabulary stays whole.
+
+        Raises: ConfigError as ``check_degrees``
+        """
+        check_degrees(spec, self.place.shape)
+        layers = tuple(self._local_layer(spec.layers[index]) for index in self.layers(spec))
+        return replace(
+            spec,
+            num_layers=len(layers),
+            layers=layers,
+            num_heads=len(self.heads(spec)),
+            num_kv_heads=len(self.kv_heads(spec)),
+        )
+
+    def _local_layer(self, layer: LayerSpec) -> LayerSpec:
+        mlp = replace(layer.mlp, intermediate_size=len(self.columns(layer.mlp.intermediate_size)))
+        return replace(layer, mlp=mlp)
+
+
+WHOLE = Shard(place=MeshShape().place(0))
+
+
+def check_degrees(spec: ModelSpec, shape: MeshShape) -> None:
+    """Refuse degrees of parallelism that a model cannot be cut into.
+
+    Raises: ConfigError naming the option and the numbers
+    """
+    tp, kv_heads = shape.tp, spec.num_kv_heads
+    if spec.num_heads % tp:
+        raise ConfigError("tensor_parallel_size", f"{tp} does not divide the model's {spec.num_heads} attention heads")
+    if kv_heads % tp and tp % kv_heads:
+        raise ConfigError(
+            "tensor_parallel_size", f"{tp} neither divides the model's {kv_heads} KV heads nor is a multiple of them"
+        )
+    smallest = min((spec.vocab_size, *(layer.mlp.intermediate_size for layer in spec.layers)))
+    if smallest < tp:
+        raise ConfigError("tensor_parallel_size", f"{tp} is more than the {smallest} columns of a layer")
+    if shape.pp > spec.num_layers:
+        raise ConfigError("pipeline_parallel_size", f"{shape.pp} is more than the model's {spec.num_layers} layers")
+    experts = [layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
+    if shape.ep > 1 and not experts:
+        raise ConfigError(
+            "expert_parallel_size", f"{shape.ep} is for models with experts, {spec.architecture} has none"
+        )
+    if shape.ep > min(experts, default=shape.ep):
+        raise ConfigError("expert_parallel_size", f"{shape.ep} is more than the {min(experts)} experts of a layer")
+
+
+def _share(size: int, rank: int, ranks: int) -> range:
+    return range(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+def _ceil_share(size: int, rank: int, ranks: int) -> range:
+    base, extra = divmod(size, ranks)
+    first = rank * base + min(rank, extra)
+    return range(first, first + base + (rank < extra))
