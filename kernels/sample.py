@@ -186,13 +186,15 @@ class _Rows:
     """Some rows being drawn.
 
     Shapes: logits_NV float32; temperatures_N float64, above 0; keys_N int64 (seed and position, hashed);
-    times_NV float32: an estimate of each token's arrival time in the race that the smallest wins, see ``_race``
+    times_NV float32: an estimate of each token's arrival time in the race that the smallest wins, see ``_race``.
+    ``first_id``: the token of column 0, where the columns are a slice of the vocabulary
     """
 
     logits_NV: Tensor
     temperatures_N: Tensor
     keys_N: Tensor
     times_NV: Tensor
+    first_id: int = 0
 
     def select(self, index: Tensor) -> _Rows:
         if index.numel() == self.logits_NV.shape[0]:
@@ -202,6 +204,7 @@ class _Rows:
             temperatures_N=self.temperatures_N[index],
             keys_N=self.keys_N[index],
             times_NV=self.times_NV[index],
+            first_id=self.first_id,
         )
 
 
@@ -229,6 +232,48 @@ def draw(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
     )
 
 
+def draw_best(logits_RV: Tensor, settings: DrawSettings, *, first_id: int) -> tuple[Tensor, Tensor]:
+    """Return each row's best token of a slice of the vocabulary and its score, for rows without filters.
+
+    ``choose_best`` over the slices gives what ``draw`` gives over the whole. The score is NaN where the slice's logits
+    hold NaN or +inf.
+
+    Shapes: logits_RV [R, V of the slice] float32, column 0 being token ``first_id``; returns scores_R float64, ids_R
+    int64
+    """
+    device = logits_RV.device
+    best_R, first_R = _first_largest(logits_RV)
+    scores_R, columns_R = best_R.double(), first_R
+    sampled = np.flatnonzero(settings.temperatures >= COLDEST_TEMPERATURE)
+    for start in range(0, sampled.size, step := _chunk_rows(logits_RV)):
+        index_N = torch.from_numpy(sampled[start : start + step]).to(device)
+        temperatures_N = torch.from_numpy(settings.temperatures[sampled[start : start + step]]).to(device)
+        integers_2N = np.stack((settings.seeds, settings.positions))[:, sampled[start : start + step]]
+        keys_N = _row_keys(*torch.from_numpy(integers_2N).to(device))
+        ids_V = torch.arange(first_id, first_id + logits_RV.shape[1], dtype=torch.int32, device=device)
+        logits_NV = logits_RV.index_select(0, index_N)
+        times_NV = _race(logits_NV, best_R[index_N], temperatures_N, keys_N, ids_V)
+        rows = _Rows(
+            logits_NV=logits_NV, temperatures_N=temperatures_N, keys_N=keys_N, times_NV=times_NV, first_id=first_id
+        )
+        columns_R[index_N], scores_R[index_N] = _winners(rows)
+    scores_R.masked_fill_(best_R.isnan() | (best_R == math.inf), math.nan).masked_fill_(best_R == -math.inf, -math.inf)
+    return scores_R, columns_R + first_id
+
+
+def choose_best(scores_SR: Tensor, ids_SR: Tensor) -> DrawnTokens:
+    """Return the token with the largest score among the slices', the lowest id among equals.
+
+    Shapes: scores_SR [slices, R] float64; ids_SR [slices, R] int64
+    """
+    best_R = scores_SR.amax(0)
+    last = torch.iinfo(torch.int64).max
+    return DrawnTokens(
+        token_ids_R=torch.where(scores_SR == best_R, ids_SR, last).amin(0).masked_fill_(~best_R.isfinite(), 0),
+        valid_R=best_R.isfinite(),
+    )
+
+
 def _draw_rows(logits_RV: Tensor, settings: DrawSettings, ids_V: Tensor) -> DrawnTokens:
     device = logits_RV.device
     greedy = settings.temperatures < COLDEST_TEMPERATURE
@@ -244,7 +289,7 @@ def _draw_rows(logits_RV: Tensor, settings: DrawSettings, ids_V: Tensor) -> Draw
     if floor_R is not None:
         times_RV.masked_fill_(logits_RV < floor_R.unsqueeze(-1), math.inf)
     rows = _Rows(logits_NV=logits_RV, temperatures_N=temperatures_R, keys_N=keys_R, times_NV=times_RV)
-    tokens_R = _winners(rows)
+    tokens_R, _ = _winners(rows)
     nucleus = np.flatnonzero(~greedy & (settings.top_ps < 1.0))
     if nucleus.size:
         index_N = torch.from_numpy(nucleus).to(device)
@@ -327,8 +372,9 @@ def _race(logits_RV: Tensor, best_R: Tensor, temperatures_R: Tensor, keys_R: Ten
     return torch.div(remainder_RV, decay_RV, out=decay_RV)
 
 
-def _winners(rows: _Rows) -> Tensor:
-    """Return the best-scored token of each row, the lowest id among equals, among those with a finite time estimate.
+def _winners(rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Return the column of each row's best-scored token, the lowest among equals, among those with a finite time
+    estimate; and its score, float64.
 
     Exact pruning. Let j have the smallest estimate e_j. The winner w arrives no later than j, at most at e_j / u_j, and
     its own estimate is never late: e_w <= e_j / u_j. So only tokens within that bound are scored in float64, one or
@@ -337,17 +383,17 @@ def _winners(rows: _Rows) -> Tensor:
     leaves most of a flat vocabulary.)
     """
     least_N, nearest_N = _first_least(rows.times_NV)
-    bound_N = least_N / _uniform(_hash(rows.keys_N, nearest_N.to(torch.int32)))
+    bound_N = least_N / _uniform(_hash(rows.keys_N, (nearest_N + rows.first_id).to(torch.int32)))
     rounding = 1.001  # of float32 in the estimates; about 1e-5 would do
     rows_E, ids_E = (rows.times_NV <= (bound_N * rounding).float().unsqueeze(-1)).nonzero(as_tuple=True)
-    noise_E = _noise(_hash(rows.keys_N[rows_E], ids_E.to(torch.int32)))
+    noise_E = _noise(_hash(rows.keys_N[rows_E], (ids_E + rows.first_id).to(torch.int32)))
     scores_E = rows.logits_NV[rows_E, ids_E].double() / rows.temperatures_N[rows_E] + noise_E
 
     best_N = torch.full_like(rows.temperatures_N, -math.inf).scatter_reduce_(0, rows_E, scores_E, "amax")
     last = rows.logits_NV.shape[1] - 1
     tied_ids_E = torch.where(scores_E == best_N[rows_E], ids_E, last)
     # A row without entries (its logits are no numbers) gets the last id, which is not used.
-    return torch.full_like(nearest_N, last).scatter_reduce_(0, rows_E, tied_ids_E, "amin")
+    return torch.full_like(nearest_N, last).scatter_reduce_(0, rows_E, tied_ids_E, "amin"), best_N
 
 
 def _nucleus_winners(rows: _Rows, tokens_N: Tensor, weights_NV: Tensor, top_ps_N: Tensor, valid_N: Tensor) -> Tensor:
@@ -372,7 +418,7 @@ def _nucleus_winners(rows: _Rows, tokens_N: Tensor, weights_NV: Tensor, top_ps_N
         rows = replace(rows, times_NV=rows.times_NV.masked_fill(~above_NV[again_N], math.inf))
         weights_NV, limits_N, open_N = weights_NV[again_N], limits_N[again_N], open_N[again_N]
         index_N = index_N[again_N]
-        drawn_N = _winners(rows)
+        drawn_N, _ = _winners(rows)
         tokens_N[index_N] = drawn_N
 
 

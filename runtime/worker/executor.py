@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...comm.groups import ALONE, MeshGroups
 from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
@@ -26,6 +27,7 @@ from ..models.kv_cache import KvCache
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
+from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
 _PROMPT_LOGPROB_ROWS = 256
@@ -78,15 +80,20 @@ class ModelExecutor:
         device: torch.device,
         grammars: GrammarCompiler,
         thread: ThreadPoolExecutor,
+        groups: MeshGroups = ALONE,
         deterministic: bool = False,
     ) -> None:
-        """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread."""
+        """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread and the groups."""
         self._model = model
+        self._groups = groups
         self._cache = cache
         self._block_size = block_size
         self._device = device
         self._deterministic = deterministic
         self._sampler = Sampler(max_slots)
+        self._vocabulary = VocabularySampler(
+            self._sampler, groups.tp, vocabulary=model.vocabulary, vocab_size=model.spec.vocab_size
+        )
         self._grammars = GrammarMasks(grammars)
         self._tokens = np.zeros((max_slots, max_length), dtype=np.int32)
         self._block_table = np.zeros((max_slots, -(-max_length // block_size)), dtype=np.int32)
@@ -101,6 +108,7 @@ class ModelExecutor:
     def close(self) -> None:
         """Let the thread end after the step it is at. Not waited for: after a time-out that step may never end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._groups.close()
         self._grammars.close()
 
     @torch.inference_mode()
@@ -170,10 +178,10 @@ class ModelExecutor:
         last = torch.from_numpy(rows.last[drawing].astype(np.int64)).to(self._device)
         slots = plan.slots[drawing]
         positions = (plan.starts + plan.counts)[drawing]
-        logits_RV = self._model.logits(hidden_TH.index_select(0, last))
+        logits_RL = self._model.logits(hidden_TH.index_select(0, last))
         # The step's own deadline bounds the wait.
         allowed = None if masks is None else masks.result()
-        sampled = self._sampler.sample(logits_RV, slots, positions.astype(np.int64), self._tokens, allowed)
+        sampled = self._vocabulary.sample(logits_RL, slots, positions.astype(np.int64), self._tokens, allowed)
         tokens[drawing] = sampled.token_ids
         # The very last token of a sequence at the model's limit has no place in the table, and needs none.
         fits = positions < self._tokens.shape[1]
@@ -201,7 +209,7 @@ class ModelExecutor:
             for begin in range(0, count, _PROMPT_LOGPROB_ROWS):
                 end = min(begin + _PROMPT_LOGPROB_ROWS, count)
                 first = int(rows.first[row])
-                logits_NV = self._model.logits(hidden_TH[first + begin : first + end])
+                logits_NV = self._vocabulary.whole(self._model.logits(hidden_TH[first + begin : first + end]))
                 targets = self._tokens[slot, start + 1 + begin : start + 1 + end]
                 entries += prompt_token_logprobs(logits_NV, targets, self._prompt_logprobs[slot])
             scores[row] = tuple(entries)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.sample import (
+    COLDEST_TEMPERATURE,
     DrawSettings,
     add_to_logits_,
     draw,
@@ -23,7 +24,7 @@ from ...kernels.sample import (
     token_logprobs,
 )
 from ...kernels.token_mask import keep_allowed_
-from ..messages import AdmittedSequence, Int32Array, TokenLogprobs
+from ..messages import AdmittedSequence, BoolArray, Int32Array, TokenLogprobs
 from .grammar_masks import TokenMasks
 
 Int64Array = NDArray[np.int64]
@@ -124,6 +125,32 @@ class Sampler:
         else:
             self._edits[slot] = edits
 
+    def settings(self, slots: Int32Array, positions: Int64Array) -> DrawSettings:
+        """Return how rows are drawn.
+
+        Shapes: slots [rows]; positions [rows], where each new token will stand
+        """
+        return DrawSettings(
+            temperatures=self._temperatures[slots],
+            top_ps=self._top_ps[slots],
+            top_ks=self._top_ks[slots],
+            min_ps=self._min_ps[slots],
+            seeds=self._seeds[slots],
+            positions=positions,
+        )
+
+    def needs_all_logits(self, slots: Int32Array) -> BoolArray:
+        """Return for which rows more must be known of the logits than which token scores best.
+
+        Shapes: slots [rows]
+        """
+        filtered = (self._top_ps[slots] < 1.0) | (self._top_ks[slots] > 0) | (self._min_ps[slots] > 0)
+        # Greedy rows have no use for filters.
+        filtered &= self._temperatures[slots] >= COLDEST_TEMPERATURE
+        edited = np.array([slot in self._edits for slot in slots.tolist()], dtype=np.bool_)
+        needed: BoolArray = filtered | edited | (self._logprobs[slots] != _NO_LOGPROBS)
+        return needed
+
     def sample(
         self,
         logits_RV: Tensor,
@@ -147,15 +174,7 @@ class Sampler:
                 keep_allowed_(
                     logits_RV, torch.from_numpy(masks.rows).to(device), torch.from_numpy(masks.masks).to(device)
                 )
-            settings = DrawSettings(
-                temperatures=self._temperatures[slots],
-                top_ps=self._top_ps[slots],
-                top_ks=self._top_ks[slots],
-                min_ps=self._min_ps[slots],
-                seeds=self._seeds[slots],
-                positions=positions,
-            )
-            drawn = draw(logits_RV, settings)
+            drawn = draw(logits_RV, self.settings(slots, positions))
             valid = drawn.valid_R.cpu().numpy()
             logprobs: dict[int, TokenLogprobs] = {}
             if raw_NV is not None:
