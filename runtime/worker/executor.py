@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...comm.groups import ALONE, MeshGroups
+from ...comm.parts import run_plain
 from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
@@ -27,6 +29,7 @@ from ..models.kv_cache import KvCache
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
+from .stage_link import StageLink
 from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
@@ -100,6 +103,9 @@ class ModelExecutor:
         self._prompt_length = np.zeros(max_slots, dtype=np.int32)
         self._prompt_logprobs: dict[int, int] = {}
         self._thread = thread
+        self._link = None
+        if groups.pp is not None:
+            self._link = StageLink(groups.pp, hidden_size=model.spec.hidden_size, dtype=model.dtype, device=device)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a step behind those submitted before."""
@@ -114,12 +120,20 @@ class ModelExecutor:
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
         start_s = monotonic_clock()
+        self._take_tokens(plan)
         # Copies come first: a source may have been freed and handed out again, and is written by this very step.
         self._cache.copy_blocks(plan.copy_sources, plan.copy_targets)
         for admitted in plan.admitted:
             self._admit(admitted)
         self._block_table[plan.block_slots, plan.block_indices] = plan.block_ids
         rows = _lay_out(plan)
+        if not self._groups.place.is_last_stage:
+            self._pass_on(plan, rows)
+            return StepResult(
+                step=plan.step,
+                token_ids=np.full(len(plan.slots), -1, dtype=np.int32),
+                execute_s=monotonic_clock() - start_s,
+            )
         # Before the model runs, so that the two go on side by side.
         masks = self._begin_masks(plan)
         hidden_TH = self._forward(plan, rows)
@@ -134,6 +148,27 @@ class ModelExecutor:
             invalid_rows=drawn.invalid_rows,
             grammar_rows=drawn.grammar_rows,
         )
+
+    def _pass_on(self, plan: StepPlan, rows: _Rows) -> None:
+        """Compute a stage that is not the last, and be ready for the tokens that the last one draws."""
+        assert self._link is not None, "a stage that is not the last has others"
+        self._link.send_hidden(self._forward(plan, rows))
+        if plan.samples.any():
+            positions = (plan.starts + plan.counts)[plan.samples].astype(np.int64)
+            self._link.expect_tokens(plan.slots[plan.samples], positions)
+
+    def _take_tokens(self, plan: StepPlan) -> None:
+        """Write down the tokens that this step's slots, or their owners before, were waiting for."""
+        if self._link is None or self._groups.place.is_last_stage:
+            return
+        admitted = np.array([admitted.slot for admitted in plan.admitted], dtype=np.int32)
+        for drawn in self._link.settle(np.concatenate((plan.slots, admitted))):
+            self._write_tokens(drawn.slots, drawn.positions, drawn.token_ids)
+
+    def _write_tokens(self, slots: Int32Array, positions: NDArray[np.int64], token_ids: Int32Array) -> None:
+        # The very last token of a sequence at the model's limit has no place in the table, and needs none.
+        fits = positions < self._tokens.shape[1]
+        self._tokens[slots[fits], positions[fits]] = token_ids[fits]
 
     def _admit(self, admitted: AdmittedSequence) -> None:
         slot = admitted.slot
@@ -160,7 +195,10 @@ class ModelExecutor:
             dtype=self._model.dtype,
             device=self._device,
         )
-        return self._model.forward(batch, self._cache)
+        hidden_TH = None
+        if self._link is not None and not self._groups.place.is_first_stage:
+            hidden_TH = self._link.receive_hidden(plan.num_tokens)
+        return run_plain(self._model.forward_parts(batch, self._cache, hidden_TH))
 
     def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:
         drawing = plan.samples
@@ -183,9 +221,9 @@ class ModelExecutor:
         allowed = None if masks is None else masks.result()
         sampled = self._vocabulary.sample(logits_RL, slots, positions.astype(np.int64), self._tokens, allowed)
         tokens[drawing] = sampled.token_ids
-        # The very last token of a sequence at the model's limit has no place in the table, and needs none.
-        fits = positions < self._tokens.shape[1]
-        self._tokens[slots[fits], positions[fits]] = sampled.token_ids[fits]
+        self._write_tokens(slots, positions.astype(np.int64), sampled.token_ids)
+        if self._link is not None:
+            self._link.send_tokens(sampled.token_ids)
         return SampledRows(
             token_ids=tokens,
             logprobs={int(drawing[index]): entry for index, entry in sampled.logprobs.items()},
