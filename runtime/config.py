@@ -20,6 +20,8 @@ class SchedulerConfig:
     - ``max_num_seqs``: sequences that run at once. ``max_num_batched_tokens``: token budget of one step.
     - ``long_prefill_token_threshold``: most prompt tokens of one sequence in one step; 0 is no limit of its own.
     - ``max_queued_requests``: requests that may wait; one more is refused as ``Overloaded``.
+    - ``micro_batches``: steps that are on their way at once, each with other sequences: as many as pipeline stages. With
+      1, a sequence's next token is planned before its last one is known.
 
     Raises: ConfigError, naming the option.
     """
@@ -33,10 +35,12 @@ class SchedulerConfig:
     max_queued_requests: int = 4096
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             require_positive(name, getattr(self, name))
+        require_positive("micro_batches", self.micro_batches)
         require_positive("max_queued_requests", self.max_queued_requests)
         if self.long_prefill_token_threshold != 0:
             require_positive("long_prefill_token_threshold", self.long_prefill_token_threshold)
@@ -66,7 +70,6 @@ def require_positive(name: str, value: object) -> None:
 QUANTIZATIONS = ("none", "int8", "int4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_ONE_FOR_NOW = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,9 @@ class EngineOptions:
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
+    - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and over
+      ``expert_parallel_size`` ranks experts are spread; their product is the number of processes, on this host.
+      ``enable_expert_parallel`` spreads experts over the ``tensor_parallel_size`` ranks instead of cutting each of them.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
       is refused when true, because code from a checkpoint is never run.
 
@@ -118,6 +124,8 @@ class EngineOptions:
     step_timeout_s: float = 600.0
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     trust_remote_code: bool = False
     enforce_eager: bool = True
 
@@ -138,9 +146,12 @@ class EngineOptions:
                 raise ConfigError(name, f"must be a number above 0, got {value!r}")
         if self.gpu_memory_utilization > 1:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
-        for name in _ONE_FOR_NOW:
-            if getattr(self, name) != 1:
-                raise ConfigError(name, f"only 1 is supported by this version, got {getattr(self, name)!r}")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
+            require_positive(name, getattr(self, name))
+        if not isinstance(self.enable_expert_parallel, bool):
+            raise ConfigError("enable_expert_parallel", f"must be true or false, got {self.enable_expert_parallel!r}")
+        if self.enable_expert_parallel and self.expert_parallel_size != 1:
+            raise ConfigError("expert_parallel_size", "give this or enable_expert_parallel, not both")
         if not isinstance(self.deterministic, bool):
             raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
         if self.trust_remote_code:
@@ -161,4 +172,5 @@ class EngineOptions:
             max_queued_requests=self.max_queued_requests,
             enable_prefix_caching=self.enable_prefix_caching,
             scheduling_policy=self.scheduling_policy,
+            micro_batches=self.pipeline_parallel_size,
         )

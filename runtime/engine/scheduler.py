@@ -165,7 +165,10 @@ class Scheduler:
             table = self.table
             target = table.known[order] + table.pending[order]
             lacking = np.where(target < table.max_length[order], target - table.computed[order], 0)
-            self._plan_decodes(builder, order[lacking == 1])
+            decodes = order[lacking == 1]
+            if self.config.micro_batches > 1:
+                decodes = self._share_of_pipeline(decodes)
+            self._plan_decodes(builder, decodes)
             self._plan_chunks(builder, order[lacking > 1])
             budget -= int(table.planned.sum())
         if not builder.preempted:
@@ -175,6 +178,13 @@ class Scheduler:
             self._step = plan.step
             self._release_held()
         return plan
+
+    def _share_of_pipeline(self, slots: Int32Array) -> Int32Array:
+        """Return what one of several steps in flight may decode: its share of all that run, and none whose token is
+        still on its way from the last stage, which the first one would have to wait for.
+        """
+        ready = slots[self.table.pending[slots] == 0]
+        return ready[: -(-len(self._running) // self.config.micro_batches)]
 
     def _plan_decodes(self, builder: StepBuilder, slots: Int32Array) -> None:
         table = self.table

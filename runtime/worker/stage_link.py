@@ -1,7 +1,7 @@
 """What a pipeline stage exchanges with the others: hidden states go to the next one, drawn tokens come back to all.
 
-Sends are not waited for: their tensors are kept until they have left. Tokens are waited for when a step needs them, not
-before, so that a stage works on other sequences while the last one draws. One thread uses it, in the order of the steps.
+Sends are not waited for: their tensors are kept until they have left. Tokens are waited for when a step needs them, and
+not before, so that a stage works on other sequences while the last one draws. One thread uses it, in the steps' order.
 """
 
 from __future__ import annotations
