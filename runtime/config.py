@@ -20,8 +20,8 @@ class SchedulerConfig:
     - ``max_num_seqs``: sequences that run at once. ``max_num_batched_tokens``: token budget of one step.
     - ``long_prefill_token_threshold``: most prompt tokens of one sequence in one step; 0 is no limit of its own.
     - ``max_queued_requests``: requests that may wait; one more is refused as ``Overloaded``.
-    - ``micro_batches``: steps that are on their way at once, each with other sequences: as many as pipeline stages. With
-      1, a sequence's next token is planned before its last one is known.
+    - ``micro_batches``: steps on their way at once, each with other sequences: as many as pipeline stages. With 1, a
+      sequence's next token is planned before its last one is known.
 
     Raises: ConfigError, naming the option.
     """
@@ -90,9 +90,9 @@ class EngineOptions:
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
-    - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and over
-      ``expert_parallel_size`` ranks experts are spread; their product is the number of processes, on this host.
-      ``enable_expert_parallel`` spreads experts over the ``tensor_parallel_size`` ranks instead of cutting each of them.
+    - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and
+      experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, on this host.
+      ``enable_expert_parallel`` spreads experts over the tensor-parallel ranks instead of cutting each of them.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
       is refused when true, because code from a checkpoint is never run.
 

@@ -54,7 +54,8 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
-        self._depth = 1 if ahead else 0
+        # As many steps on their way as micro-batches, the one that is waited for included.
+        self._depth = max(int(ahead), scheduler.config.micro_batches - 1)
         self._step_timeout_s = step_timeout_s
         self._failure: EngineError | None = None
         self._closed = False

@@ -28,7 +28,7 @@ from .mlp import Mlp, take_mlp
 from .model_spec import ModelSpec
 from .parameters import Parameters
 from .rope import RotaryPositions
-from .sharding import Shard
+from .sharding import WHOLE, Shard
 from .weights import read_parameters
 
 
@@ -159,15 +159,15 @@ def load_decoder(
     quantization: str = "none",
     deterministic: bool = False,
     groups: MeshGroups = ALONE,
+    shard: Shard = WHOLE,
 ) -> Decoder:
-    """Load the weights in the directory ``path``, or the part of them that belongs to a rank, and return its decoder.
+    """Load the weights in the directory ``path``, or a rank's ``shard`` of them, and return its decoder.
 
     ``spec`` is the whole model's.
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
     linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
-    shard = Shard(place=groups.place)
     local_spec = shard.local_spec(spec)
     parameters = Parameters(linear_format)
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard):

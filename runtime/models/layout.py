@@ -149,7 +149,7 @@ def _times(part: range, size: int) -> range:
 
 def _dense_mlp(spec: ModelSpec, shard: Shard, mlp: DenseMlpSpec, name: str, disk: str) -> list[Parameter]:
     size, hidden = mlp.intermediate_size, spec.hidden_size
-    part = shard.columns(size)
+    part = shard.mlp_columns(mlp)
     gate_up = (("gate_proj", size, part), ("up_proj", size, part))
     parameters = _row_linear(f"{name}.gate_up", disk, gate_up, hidden, bias=spec.mlp_bias)
     bias = spec.mlp_bias and shard.adds_bias
@@ -157,7 +157,7 @@ def _dense_mlp(spec: ModelSpec, shard: Shard, mlp: DenseMlpSpec, name: str, disk
 
 
 def _moe(spec: ModelSpec, shard: Shard, mlp: MoeSpec, name: str, disk: str, stored: Container[str]) -> list[Parameter]:
-    hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.columns(mlp.intermediate_size)
+    hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.mlp_columns(mlp)
     experts = shard.experts(mlp.num_experts)
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
         router = f"{disk}.mlp.gate.weight"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...comm.mesh import MeshPlace, MeshShape
 from ...sdk.errors import ConfigError
-from .model_spec import LayerSpec, ModelSpec, MoeSpec
+from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
 
 _COLUMN_UNIT = 32
 """Columns are cut at multiples of so many where that comes out: groups of int4 weights, and whole cache lines."""
@@ -18,9 +18,14 @@ _COLUMN_UNIT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What the rank at ``place`` holds of a model; ``WHOLE`` is all of it."""
+    """What the rank at ``place`` holds of a model; ``WHOLE`` is all of it.
+
+    ``experts_over_tp``: experts are spread over the tp ranks, each of them whole; otherwise they are spread over ep,
+    and each one's columns over tp.
+    """
 
     place: MeshPlace
+    experts_over_tp: bool = False
 
     def layers(self, spec: ModelSpec) -> range:
         """Return the layers of the rank's stage; earlier stages have one more where the number does not divide."""
@@ -38,8 +43,11 @@ class Shard:
         head = self.place.tp * spec.num_kv_heads // degree
         return range(head, head + 1)
 
-    def columns(self, size: int) -> range:
-        """Return the rank's part of an MLP's intermediate values."""
+    def mlp_columns(self, mlp: DenseMlpSpec | MoeSpec) -> range:
+        """Return the rank's part of an MLP's intermediate values, or of each of its experts'."""
+        size = mlp.intermediate_size
+        if self.experts_over_tp and isinstance(mlp, MoeSpec):
+            return range(size)
         unit = _COLUMN_UNIT if size % _COLUMN_UNIT == 0 and size // _COLUMN_UNIT >= self.place.shape.tp else 1
         part = _share(size // unit, self.place.tp, self.place.shape.tp)
         return range(part.start * unit, part.stop * unit)
@@ -50,7 +58,10 @@ class Shard:
 
     def experts(self, count: int) -> tuple[int, ...]:
         """Return the experts whose weights the rank has, whole or its columns of them."""
-        return tuple(_share(count, self.place.ep, self.place.shape.ep))
+        rank, ranks = (
+            (self.place.tp, self.place.shape.tp) if self.experts_over_tp else (self.place.ep, self.place.shape.ep)
+        )
+        return tuple(_share(count, rank, ranks))
 
     @property
     def adds_bias(self) -> bool:
@@ -62,7 +73,7 @@ class Shard:
 
         Raises: ConfigError as ``check_degrees``
         """
-        check_degrees(spec, self.place.shape)
+        check_degrees(spec, self.place.shape, experts_over_tp=self.experts_over_tp)
         layers = tuple(self._local_layer(spec.layers[index]) for index in self.layers(spec))
         return replace(
             spec,
@@ -73,14 +84,14 @@ class Shard:
         )
 
     def _local_layer(self, layer: LayerSpec) -> LayerSpec:
-        mlp = replace(layer.mlp, intermediate_size=len(self.columns(layer.mlp.intermediate_size)))
+        mlp = replace(layer.mlp, intermediate_size=len(self.mlp_columns(layer.mlp)))
         return replace(layer, mlp=mlp)
 
 
 WHOLE = Shard(place=MeshShape().place(0))
 
 
-def check_degrees(spec: ModelSpec, shape: MeshShape) -> None:
+def check_degrees(spec: ModelSpec, shape: MeshShape, *, experts_over_tp: bool = False) -> None:
     """Refuse degrees of parallelism that a model cannot be cut into.
 
     Raises: ConfigError naming the option and the numbers
@@ -98,12 +109,11 @@ def check_degrees(spec: ModelSpec, shape: MeshShape) -> None:
     if shape.pp > spec.num_layers:
         raise ConfigError("pipeline_parallel_size", f"{shape.pp} is more than the model's {spec.num_layers} layers")
     experts = [layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]
-    if shape.ep > 1 and not experts:
-        raise ConfigError(
-            "expert_parallel_size", f"{shape.ep} is for models with experts, {spec.architecture} has none"
-        )
-    if shape.ep > min(experts, default=shape.ep):
-        raise ConfigError("expert_parallel_size", f"{shape.ep} is more than the {min(experts)} experts of a layer")
+    option, ranks = ("enable_expert_parallel", tp) if experts_over_tp else ("expert_parallel_size", shape.ep)
+    if not experts and (experts_over_tp or shape.ep > 1):
+        raise ConfigError(option, f"is for models with experts; {spec.architecture} has none")
+    if experts and ranks > min(experts):
+        raise ConfigError(option, f"{ranks} ranks are more than the {min(experts)} experts of a layer")
 
 
 def _share(size: int, rank: int, ranks: int) -> range:

@@ -19,9 +19,12 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 _TRIM_THRESHOLD = 1 << 30
 
 
-def settle_cpu(num_threads: int | None, *, weight_bytes: int) -> None:
-    """Set threads and allocator for a model of which a token reads ``weight_bytes``; None: as many as help."""
-    torch.set_num_threads(num_threads or useful_threads(weight_bytes, cores=_cores()))
+def settle_cpu(num_threads: int | None, *, weight_bytes: int, ranks: int = 1) -> None:
+    """Set threads and allocator for a model of which a token reads ``weight_bytes``; None: as many as help.
+
+    ``ranks``: processes that share the machine's cores.
+    """
+    torch.set_num_threads(num_threads or useful_threads(weight_bytes, cores=max(1, _cores() // ranks)))
     _keep_freed_memory()
 
 

@@ -1,4 +1,4 @@
-"""From options to a running engine on one device: reads the model, sizes the KV cache, wires the parts.
+"""From options to a running engine: reads the model, sizes the KV cache, wires the parts, starts the other ranks.
 
 Owns what is worked out from model and device together. Everything that can be refused is refused before the weights
 are read.
@@ -6,31 +6,28 @@ are read.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
-from ...placement.memory import CacheSize, blocks_for_tokens, longest_that_fits, size_cache
+from ...comm.groups import ALONE
+from ...comm.mesh import MeshShape
 from ...sdk.errors import CheckpointError, ConfigError
 from ..clock import Clock
 from ..config import EngineOptions, SchedulerConfig
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Executor
 from ..engine.scheduler import Scheduler
-from ..models.decoder import load_decoder
 from ..models.generation_defaults import GenerationDefaults, read_generation_defaults
-from ..models.kv_cache import KvCache
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
-from .cpu_settings import settle_cpu
-from .executor import ModelExecutor, step_thread
+from ..models.sharding import Shard, check_degrees
 from .grammar import GrammarCompiler
+from .rank import Rank, RankSetup, build_rank
+from .rank_processes import start_rank_processes
+from .replica import ReplicaExecutor, StartPeers
+from .sizing import size_engine
 
-logger = logging.getLogger(__name__)
-
-_CPU_CACHE_LIMIT_BYTES = 4 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,56 +49,50 @@ class LaunchedEngine:
     grammars: GrammarCompiler
 
 
-def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
-    """Load a model and start its engine.
+def launch_engine(
+    options: EngineOptions, *, clock: Clock, start_peers: StartPeers = start_rank_processes
+) -> LaunchedEngine:
+    """Load a model and start its engine, with as many other ranks as the options ask for.
 
-    Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
+    Raises: ConfigError naming the option; CheckpointError naming the file and the tensor; EngineError when another rank
+    does not come up
     """
     path = model_directory(options.model)
     spec = read_model_spec(path)
     generation = read_generation_defaults(path)
+    mesh = MeshShape(
+        pp=options.pipeline_parallel_size, ep=options.expert_parallel_size, tp=options.tensor_parallel_size
+    )
+    check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
     device = choose_device(options.device)
+    check_devices(device, mesh)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     if options.deterministic and device.type != "cpu":
         raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
-    max_model_len, cache_size = _size(options, spec, device, dtype)
+    # Rank 0 has as many layers and heads as any.
+    first = Shard(place=mesh.place(0), experts_over_tp=options.enable_expert_parallel)
+    max_model_len, cache_size = size_engine(options, first.local_spec(spec), device, dtype, ranks_on_host=mesh.size)
     config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
-    if device.type == "cpu":
-        settle_cpu(options.num_threads, weight_bytes=spec.facts().step_read_bytes(dtype.itemsize))
-    thread = step_thread()
-    try:
-        model = thread.submit(
-            load_decoder,
-            path,
-            spec,
-            dtype=dtype,
-            device=device,
-            quantization=options.quantization,
-            deterministic=options.deterministic,
-        ).result()
-    except BaseException:
-        thread.shutdown(wait=False, cancel_futures=True)
-        raise
-    cache = KvCache.allocate(
-        spec, num_blocks=cache_size.num_blocks, block_size=options.block_size, dtype=dtype, device=device
-    )
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
-    grammars = GrammarCompiler(
-        Path(options.tokenizer or options.model).expanduser() / "tokenizer.json",
-        vocab_size=spec.vocab_size,
-        eos_token_ids=eos_token_ids,
-    )
-    executor = ModelExecutor(
-        model=model,
-        cache=cache,
+    setup = RankSetup(
+        model=str(path),
+        tokenizer=options.tokenizer or options.model,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        quantization=options.quantization,
+        deterministic=options.deterministic,
+        num_threads=options.num_threads,
+        num_blocks=cache_size.num_blocks,
         block_size=options.block_size,
         max_slots=options.max_num_seqs,
         max_length=max_model_len,
-        device=device,
-        grammars=grammars,
-        thread=thread,
-        deterministic=options.deterministic,
+        eos_token_ids=eos_token_ids,
+        pp=mesh.pp,
+        ep=mesh.ep,
+        tp=mesh.tp,
+        experts_over_tp=options.enable_expert_parallel,
     )
+    rank, executor = _build(setup, start_peers)
     engine = Engine(
         Scheduler(config, prefix_key=spec.prefix_cache_key),
         executor,
@@ -117,8 +108,27 @@ def launch_engine(options: EngineOptions, *, clock: Clock) -> LaunchedEngine:
         dtype=dtype,
         device=device,
         eos_token_ids=eos_token_ids,
-        grammars=grammars,
+        grammars=rank.grammars,
     )
+
+
+def _build(setup: RankSetup, start_peers: StartPeers) -> tuple[Rank, Executor]:
+    """Build the driver's own rank, beside the others if there are any."""
+    if setup.mesh.size == 1:
+        rank = build_rank(setup, ALONE)
+        return rank, rank.executor
+    peers = start_peers(setup)
+    try:
+        rank = build_rank(setup, peers.groups)
+        try:
+            peers.wait_ready()
+        except BaseException:
+            rank.executor.close()
+            raise
+    except BaseException:
+        peers.close()
+        raise
+    return rank, ReplicaExecutor(rank.executor, peers)
 
 
 def model_directory(model: str) -> Path:
@@ -144,54 +154,13 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _size(options: EngineOptions, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[int, CacheSize]:
-    """Return the longest sequence and the size of the KV cache."""
-    facts, block_size = spec.facts(), options.block_size
-    limit = spec.max_model_len
-    if options.max_model_len is not None and options.max_model_len > limit:
-        raise ConfigError("max_model_len", f"{options.max_model_len} is more than the model's own {limit}")
-    block_bytes = facts.kv_bytes_per_token(dtype.itemsize) * block_size
-    if options.num_gpu_blocks_override is not None:
-        affordable = options.num_gpu_blocks_override * block_size
-        length = options.max_model_len or min(limit, affordable)
-        size = CacheSize(num_blocks=options.num_gpu_blocks_override, block_size=block_size, block_bytes=block_bytes)
-        return _warn_if_shorter(options, limit, length), size
-    budget = _cache_budget(options, facts.weight_bytes(dtype.itemsize), device)
-    affordable = longest_that_fits(facts, block_size, dtype.itemsize, budget)
-    length = options.max_model_len or min(limit, affordable)
-    if affordable < blocks_for_tokens(length, block_size) * block_size or length < 1:
+def check_devices(device: torch.device, mesh: MeshShape) -> None:
+    """Refuse more ranks than there are GPUs. Raises: ConfigError"""
+    if device.type != "cuda" or mesh.size == 1:
+        return
+    if device.index is not None:
+        raise ConfigError("device", f"{device} is one GPU; {mesh.size} ranks take one each: say cuda")
+    if mesh.size > torch.cuda.device_count():
         raise ConfigError(
-            "kv_cache_memory_bytes" if options.max_model_len is None else "max_model_len",
-            f"a KV cache of {budget} bytes holds {affordable} tokens of this model, too few for a sequence of "
-            f"{max(length, 1)}: lower max_model_len or raise kv_cache_memory_bytes",
+            "tensor_parallel_size", f"{mesh.size} ranks need a GPU each, torch sees {torch.cuda.device_count()}"
         )
-    size = size_cache(
-        facts,
-        block_size=block_size,
-        dtype_bytes=dtype.itemsize,
-        budget_bytes=budget,
-        max_model_len=length,
-        max_num_seqs=options.max_num_seqs,
-    )
-    return _warn_if_shorter(options, limit, length), size
-
-
-def _cache_budget(options: EngineOptions, weight_bytes: int, device: torch.device) -> int:
-    """Return the bytes that the KV cache may take; the weights are still to be loaded."""
-    if options.kv_cache_memory_bytes is not None:
-        return options.kv_cache_memory_bytes
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * options.gpu_memory_utilization) - weight_bytes
-    free_bytes = psutil.virtual_memory().available
-    return min(_CPU_CACHE_LIMIT_BYTES, int(free_bytes * options.gpu_memory_utilization) - weight_bytes)
-
-
-def _warn_if_shorter(options: EngineOptions, limit: int, length: int) -> int:
-    if options.max_model_len is None and length < limit:
-        logger.warning(
-            "max_model_len is %d, not the model's %d: the KV cache holds no more (see kv_cache_memory_bytes)",
-            length,
-            limit,
-        )
-    return length

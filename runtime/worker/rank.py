@@ -1,0 +1,135 @@
+"""One rank's share of an engine: the model's part, its cache and its executor, from one description.
+
+The description is the same for all ranks of a replica and travels as JSON: the driver has worked it out, and no rank
+decides anything by itself. The driver builds its own rank from it too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ...comm.groups import MeshGroups
+from ...comm.mesh import MeshShape
+from ..models.decoder import Decoder, load_decoder
+from ..models.kv_cache import KvCache
+from ..models.registry import read_model_spec
+from ..models.sharding import Shard
+from .cpu_settings import settle_cpu
+from .executor import ModelExecutor, step_thread
+from .grammar import GrammarCompiler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSetup:
+    """What every rank of a replica has to know.
+
+    - ``device``: of all ranks; with several of them, ``cuda`` is one GPU each, in the order of the ranks.
+    - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
+    - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
+    """
+
+    model: str
+    tokenizer: str
+    dtype: str
+    device: str
+    quantization: str
+    deterministic: bool
+    num_threads: int | None
+    num_blocks: int
+    block_size: int
+    max_slots: int
+    max_length: int
+    eos_token_ids: tuple[int, ...]
+    pp: int = 1
+    ep: int = 1
+    tp: int = 1
+    experts_over_tp: bool = False
+
+    @property
+    def mesh(self) -> MeshShape:
+        """The replica's shape."""
+        return MeshShape(pp=self.pp, ep=self.ep, tp=self.tp)
+
+    def to_json(self) -> str:
+        """Return the setup as one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankSetup:
+        """Return what ``to_json`` was given."""
+        values = json.loads(text)
+        return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """A rank that can carry out steps."""
+
+    executor: ModelExecutor
+    grammars: GrammarCompiler
+
+
+def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
+    """Load a rank's part of the model and make its executor; close that to end everything.
+
+    Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
+    """
+    path, device = Path(setup.model), _device(setup, groups)
+    spec = read_model_spec(path)
+    dtype = getattr(torch, setup.dtype)
+    shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp)
+    local_spec = shard.local_spec(spec)
+    if device.type == "cpu":
+        weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
+        settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=setup.mesh.size)
+    thread = step_thread()
+
+    def load() -> Decoder:
+        return load_decoder(
+            path,
+            spec,
+            dtype=dtype,
+            device=device,
+            quantization=setup.quantization,
+            deterministic=setup.deterministic,
+            groups=groups,
+            shard=shard,
+        )
+
+    try:
+        model = thread.submit(load).result()
+        cache = KvCache.allocate(
+            local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
+        )
+    except BaseException:
+        thread.shutdown(wait=False, cancel_futures=True)
+        raise
+    grammars = GrammarCompiler(
+        Path(setup.tokenizer).expanduser() / "tokenizer.json",
+        vocab_size=spec.vocab_size,
+        eos_token_ids=setup.eos_token_ids,
+    )
+    executor = ModelExecutor(
+        model=model,
+        cache=cache,
+        block_size=setup.block_size,
+        max_slots=setup.max_slots,
+        max_length=setup.max_length,
+        device=device,
+        grammars=grammars,
+        thread=thread,
+        groups=groups,
+        deterministic=setup.deterministic,
+    )
+    return Rank(executor=executor, grammars=grammars)
+
+
+def _device(setup: RankSetup, groups: MeshGroups) -> torch.device:
+    """Return where a rank computes: ranks on GPUs have one each, in order."""
+    if setup.device == "cuda" and setup.mesh.size > 1:
+        return torch.device("cuda", groups.place.rank)
+    return torch.device(setup.device)

@@ -1,0 +1,91 @@
+"""A replica of several ranks, as its driver sees it: one executor, which the engine cannot tell from a single rank's.
+
+Owns what a step is with other ranks: everybody gets the plan, everybody has to have carried it out, and one of them, on
+the last stage, says what was drawn. How the others are reached is a ``Peers``' business.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...comm.groups import MeshGroups
+from ..clock import monotonic_clock
+from ..messages import StepPlan, StepResult
+from .executor import ModelExecutor
+from .rank import RankSetup
+
+
+class Peers(Protocol):
+    """The ranks of a replica besides the driver's own, which is rank 0."""
+
+    @property
+    def groups(self) -> MeshGroups:
+        """Rank 0's groups."""
+        ...
+
+    def wait_ready(self) -> None:
+        """Wait until every rank has loaded its part of the model.
+
+        Raises: EngineError naming the rank that failed or did not get ready in time
+        """
+        ...
+
+    def send(self, plan: StepPlan) -> None:
+        """Give a step to every rank. Raises: EngineError when one is lost, or too far behind."""
+        ...
+
+    def result(self, plan: StepPlan, timeout_s: float | None) -> StepResult | None:
+        """Wait until every rank has carried out the oldest step; return what the last stage's first rank says.
+
+        None if that rank is the driver's own.
+        Raises: TimeoutError; EngineError naming the rank that failed
+        """
+        ...
+
+    def close(self) -> None:
+        """End the ranks, and everything that was opened for them. Idempotent; waits seconds at most."""
+        ...
+
+
+class StartPeers(Protocol):
+    """Starts the other ranks of a replica."""
+
+    def __call__(self, setup: RankSetup) -> Peers:
+        """Return once they are on their way and the groups are open. Raises: EngineError"""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReplicaStep:
+    """A step on its way on every rank."""
+
+    plan: StepPlan
+    own: Future[StepResult]
+    peers: Peers
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Wait for all ranks; what the others say of a failure goes first, because they know which rank it was."""
+        deadline_s = None if timeout is None else monotonic_clock() + timeout
+        drawn = self.peers.result(self.plan, timeout)
+        own = self.own.result(None if deadline_s is None else max(0.0, deadline_s - monotonic_clock()))
+        return own if drawn is None else drawn
+
+
+class ReplicaExecutor:
+    """Carries out steps on all ranks; an ``Executor``."""
+
+    def __init__(self, own: ModelExecutor, peers: Peers) -> None:
+        self._own = own
+        self._peers = peers
+
+    def submit(self, plan: StepPlan) -> _ReplicaStep:
+        """Give the step to every rank; the own one comes last, because it begins at once."""
+        self._peers.send(plan)
+        return _ReplicaStep(plan=plan, own=self._own.submit(plan), peers=self._peers)
+
+    def close(self) -> None:
+        """End all ranks."""
+        self._own.close()
+        self._peers.close()

@@ -1,0 +1,101 @@
+"""The same tokens and logits on one rank and on many, the ranks being threads: every mesh, with chunks, prefix cache
+and preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.runtime import llm as llm_module
+from slipstream.runtime.worker.launch import launch_engine
+from slipstream.sdk.errors import ConfigError
+from slipstream.tests.fakes.thread_peers import ThreadPeers
+from slipstream.tests.models.checkpoints import make_checkpoint
+from slipstream.tests.parity.references import Reference, load_reference, prompts
+
+NEW_TOKENS = 24
+TOLERANCE = 1e-4
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=5, prompt_logprobs=2),
+    SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS),
+    SamplingParams(temperature=1.0, seed=11, max_tokens=NEW_TOKENS),
+    SamplingParams(temperature=0.8, seed=5, top_p=0.9, top_k=30, max_tokens=NEW_TOKENS),
+    SamplingParams(temperature=0.9, seed=7, repetition_penalty=1.3, logit_bias={9: 2.0}, max_tokens=NEW_TOKENS),
+    SamplingParams(temperature=1.2, seed=1, n=3, max_tokens=NEW_TOKENS),
+]
+# Few blocks and small chunks: sequences are preempted and prompts are cut.
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 112,
+    "num_gpu_blocks_override": 14,
+    "block_size": 8,
+    "long_prefill_token_threshold": 7,
+    "num_threads": 1,
+    "step_timeout_s": 60.0,
+}
+DENSE = [
+    {"tp": tp, "pp": pp} for tp in (1, 2, 4) for pp in (1, 2, 3) if tp * pp > 1
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        llm_module, "launch_engine", lambda options, clock: launch_engine(options, clock=clock, start_peers=ThreadPeers)
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    return cache(lambda name: load_reference(name, tmp_path_factory.mktemp(name)))
+
+
+def asked() -> list[dict[str, list[int]]]:
+    # The last prompt begins as the first does: the prefix cache has it.
+    chosen = [*prompts(len(PARAMS) - 1)]
+    return [{"prompt_token_ids": ids} for ids in (*chosen, [*chosen[0], 3, 4, 5])]
+
+
+def generate(path: Path, **options: Any) -> list[Any]:
+    with LLM(str(path), **OPTIONS, **options) as llm:
+        outputs = llm.generate(asked(), PARAMS)
+        again = llm.generate(asked(), PARAMS)
+    tokens = [[sample.token_ids for sample in output.outputs] for output in outputs]
+    assert [[sample.token_ids for sample in output.outputs] for output in again] == tokens, "the second time"
+    return outputs
+
+
+def options_of(degrees: dict[str, int]) -> dict[str, int]:
+    names = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "ep": "expert_parallel_size"}
+    return {names[axis]: degree for axis, degree in degrees.items()}
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [s.token_ids for s in mine.outputs] == [s.token_ids for s in theirs.outputs]
+    mine, theirs = found[0], expected[0]
+    for mine_at, theirs_at in zip(mine.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
+        assert mine_at.keys() == theirs_at.keys()
+        assert all(abs(mine_at[token].logprob - theirs_at[token].logprob) <= TOLERANCE for token in mine_at)
+    for mine_at, theirs_at in zip(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+        assert all(abs(mine_at[token].logprob - theirs_at[token].logprob) <= TOLERANCE for token in mine_at)
+
+
+@pytest.fixture(scope="module")
+def alone(reference: Callable[[str], Reference]) -> Callable[[str], list[Any]]:
+    return cache(lambda name: generate(reference(name).path))
+
+
+@pytest.mark.parametrize("degrees", DENSE, ids=str)
+def test_dense_models_give_the_same_on_every_mesh(
+    degrees: dict[str, int], reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    name = "parallel_dense"
+    assert_same(generate(reference(name).path, **options_of(degrees)), alone(name))
