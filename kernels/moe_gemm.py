@@ -41,14 +41,20 @@ def moe_mlp(
 def sort_by_expert(experts_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return (order, counts): which row stands where when they are sorted by expert, and how many each expert has.
 
-    Rows of one expert keep their order. The number of experts is the shape of ``counts``: nothing is read back from a
-    GPU.
+    Rows of one expert keep their order.
 
     Shapes: experts_R [rows] int64; order [rows] int64; counts [experts] int64
     """
+    return torch.argsort(experts_R, stable=True), count_by_expert(experts_R, num_experts)
+
+
+def count_by_expert(experts_R: Tensor, num_experts: int) -> Tensor:
+    """Return each expert's number of rows, without reading anything back from a GPU, as ``bincount`` would.
+
+    Shapes: experts_R [rows] int64; returns [experts] int64
+    """
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_R.device)
-    counts_E.scatter_add_(0, experts_R, torch.ones_like(experts_R))
-    return torch.argsort(experts_R, stable=True), counts_E
+    return counts_E.scatter_add_(0, experts_R, torch.ones_like(experts_R))
 
 
 def unsort(sorted_RH: Tensor, order_R: Tensor) -> Tensor:
