@@ -1,0 +1,127 @@
+"""Measures how much wire time was hidden behind compute: what ``overlap`` reports for metrics and benchmarks.
+
+Knows works and a clock, not who runs them. It is for works whose ``wait`` blocks the thread (CPU); on a GPU waiting is
+put on a stream, and only the device's own events can tell.
+
+When a work ended is known exactly if it was still in flight when it was first waited for. If not, it ended between two
+moments at which it was asked, and an estimate (from the measured link) says where in between; without one the earlier
+moment counts, so that what is reported as hidden is never too much. A work counts from when it was yielded: a piece
+that begins one earlier hides more than is reported.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .collectives import Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlapTotals:
+    """Where the time of all measured steps went.
+
+    ``wire_s`` is the time in which at least one work was in flight, ``exposed_s`` the time spent waiting for one.
+    """
+
+    works: int
+    compute_s: float
+    wire_s: float
+    exposed_s: float
+
+    @property
+    def hidden_s(self) -> float:
+        """The wire time during which this rank computed."""
+        return max(0.0, self.wire_s - self.exposed_s)
+
+    @property
+    def hidden_fraction(self) -> float:
+        """The share of the wire time that was hidden; 0 if there was none."""
+        return self.hidden_s / self.wire_s if self.wire_s else 0.0
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A work in flight: when it began, and between which moments it ended."""
+
+    work: Work
+    began_s: float
+    unfinished_s: float
+    finished_s: float | None = None
+    wait_began_s: float = 0.0
+
+
+class OverlapMeter:
+    """Adds up compute, wire and waiting times. One thread uses it.
+
+    ``wire_s`` estimates the seconds that a work takes from its result. Works are waited for in the order in which they
+    were begun.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, wire_s: Callable[[Tensor], float] | None = None) -> None:
+        self._clock = clock
+        self._estimate_s = wire_s
+        self._flights: deque[_Flight] = deque()
+        self._began_s = 0.0
+        self._wire_until_s = float("-inf")
+        self._works = 0
+        self._compute_s = self._wire_s = self._exposed_s = 0.0
+
+    @property
+    def totals(self) -> OverlapTotals:
+        """What was measured so far."""
+        return OverlapTotals(
+            works=self._works, compute_s=self._compute_s, wire_s=self._wire_s, exposed_s=self._exposed_s
+        )
+
+    def compute_begins(self) -> None:
+        """A piece is resumed."""
+        self._began_s = self._clock()
+
+    def compute_ends(self, work: Work | None) -> None:
+        """The piece has begun ``work`` and yielded it, or has returned."""
+        now_s = self._clock()
+        self._compute_s += now_s - self._began_s
+        self._look(now_s)
+        if work is not None:
+            self._flights.append(_Flight(work, began_s=now_s, unfinished_s=now_s))
+
+    def wait_begins(self, work: Work) -> None:
+        """``work`` is waited for."""
+        now_s = self._clock()
+        self._look(now_s)
+        flight = self._flights[0]
+        assert flight.work is work, "works are waited for in the order in which they were begun"
+        flight.wait_began_s = now_s
+
+    def wait_ends(self, work: Work, result: Tensor) -> None:
+        """``work`` has come to an end."""
+        now_s = self._clock()
+        flight = self._flights.popleft()
+        self._works += 1
+        self._exposed_s += now_s - flight.wait_began_s
+        if flight.finished_s is None:
+            ended_s = now_s
+        elif self._estimate_s is None:
+            ended_s = flight.unfinished_s
+        else:
+            expected_s = flight.began_s + self._estimate_s(result)
+            ended_s = min(max(expected_s, flight.unfinished_s), flight.finished_s)
+        # Two works share the wire while both are in flight: that time counts once.
+        self._wire_s += max(0.0, ended_s - max(flight.began_s, self._wire_until_s))
+        self._wire_until_s = max(self._wire_until_s, ended_s)
+
+    def forget(self) -> None:
+        """A step failed: forget what was in flight."""
+        self._flights.clear()
+
+    def _look(self, now_s: float) -> None:
+        for flight in self._flights:
+            if flight.finished_s is None:
+                if flight.work.done():
+                    flight.finished_s = now_s
+                else:
+                    flight.unfinished_s = now_s
