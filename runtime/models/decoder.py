@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...comm.groups import ALONE, MeshGroups
-from ...comm.parts import Parts, run_plain
+from ...comm.overlap import Parts, run_plain
 from ...kernels.attention import prepare_attention
 from ...kernels.attention_workspace import AttentionWorkspace
 from ...kernels.norm import add_rms_norm, rms_norm
@@ -26,6 +26,7 @@ from .kv_cache import KvCache
 from .linear_format import choose_format
 from .mlp import Mlp, take_mlp
 from .model_spec import ModelSpec
+from .parallel import summed
 from .parameters import Parameters
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
@@ -48,18 +49,15 @@ class DecoderLayer:
 class Decoder:
     """A rank's part of a model, on one device. One thread at a time may use it: the workspace is shared by all steps.
 
-    What needs other ranks is written as parts (``comm.parts``): run by themselves they wait where they must.
+    What needs other ranks is written as parts (``comm.overlap``): run by themselves they wait where they must.
     """
 
-    def __init__(self, spec: ModelSpec, parameters: Parameters, groups: MeshGroups, vocabulary: range) -> None:
-        """Assemble the layers from ``parameters``, of one type and device.
-
-        ``spec`` is what this rank has (``Shard.local_spec``), ``vocabulary`` its tokens of the embedding and the head.
-        """
+    def __init__(self, spec: ModelSpec, parameters: Parameters, groups: MeshGroups, shard: Shard) -> None:
+        """Assemble the layers from ``parameters``, of one type and device; ``spec`` is what this rank has of them."""
         self.spec = spec
-        self.vocabulary = vocabulary
+        self.vocabulary = shard.vocabulary(spec.vocab_size)
         self._groups = groups
-        self._layers = tuple(_take_layer(spec, parameters, index) for index in range(spec.num_layers))
+        self._layers = tuple(_take_layer(spec, parameters, index, groups, shard) for index in range(spec.num_layers))
         self._embedding_VH = self._final_norm_H = self._head = None
         if groups.place.is_first_stage:
             self._embedding_VH = parameters.tensor("embedding")
@@ -75,7 +73,7 @@ class Decoder:
         """Run all layers over the batch and return normalized hidden states; see ``forward_parts``."""
         return run_plain(self.forward_parts(batch, cache))
 
-    def forward_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Parts[Tensor]:
+    def forward_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Parts:
         """Run this stage's layers over the batch and write its keys and values to ``cache``.
 
         ``hidden_TH`` comes from the stage before; the first one embeds the batch's tokens. The last stage returns
@@ -88,9 +86,9 @@ class Decoder:
         residual_TH = (yield from self._embed(batch.token_ids_T)) if hidden_TH is None else hidden_TH
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended_TH = yield from self._sum(layer.attention(normed_TH, layer_cache, inputs))
+            attended_TH = yield from summed(layer.attention(normed_TH, layer_cache, inputs), self._groups.tp)
             normed_TH, residual_TH = add_rms_norm(attended_TH, residual_TH, layer.mlp_norm_H, epsilon)
-            added_TH = yield from self._sum(layer.mlp(normed_TH))
+            added_TH = yield from layer.mlp.parts(normed_TH)
             next_norm_H = self._norm_after(index)
             if next_norm_H is None:
                 return residual_TH + added_TH
@@ -109,7 +107,7 @@ class Decoder:
         """Return the norm behind a layer; None where the next stage has it."""
         return self._layers[index + 1].input_norm_H if index + 1 < len(self._layers) else self._final_norm_H
 
-    def _embed(self, token_ids_T: Tensor) -> Parts[Tensor]:
+    def _embed(self, token_ids_T: Tensor) -> Parts:
         assert self._embedding_VH is not None, "only the first stage has an embedding"
         if self._groups.tp is None:
             return torch.nn.functional.embedding(token_ids_T, self._embedding_VH)
@@ -117,13 +115,7 @@ class Decoder:
         local_T = token_ids_T - self.vocabulary.start
         elsewhere_T = (local_T < 0) | (local_T >= len(self.vocabulary))
         found_TH = torch.nn.functional.embedding(local_T.masked_fill(elsewhere_T, 0), self._embedding_VH)
-        return (yield from self._sum(found_TH.masked_fill_(elsewhere_T.unsqueeze(1), 0)))
-
-    def _sum(self, x_TH: Tensor) -> Parts[Tensor]:
-        """Sum over the tensor-parallel ranks."""
-        if self._groups.tp is None:
-            return x_TH
-        return (yield self._groups.tp.all_reduce(x_TH))
+        return (yield from summed(found_TH.masked_fill_(elsewhere_T.unsqueeze(1), 0), self._groups.tp))
 
     def _attention_inputs(self, batch: ForwardBatch, cache: KvCache) -> AttentionInputs:
         cos_TD, sin_TD = self._positions.cos_sin(batch.positions_T, batch.rope_lengths_T, longest=batch.longest)
@@ -172,14 +164,14 @@ def load_decoder(
     parameters = Parameters(linear_format)
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard):
         parameters.add(parameter.name, tensor, parameter.role)
-    return Decoder(local_spec, parameters, groups, shard.vocabulary(spec.vocab_size))
+    return Decoder(local_spec, parameters, groups, shard)
 
 
-def _take_layer(spec: ModelSpec, parameters: Parameters, index: int) -> DecoderLayer:
+def _take_layer(spec: ModelSpec, parameters: Parameters, index: int, groups: MeshGroups, shard: Shard) -> DecoderLayer:
     name, layer = f"layers.{index}", spec.layers[index]
     return DecoderLayer(
         input_norm_H=parameters.tensor(f"{name}.input_norm"),
         attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
-        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp"),
+        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard),
     )

@@ -58,10 +58,11 @@ class Shard:
 
     def experts(self, count: int) -> tuple[int, ...]:
         """Return the experts whose weights the rank has, whole or its columns of them."""
-        rank, ranks = (
-            (self.place.tp, self.place.shape.tp) if self.experts_over_tp else (self.place.ep, self.place.shape.ep)
-        )
-        return tuple(_share(count, rank, ranks))
+        return self.experts_of(count, self.place.tp if self.experts_over_tp else self.place.ep)
+
+    def experts_of(self, count: int, rank: int) -> tuple[int, ...]:
+        """Return the experts of a rank of the group over which they are spread."""
+        return tuple(_share(count, rank, self.place.shape.tp if self.experts_over_tp else self.place.shape.ep))
 
     @property
     def adds_bias(self) -> bool:

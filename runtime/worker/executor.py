@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...comm.groups import ALONE, MeshGroups
-from ...comm.parts import run_plain
+from ...comm.overlap import run_plain
 from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder

@@ -143,6 +143,7 @@ CASES: dict[str, Case] = {
         LlamaConfig,
         rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=SHORT, attention_factor=1.25),
     ),
+    "parallel_dense": _case(LlamaConfig, num_hidden_layers=5, attention_bias=True, mlp_bias=True),
     "mistral_window": _case(MistralConfig, sliding_window=20),
     "mistral_no_window": _case(MistralConfig, sliding_window=None, head_dim=24, tie_word_embeddings=True),
     "mistral_old_style": _case(
@@ -187,6 +188,9 @@ CASES: dict[str, Case] = {
         decoder_sparse_step=2,
         use_sliding_window=True,
         sliding_window=30,
+    ),
+    "parallel_experts": _case(
+        Qwen3MoeConfig, **_QWEN_EXPERTS, num_hidden_layers=3, norm_topk_prob=True, mlp_only_layers=[1]
     ),
 }
 

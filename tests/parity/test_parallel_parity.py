@@ -16,7 +16,6 @@ from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker.launch import launch_engine
 from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
-from slipstream.tests.models.checkpoints import make_checkpoint
 from slipstream.tests.parity.references import Reference, load_reference, prompts
 
 NEW_TOKENS = 24
@@ -40,9 +39,8 @@ OPTIONS: dict[str, Any] = {
     "num_threads": 1,
     "step_timeout_s": 60.0,
 }
-DENSE = [
-    {"tp": tp, "pp": pp} for tp in (1, 2, 4) for pp in (1, 2, 3) if tp * pp > 1
-]  # fmt: skip
+DENSE = [{"tp": tp, "pp": pp} for tp in (1, 2, 4) for pp in (1, 2, 3) if tp * pp > 1]
+EXPERTS = [{"tp": tp, "ep": ep, "pp": pp} for tp in (1, 2) for ep in (1, 2, 4) for pp in (1, 2) if tp * ep * pp > 1]
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +97,55 @@ def test_dense_models_give_the_same_on_every_mesh(
 ) -> None:
     name = "parallel_dense"
     assert_same(generate(reference(name).path, **options_of(degrees)), alone(name))
+
+
+@pytest.mark.parametrize("degrees", EXPERTS, ids=str)
+def test_experts_give_the_same_on_every_mesh(
+    degrees: dict[str, int], reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    name = "parallel_experts"
+    assert_same(generate(reference(name).path, **options_of(degrees)), alone(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("parallel_experts", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ("mixtral", {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+        ("mixtral", {"tensor_parallel_size": 4, "enable_expert_parallel": True, "pipeline_parallel_size": 2}),
+        ("llama_mqa", {"tensor_parallel_size": 4}),
+        ("qwen3", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        ("qwen3_mixed_layers", {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}),
+        ("llama_dynamic", {"tensor_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_other_models(
+    name: str, options: dict[str, Any], reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    assert_same(generate(reference(name).path, **options), alone(name))
+
+
+@pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts"])
+def test_one_rank_gives_what_transformers_does(
+    name: str, reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    expected, _ = reference(name).continuation(asked()[0]["prompt_token_ids"], NEW_TOKENS)
+    assert alone(name)[0].outputs[0].token_ids == expected[: len(alone(name)[0].outputs[0].token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "problem"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size", "3 does not divide the model's 4 attention heads"),
+        ({"pipeline_parallel_size": 6}, "pipeline_parallel_size", "6 is more than the model's 5 layers"),
+        ({"expert_parallel_size": 2}, "expert_parallel_size", "has none"),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel", "has none"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(
+    options: dict[str, Any], field: str, problem: str, reference: Callable[[str], Reference]
+) -> None:
+    with pytest.raises(ConfigError, match=problem) as refused:
+        LLM(str(reference("parallel_dense").path), **OPTIONS, **options)
+    assert refused.value.field == field
