@@ -1,4 +1,4 @@
-"""The groups that one rank belongs to, by the axes of the mesh."""
+"""The groups that one rank talks to, by the axes of the mesh."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .mesh import MeshPlace, MeshShape
 class MeshGroups:
     """A rank's place and its groups; None along an axis with one rank, where there is nothing to say.
 
-    ``stage``: all ranks of the rank's pipeline stage. A group's ranks count as in the place's tuples.
+    A group's ranks count as in the place's tuples. ``opened``: what is closed with them.
     """
 
     place: MeshPlace
     tp: Collectives | None = None
     ep: Collectives | None = None
     pp: Collectives | None = None
-    stage: Collectives | None = None
+    opened: tuple[Collectives, ...] = ()
 
     def close(self) -> None:
-        """End every group."""
-        for group in (self.tp, self.ep, self.pp, self.stage):
+        """End every group, here; the other ranks' fail. Idempotent."""
+        for group in (self.tp, self.ep, self.pp, *self.opened):
             if group is not None:
                 group.close()
 

@@ -24,7 +24,7 @@ from ..models.registry import read_model_spec
 from ..models.sharding import Shard, check_degrees
 from .grammar import GrammarCompiler
 from .rank import Rank, RankSetup, build_rank
-from .rank_processes import start_rank_processes
+from .rank_processes import RankProcesses
 from .replica import ReplicaExecutor, StartPeers
 from .sizing import size_engine
 
@@ -49,9 +49,7 @@ class LaunchedEngine:
     grammars: GrammarCompiler
 
 
-def launch_engine(
-    options: EngineOptions, *, clock: Clock, start_peers: StartPeers = start_rank_processes
-) -> LaunchedEngine:
+def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPeers = RankProcesses) -> LaunchedEngine:
     """Load a model and start its engine, with as many other ranks as the options ask for.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor; EngineError when another rank

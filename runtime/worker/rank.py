@@ -78,7 +78,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
     """
-    path, device = Path(setup.model), _device(setup, groups)
+    path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
     shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp)
@@ -128,8 +128,8 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
     return Rank(executor=executor, grammars=grammars)
 
 
-def _device(setup: RankSetup, groups: MeshGroups) -> torch.device:
+def rank_device(setup: RankSetup, rank: int) -> torch.device:
     """Return where a rank computes: ranks on GPUs have one each, in order."""
     if setup.device == "cuda" and setup.mesh.size > 1:
-        return torch.device("cuda", groups.place.rank)
+        return torch.device("cuda", rank)
     return torch.device(setup.device)

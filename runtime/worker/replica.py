@@ -6,6 +6,7 @@ the last stage, says what was drawn. How the others are reached is a ``Peers``' 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,12 +50,8 @@ class Peers(Protocol):
         ...
 
 
-class StartPeers(Protocol):
-    """Starts the other ranks of a replica."""
-
-    def __call__(self, setup: RankSetup) -> Peers:
-        """Return once they are on their way and the groups are open. Raises: EngineError"""
-        ...
+StartPeers = Callable[[RankSetup], Peers]
+"""Starts the other ranks of a replica, and returns once the groups with them are open. Raises: EngineError"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
