@@ -1,0 +1,192 @@
+"""The groups of a rank, on torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+Ranks meet at a ``Rendezvous``, a store that rank 0, or whoever started the ranks, hosts. Each group is a process group
+of its own over a part of that store; torch's global group is not used. So groups can be closed and opened again in
+living processes, with other ranks in the place of lost ones: under the next generation's number, which everybody who
+takes part has been told. The store is needed only while groups are opened.
+
+Reading order: this, then ``gloo_group``, ``nccl_group``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import cast
+
+import torch
+from torch import distributed
+
+from .collectives import Collectives
+from .errors import CommError, CommMisuse, CommTimeout, PeerLost
+from .gloo_group import GlooGroup, Wire
+from .local_groups import local_group
+from .mesh import MeshPlace
+from .nccl_group import NcclGroup
+
+
+class Rendezvous:
+    """A store in which ranks find one another."""
+
+    def __init__(self, store: distributed.TCPStore) -> None:
+        self._store: distributed.TCPStore | None = store
+        self.address = store.host
+        self.port = store.port
+
+    @classmethod
+    def host(cls, address: str, port: int = 0, *, timeout_s: float) -> Rendezvous:
+        """Open a store in this process, for ranks to join at an address of this host; port 0 is any free one.
+
+        Raises: CommMisuse when the port cannot be had
+        """
+        try:
+            return cls(
+                distributed.TCPStore(
+                    address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+                )
+            )
+        except RuntimeError as error:
+            raise CommMisuse(f"rendezvous: cannot listen on {address}:{port}: {_first_line(error)}") from error
+
+    @classmethod
+    def join(cls, address: str, port: int, *, timeout_s: float) -> Rendezvous:
+        """Connect to a store.
+
+        Raises: CommTimeout when nobody hosts it in time
+        """
+        try:
+            return cls(
+                distributed.TCPStore(
+                    address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+                )
+            )
+        except RuntimeError as error:
+            raise CommTimeout(
+                f"rendezvous: nobody answered at {address}:{port} within {timeout_s} s: {_first_line(error)}"
+            ) from error
+
+    def store(self, prefix: str, *, timeout_s: float) -> distributed.Store:
+        """Return a part of the store.
+
+        Units: timeout_s, how long a look-up waits for what it looks for
+        """
+        if self._store is None:
+            raise CommMisuse("rendezvous: it was closed; open another")
+        part = distributed.PrefixStore(prefix, self._store)
+        part.set_timeout(timedelta(seconds=timeout_s))
+        return part
+
+    def close(self) -> None:
+        """Leave, and where it is hosted, end it: groups that are open stay. Idempotent."""
+        self._store = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroups:
+    """The groups that a rank is in; one of a single rank talks to nobody."""
+
+    world: Collectives
+    stage: Collectives
+    pp: Collectives
+    ep: Collectives
+    tp: Collectives
+
+    def close(self) -> None:
+        """Close all of them; the other ranks' fail."""
+        for group in (self.world, self.stage, self.pp, self.ep, self.tp):
+            group.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """How groups are opened; the same on all ranks, but for the addresses.
+
+    Units: timeout_s, what an operation may take unless its wait says otherwise; open_timeout_s, how long a rank waits
+    for the others to open theirs; clock, in seconds, monotonic
+    """
+
+    clock: Callable[[], float]
+    host_address: str
+    """An address of this host that the other ranks reach."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: float = 30.0
+    open_timeout_s: float = 60.0
+
+
+def open_groups(
+    place: MeshPlace, rendezvous: Rendezvous, settings: GroupSettings, *, generation: int = 0
+) -> RankGroups:
+    """Open the groups of a rank; returns when all ranks of the mesh have.
+
+    A generation's number serves once: groups that are opened again, whether they were open or not, need the next.
+
+    Raises: CommTimeout when some rank did not come; PeerLost when one was lost meanwhile
+    """
+    axes = {
+        "world": tuple(range(place.shape.size)),
+        "stage": place.stage_ranks,
+        "pp": place.pp_ranks,
+        "ep": place.ep_ranks,
+        "tp": place.tp_ranks,
+    }
+    opened: dict[str, Collectives] = {}
+    try:
+        # In the same order everywhere: ranks that share one group wait for each other there and nowhere else.
+        for axis, ranks in axes.items():
+            name = f"{axis}[{','.join(map(str, ranks))}]"
+            prefix = f"slipstream/{generation}/{name}"
+            opened[axis] = open_group(
+                rendezvous, settings, name=name, prefix=prefix, rank=ranks.index(place.rank), size=len(ranks)
+            )
+        opened["world"].barrier(settings.open_timeout_s)
+    except BaseException:
+        for group in opened.values():
+            group.close()
+        raise
+    return RankGroups(**opened)
+
+
+def open_group(
+    rendezvous: Rendezvous, settings: GroupSettings, *, name: str, prefix: str, rank: int, size: int
+) -> Collectives:
+    """Open one group; returns when all of its ranks have.
+
+    Raises: as ``open_groups``
+    """
+    if size == 1:
+        return local_group(1, name=name, timeout_s=settings.timeout_s)[0]
+    store = rendezvous.store(prefix, timeout_s=settings.open_timeout_s)
+    try:
+        if settings.device.type == "cuda":
+            return NcclGroup.open(store, settings.device, name=name, rank=rank, size=size, timeout_s=settings.timeout_s)
+        return _open_gloo(store, settings, name=name, rank=rank, size=size)
+    except RuntimeError as error:
+        raise _opening_failed(error, name=name, rank=rank, size=size, timeout_s=settings.open_timeout_s) from error
+
+
+def _open_gloo(store: distributed.Store, settings: GroupSettings, *, name: str, rank: int, size: int) -> GlooGroup:
+    # A device of its own for every group: a thread that carries its bytes, beside those of other groups.
+    options = distributed.ProcessGroupGloo._Options()
+    options._devices = [distributed.ProcessGroupGloo.create_device(hostname=settings.host_address)]
+    options._timeout = timedelta(seconds=settings.open_timeout_s)
+    # Gloo's workers carry its own collectives, which are not used.
+    options._threads = 1
+    gloo = distributed.ProcessGroupGloo(store, rank, size, options)
+    # torch's stubs leave out what its process groups can do.
+    return GlooGroup(
+        cast(Wire, gloo), name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock
+    )
+
+
+def _opening_failed(error: RuntimeError, *, name: str, rank: int, size: int, timeout_s: float) -> CommError:
+    text = _first_line(error)
+    late = "timeout" in text.lower() or "timed out" in text.lower()
+    where = f"group {name}: open at rank {rank} of {size}"
+    if late:
+        return CommTimeout(f"{where}: some rank did not come within {timeout_s} s: {text}")
+    return PeerLost(f"{where}: {text}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
