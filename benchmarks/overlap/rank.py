@@ -20,16 +20,20 @@ from torch import Tensor
 from slipstream.benchmarks.overlap.stack import Order, Stack, StackShape
 from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group
+from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_measure import agree, measure_collective, measure_curve
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import choose_cut
+from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
 
 _CPU = torch.device("cpu")
 _BYTES = 4
 """The bytes of a float32."""
 UNIT = 32
+"""Rows that products are filled up to."""
+_TIMEOUT_S = 120.0
 
 
 class Bench:
@@ -129,7 +133,17 @@ def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _connect(options: argparse.Namespace) -> Collectives:
-    raise NotImplementedError
+    """Meet the other ranks; rank 0 hosts the rendezvous."""
+    mesh = MeshShape(tp=options.ranks)
+    settings = GroupSettings(
+        clock=time.monotonic,
+        host_address=options.host_address,
+        timeout_s=_TIMEOUT_S,
+        open_timeout_s=_TIMEOUT_S,
+    )
+    meet = Rendezvous.host if options.rank == 0 else Rendezvous.join
+    rendezvous = meet(options.address, options.port, timeout_s=_TIMEOUT_S)
+    return open_groups(mesh.place(options.rank), rendezvous, settings).tp
 
 
 def main() -> None:
@@ -139,7 +153,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--address", required=True, help="of rank 0")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--interface", required=True)
+    parser.add_argument("--host-address", required=True, help="of this rank")
     options = parser.parse_args()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[options.rank % len(os.sched_getaffinity(0))]})
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slipstream.tests.multinode.namespaces import INTERFACE, Host
+from slipstream.tests.multinode.namespaces import Host
 
 _PROGRAM = Path(__file__).resolve().parent / "rank.py"
 _PORT = 29631
@@ -27,7 +27,13 @@ class Rank:
     """One rank's process; it reads questions and writes answers, a line of JSON each."""
 
     def __init__(self, host: Host, rank: int, *, ranks: int, address: str) -> None:
-        arguments = {"rank": rank, "ranks": ranks, "address": address, "port": _PORT, "interface": INTERFACE}
+        arguments = {
+            "rank": rank,
+            "ranks": ranks,
+            "address": address,
+            "port": _PORT,
+            "host-address": host.address,
+        }
         options = [f"--{name}={value}" for name, value in arguments.items()]
         self.rank = rank
         self._process = subprocess.Popen(
