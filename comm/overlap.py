@@ -141,7 +141,7 @@ class _Lane(Generic[ResultT]):
         self._work = None
         received = work.wait(self._timeout_s())
         if self._meter is not None:
-            self._meter.wait_ends(work, received)
+            self._meter.wait_ends(received)
         return received
 
     def _timeout_s(self) -> float | None:

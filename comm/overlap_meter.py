@@ -3,10 +3,9 @@
 Knows works and a clock, not who runs them. It is for works whose ``wait`` blocks the thread (CPU); on a GPU waiting is
 put on a stream, and only the device's own events can tell.
 
-When a work ended is known exactly if it was still in flight when it was first waited for. If not, it ended between two
-moments at which it was asked, and an estimate (from the measured link) says where in between; without one the earlier
-moment counts, so that what is reported as hidden is never too much. A work counts from when it was yielded: a piece
-that begins one earlier hides more than is reported.
+A work that was waited for ended when the wait did. When one ended that was complete before it was waited for, nobody
+saw: there an estimate from the measured link counts, and never more than the time that had passed. A work counts from
+when it was yielded: a piece that begins one earlier hides more than is reported.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .collectives import Work
+
+_AT_ONCE = 0.25
+"""Waits below this share of the expected time are those of a work that is complete: it adds up what came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,23 +47,21 @@ class OverlapTotals:
 
 @dataclass(slots=True)
 class _Flight:
-    """A work in flight: when it began, and between which moments it ended."""
+    """A work in flight."""
 
     work: Work
     began_s: float
-    unfinished_s: float
-    finished_s: float | None = None
     wait_began_s: float = 0.0
 
 
 class OverlapMeter:
     """Adds up compute, wire and waiting times. One thread uses it.
 
-    ``wire_s`` estimates the seconds that a work takes from its result. Works are waited for in the order in which they
-    were begun.
+    ``wire_s`` estimates the seconds that a work takes, from its result. Works are waited for in the order in which they
+    were yielded.
     """
 
-    def __init__(self, clock: Callable[[], float], *, wire_s: Callable[[Tensor], float] | None = None) -> None:
+    def __init__(self, clock: Callable[[], float], *, wire_s: Callable[[Tensor], float]) -> None:
         self._clock = clock
         self._estimate_s = wire_s
         self._flights: deque[_Flight] = deque()
@@ -82,34 +82,29 @@ class OverlapMeter:
         self._began_s = self._clock()
 
     def compute_ends(self, work: Work | None) -> None:
-        """The piece has begun ``work`` and yielded it, or has returned."""
+        """The piece has yielded ``work``, or has returned."""
         now_s = self._clock()
         self._compute_s += now_s - self._began_s
-        self._look(now_s)
         if work is not None:
-            self._flights.append(_Flight(work, began_s=now_s, unfinished_s=now_s))
+            self._flights.append(_Flight(work, began_s=now_s))
 
     def wait_begins(self, work: Work) -> None:
         """``work`` is waited for."""
-        now_s = self._clock()
-        self._look(now_s)
         flight = self._flights[0]
-        assert flight.work is work, "works are waited for in the order in which they were begun"
-        flight.wait_began_s = now_s
+        assert flight.work is work, "works are waited for in the order in which they were yielded"
+        flight.wait_began_s = self._clock()
 
-    def wait_ends(self, work: Work, result: Tensor) -> None:
-        """``work`` has come to an end."""
+    def wait_ends(self, result: Tensor) -> None:
+        """The work has come to its end."""
         now_s = self._clock()
         flight = self._flights.popleft()
+        waited_s = now_s - flight.wait_began_s
+        expected_s = self._estimate_s(result)
+        ended_s = now_s
+        if waited_s <= _AT_ONCE * expected_s:
+            ended_s = min(flight.began_s + expected_s, flight.wait_began_s) + waited_s
         self._works += 1
-        self._exposed_s += now_s - flight.wait_began_s
-        if flight.finished_s is None:
-            ended_s = now_s
-        elif self._estimate_s is None:
-            ended_s = flight.unfinished_s
-        else:
-            expected_s = flight.began_s + self._estimate_s(result)
-            ended_s = min(max(expected_s, flight.unfinished_s), flight.finished_s)
+        self._exposed_s += waited_s
         # Two works share the wire while both are in flight: that time counts once.
         self._wire_s += max(0.0, ended_s - max(flight.began_s, self._wire_until_s))
         self._wire_until_s = max(self._wire_until_s, ended_s)
@@ -117,11 +112,3 @@ class OverlapMeter:
     def forget(self) -> None:
         """A step failed: forget what was in flight."""
         self._flights.clear()
-
-    def _look(self, now_s: float) -> None:
-        for flight in self._flights:
-            if flight.finished_s is None:
-                if flight.work.done():
-                    flight.finished_s = now_s
-                else:
-                    flight.unfinished_s = now_s

@@ -1,0 +1,168 @@
+"""One rank: builds the stack that it is asked for, measures its arms, and answers with the times.
+
+A process of its own, on a host of its own; started by ``ranks``. Pinned to one core, with gloo's threads beside it on
+the same: what the wire costs in work is paid by the rank that uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.benchmarks.overlap.stack import Order, Stack, StackShape
+from slipstream.comm.collectives import Collectives
+from slipstream.comm.local_groups import local_group
+from slipstream.comm.mesh import MeshShape
+from slipstream.comm.overlap import run_interleaved
+from slipstream.comm.overlap_cost import Curve, PassCost
+from slipstream.comm.overlap_measure import agree, measure_collective, measure_curve
+from slipstream.comm.overlap_meter import OverlapMeter
+from slipstream.comm.overlap_split import choose_cut
+from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
+
+_CPU = torch.device("cpu")
+_BYTES = 4
+"""The bytes of a float32."""
+UNIT = 32
+"""Rows that products are filled up to."""
+_TIMEOUT_S = 120.0
+
+
+class Bench:
+    """One stack, one step, and the ways to run it."""
+
+    def __init__(self, group: Collectives, point: dict[str, Any]) -> None:
+        shape = StackShape(
+            hidden=point["hidden"],
+            intermediate=point["intermediate"],
+            layers=point["layers"],
+            experts=point["experts"],
+        )
+        self.group = group
+        self.tokens: int = point["tokens"]
+        self.order: Order = point["order"]
+        (self.alone,) = local_group(1)
+        self.stack = Stack(shape, rank=group.rank, ranks=group.size, seed=5, most_tokens=self.tokens)
+        self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
+        self.cost = self._measure_cost()
+        self.cut = choose_cut(self.cost, self.tokens, unit=UNIT)
+        self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
+
+    def arms(self) -> dict[str, Callable[[], None]]:
+        """Return what is compared."""
+        arms: dict[str, Callable[[], None]] = {
+            "compute": lambda: self._run(self.alone, self.tokens, None),
+            "wire": self._exchange_only,
+            "serial": lambda: self._run(self.group, self.tokens, None),
+            "overlapped": lambda: self._run(self.group, self.tokens, self.cut, self.meter),
+        }
+        if self.cut is None and self.tokens > 1:
+            arms["halves"] = lambda: self._run(self.group, self.tokens, self.tokens // 2)
+        return arms
+
+    def _run(self, group: Collectives, tokens: int, cut: int | None, meter: OverlapMeter | None = None) -> None:
+        order: Order = "plain" if group.size == 1 else self.order
+        parts = self.stack.parts(tokens, cut)
+        run_interleaved(self.stack.pieces(group, self.x_TH[:tokens], parts, order), meter=meter)
+
+    def _exchange_only(self) -> None:
+        for _ in range(self.cost.collectives):
+            self.group.all_reduce(torch.zeros_like(self.x_TH)).wait()
+
+    def _measure_cost(self) -> PassCost:
+        """Measure what the choice of a cut needs; the ranks take turns at nothing, so each sees the other's noise."""
+        hidden = self.x_TH.shape[1]
+        quarter = max(1, self.tokens // 4)
+        sizes = sorted({1, quarter, self.tokens // 2 or 1, self.tokens - quarter or 1, self.tokens})
+        self.group.barrier()
+        compute_s = measure_curve(
+            lambda tokens: self._run(self.alone, tokens, None), sizes, clock=time.perf_counter, repeats=5
+        )
+        nbytes = [size * hidden * _BYTES for size in sizes]
+        began_s, began_work_s = time.perf_counter(), time.process_time()
+        collective_s = measure_collective(
+            self.group, self.group.all_reduce, nbytes, clock=time.perf_counter, device=_CPU, repeats=9
+        )
+        work = (time.process_time() - began_work_s) / (time.perf_counter() - began_s)
+        return PassCost(
+            compute_s=agree(self.group, compute_s, device=_CPU),
+            collective_s=collective_s,
+            collectives=2 * self.stack.shape.layers,
+            bytes_per_token=hidden * _BYTES,
+            wire_work=agree(self.group, Curve((1.0,), (min(work, 1.0),)), device=_CPU)(1.0),
+        )
+
+    def _expected_s(self, result: Tensor) -> float:
+        return self.cost.collective_s(result.numel() * _BYTES)
+
+
+def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
+    """Run all arms of a point in turns, ``repeats`` times; return each one's times."""
+    with torch.inference_mode():
+        bench = Bench(group, point)
+        arms = bench.arms()
+        names = list(arms)
+        times_s: dict[str, list[float]] = {name: [] for name in names}
+        for round_ in range(point["repeats"] + 1):
+            for place in range(len(names)):
+                # Every arm follows every other as often.
+                name = names[(round_ + place) % len(names)]
+                group.barrier()
+                began_s = time.perf_counter()
+                arms[name]()
+                times_s[name].append(time.perf_counter() - began_s)
+    rounds = point["repeats"] + 1
+    totals = bench.meter.totals
+    return {
+        "cut": bench.cut,
+        "times_s": {name: times[1:] for name, times in times_s.items()},
+        "wire_work": bench.cost.wire_work,
+        "expected_serial_s": bench.cost.serial_s(bench.tokens),
+        "expected_overlapped_s": bench.cost.overlapped_s(bench.cut, bench.tokens - bench.cut) if bench.cut else None,
+        "metered_hidden_s": totals.hidden_s / rounds,
+        "metered_wire_s": totals.wire_s / rounds,
+    }
+
+
+def _connect(options: argparse.Namespace) -> Collectives:
+    """Meet the other ranks; rank 0 hosts the rendezvous."""
+    mesh = MeshShape(tp=options.ranks)
+    settings = GroupSettings(
+        clock=time.monotonic,
+        host_address=options.host_address,
+        timeout_s=_TIMEOUT_S,
+        open_timeout_s=_TIMEOUT_S,
+    )
+    meet = Rendezvous.host if options.rank == 0 else Rendezvous.join
+    rendezvous = meet(options.address, options.port, timeout_s=_TIMEOUT_S)
+    return open_groups(mesh.place(options.rank), rendezvous, settings).tp
+
+
+def main() -> None:
+    """Meet the other ranks, then answer one line for each line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--address", required=True, help="of rank 0")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host-address", required=True, help="of this rank")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[options.rank % len(os.sched_getaffinity(0))]})
+    torch.set_num_threads(1)
+    group = _connect(options)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(group, json.loads(line))), flush=True)
+    group.close()
+
+
+if __name__ == "__main__":
+    main()
