@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from ...comm.groups import ALONE, MeshGroups
-from ...comm.overlap import run_plain
 from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
-from ..models.forward import build_forward_batch
 from ..models.kv_cache import KvCache
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
 from .stage_link import StageLink
+from .step_forward import StepForward, StepRows
+from .token_split import TokenSplit
 from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
@@ -85,14 +85,14 @@ class ModelExecutor:
         thread: ThreadPoolExecutor,
         groups: MeshGroups = ALONE,
         deterministic: bool = False,
+        split: TokenSplit | None = None,
     ) -> None:
         """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread and the groups."""
         self._model = model
         self._groups = groups
         self._cache = cache
-        self._block_size = block_size
+        self._layers = StepForward(model, cache, block_size=block_size, deterministic=deterministic, split=split)
         self._device = device
-        self._deterministic = deterministic
         self._sampler = Sampler(max_slots)
         self._vocabulary = VocabularySampler(
             self._sampler, groups.tp, vocabulary=model.vocabulary, vocab_size=model.spec.vocab_size
@@ -183,22 +183,17 @@ class ModelExecutor:
 
     def _forward(self, plan: StepPlan, rows: _Rows) -> torch.Tensor:
         token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
-        batch = build_forward_batch(
-            token_ids=token_ids_T.to(self._device),
+        step_rows = StepRows(
+            token_ids_T=token_ids_T.to(self._device),
             starts=plan.starts,
             counts=plan.counts,
             prompt_lengths=self._prompt_length[plan.slots],
             block_tables=self._block_table[plan.slots],
-            block_size=self._block_size,
-            spec=self._model.spec,
-            deterministic=self._deterministic,
-            dtype=self._model.dtype,
-            device=self._device,
         )
         hidden_TH = None
         if self._link is not None and not self._groups.place.is_first_stage:
             hidden_TH = self._link.receive_hidden(plan.num_tokens)
-        return run_plain(self._model.forward_parts(batch, self._cache, hidden_TH))
+        return self._layers.run(step_rows, hidden_TH)
 
     def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:
         drawing = plan.samples

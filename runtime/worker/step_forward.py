@@ -1,0 +1,94 @@
+"""Runs a step's tokens through a rank's layers: at once, or in two parts that hide one another's wire time.
+
+Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; both run
+the same layers (``comm.overlap``), the first one a layer's attention ahead, so that the second finds its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...comm.overlap import run_interleaved, run_plain
+from ...comm.overlap_split import cut_rows
+from ..messages import Int32Array
+from ..models.decoder import Decoder
+from ..models.forward import ForwardBatch, build_forward_batch
+from ..models.kv_cache import KvCache
+from .token_split import TokenSplit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRows:
+    """The rows of a step, as arrays; tokens one row after the other.
+
+    Shapes: token_ids_T [tokens] int64 on the device; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
+    most blocks] int32
+    """
+
+    token_ids_T: Tensor
+    starts: Int32Array
+    counts: Int32Array
+    prompt_lengths: Int32Array
+    block_tables: Int32Array
+
+
+class StepForward:
+    """A rank's layers with its cache."""
+
+    def __init__(
+        self, model: Decoder, cache: KvCache, *, block_size: int, deterministic: bool, split: TokenSplit | None = None
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._block_size = block_size
+        self._deterministic = deterministic
+        self._split = split
+
+    def run(self, rows: StepRows, hidden_TH: Tensor | None = None) -> Tensor:
+        """Return the hidden states of all tokens; ``hidden_TH`` comes from the stage before.
+
+        Shapes: hidden_TH, and what is returned, [tokens, hidden size]
+        """
+        cut = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
+        if cut is None:
+            meter = None if self._split is None else self._split.meter
+            return run_plain(self._model.forward_parts(self._batch(rows), self._cache, hidden_TH), meter=meter)
+        assert self._split is not None
+        pieces = cut_rows(rows.counts.tolist(), cut)
+        parts = []
+        for tokens, part in zip((slice(0, cut), slice(cut, None)), pieces, strict=True):
+            batch = self._batch(_part_of(rows, [(piece.row, piece.first, piece.tokens) for piece in part], tokens))
+            hidden = None if hidden_TH is None else hidden_TH[tokens]
+            parts.append(self._model.forward_parts(batch, self._cache, hidden))
+        return torch.cat(run_interleaved(parts, meter=self._split.meter))
+
+    def _batch(self, rows: StepRows) -> ForwardBatch:
+        return build_forward_batch(
+            token_ids=rows.token_ids_T,
+            starts=rows.starts,
+            counts=rows.counts,
+            prompt_lengths=rows.prompt_lengths,
+            block_tables=rows.block_tables,
+            block_size=self._block_size,
+            spec=self._model.spec,
+            deterministic=self._deterministic,
+            dtype=self._model.dtype,
+            device=self._model.device,
+        )
+
+
+def _part_of(rows: StepRows, pieces: Sequence[tuple[int, int, int]], tokens: slice) -> StepRows:
+    """Return the rows of a part; ``pieces`` are (row, first token of the row, tokens)."""
+    row, first, count = np.array(pieces, dtype=np.int32).T
+    return StepRows(
+        token_ids_T=rows.token_ids_T[tokens],
+        starts=rows.starts[row] + first,
+        counts=count,
+        prompt_lengths=rows.prompt_lengths[row],
+        block_tables=rows.block_tables[row],
+    )
