@@ -43,6 +43,11 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
 DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
+TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
+PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", help="stages with some layers each")]
+ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
+ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
+OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
 
@@ -80,6 +85,11 @@ def generate(
     quantization: QuantizationOption = "none",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
+    tensor_parallel_size: TensorOption = 1,
+    pipeline_parallel_size: PipelineOption = 1,
+    expert_parallel_size: ExpertOption = 1,
+    enable_expert_parallel: ExpertsOverTensorOption = False,
+    overlap: OverlapOption = False,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -96,6 +106,11 @@ def generate(
         "quantization": quantization,
         "num_threads": num_threads,
         "deterministic": deterministic,
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "expert_parallel_size": expert_parallel_size,
+        "enable_expert_parallel": enable_expert_parallel,
+        "overlap": overlap,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -150,6 +165,11 @@ def serve(
     quantization: QuantizationOption = "none",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
+    tensor_parallel_size: TensorOption = 1,
+    pipeline_parallel_size: PipelineOption = 1,
+    expert_parallel_size: ExpertOption = 1,
+    enable_expert_parallel: ExpertsOverTensorOption = False,
+    overlap: OverlapOption = False,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -170,7 +190,9 @@ def serve(
 
     engine = EngineOptions(
         model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
-        num_threads=num_threads, deterministic=deterministic, max_model_len=max_model_len,
+        num_threads=num_threads, deterministic=deterministic, tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size, expert_parallel_size=expert_parallel_size,
+        enable_expert_parallel=enable_expert_parallel, overlap=overlap, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,

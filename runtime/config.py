@@ -93,6 +93,8 @@ class EngineOptions:
     - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and
       experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, on this host.
       ``enable_expert_parallel`` spreads experts over the tensor-parallel ranks instead of cutting each of them.
+    - ``overlap``: with several ranks, cut a step's tokens in two where one part's exchange hides behind the other's
+      arithmetic; what passes and exchanges take is measured at the start.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
       is refused when true, because code from a checkpoint is never run.
 
@@ -126,6 +128,7 @@ class EngineOptions:
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    overlap: bool = False
     trust_remote_code: bool = False
     enforce_eager: bool = True
 
@@ -148,8 +151,9 @@ class EngineOptions:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
             require_positive(name, getattr(self, name))
-        if not isinstance(self.enable_expert_parallel, bool):
-            raise ConfigError("enable_expert_parallel", f"must be true or false, got {self.enable_expert_parallel!r}")
+        for name in ("enable_expert_parallel", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
         if self.enable_expert_parallel and self.expert_parallel_size != 1:
             raise ConfigError("expert_parallel_size", "give this or enable_expert_parallel, not both")
         if not isinstance(self.deterministic, bool):

@@ -89,6 +89,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         ep=mesh.ep,
         tp=mesh.tp,
         experts_over_tp=options.enable_expert_parallel,
+        overlap=options.overlap,
     )
     rank, executor = _build(setup, start_peers)
     engine = Engine(

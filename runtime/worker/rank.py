@@ -10,17 +10,23 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
+from ...comm.overlap import run_plain
+from ...comm.overlap_meter import OverlapMeter
 from ..models.decoder import Decoder, load_decoder
+from ..models.forward import build_forward_batch
 from ..models.kv_cache import KvCache
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
 from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .grammar import GrammarCompiler
+from .token_split import TokenSplit, measure_split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,7 @@ class RankSetup:
     ep: int = 1
     tp: int = 1
     experts_over_tp: bool = False
+    overlap: bool = False
 
     @property
     def mesh(self) -> MeshShape:
@@ -105,6 +112,10 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         cache = KvCache.allocate(
             local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
         )
+        split = None
+        group = groups.tp or groups.ep
+        if setup.overlap and group is not None:
+            split = thread.submit(_measure, setup, model, cache, group).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
@@ -124,8 +135,40 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         thread=thread,
         groups=groups,
         deterministic=setup.deterministic,
+        split=split,
     )
     return Rank(executor=executor, grammars=grammars)
+
+
+@torch.inference_mode()
+def _measure(setup: RankSetup, model: Decoder, cache: KvCache, group: Collectives) -> TokenSplit:
+    """Measure, with the other ranks, what passes and collectives take; the cache's first block is written to."""
+    spec = model.spec
+
+    def run(tokens: int, meter: OverlapMeter) -> None:
+        batch = build_forward_batch(
+            token_ids=torch.zeros(tokens, dtype=torch.int64, device=model.device),
+            starts=np.zeros(1, np.int32),
+            counts=np.full(1, tokens, np.int32),
+            prompt_lengths=np.full(1, tokens, np.int32),
+            block_tables=np.zeros((1, -(-tokens // setup.block_size)), np.int32),
+            block_size=setup.block_size,
+            spec=spec,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        hidden_TH = torch.zeros((tokens, spec.hidden_size), dtype=model.dtype, device=model.device)
+        run_plain(model.forward_parts(batch, cache, hidden_TH), meter=meter)
+
+    return measure_split(
+        group,
+        run,
+        collectives=2 * spec.num_layers,
+        bytes_per_token=spec.hidden_size * model.dtype.itemsize,
+        element_bytes=model.dtype.itemsize,
+        most_tokens=min(setup.max_length, setup.num_blocks * setup.block_size),
+        device=model.device,
+    )
 
 
 def rank_device(setup: RankSetup, rank: int) -> torch.device:

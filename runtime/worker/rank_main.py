@@ -103,7 +103,7 @@ def _serve(order: RankOrder, setup: RankSetup, groups: MeshGroups) -> int:
         identity = Identity(replica=order.replica, secret=secret_from(os.environ))
         endpoint = connect_rank(order.bus, identity, rank=order.rank, timeout_s=order.timeout_s, clock=monotonic_clock)
         try:
-            return _Steps(rank.executor, endpoint).run()
+            return _Steps(rank.executor, endpoint, max_slots=setup.max_slots).run()
         finally:
             endpoint.close()
     finally:
@@ -113,10 +113,10 @@ def _serve(order: RankOrder, setup: RankSetup, groups: MeshGroups) -> int:
 class _Steps:
     """Takes steps from the bus, and answers them from a thread of its own, in order."""
 
-    def __init__(self, executor: ModelExecutor, endpoint: StepEndpoint) -> None:
+    def __init__(self, executor: ModelExecutor, endpoint: StepEndpoint, *, max_slots: int) -> None:
         self._executor = executor
         self._endpoint = endpoint
-        self._decoder = PlanDecoder()
+        self._decoder = PlanDecoder(max_slots=max_slots)
         self._running: deque[tuple[int, Future[StepResult]]] = deque()
         self._changed = threading.Condition()
         self._ended = False

@@ -53,7 +53,7 @@ class RankProcesses:
         self, setup: RankSetup, *, start_timeout_s: float = START_TIMEOUT_S, comm_timeout_s: float = COMM_TIMEOUT_S
     ) -> None:
         self._start_timeout_s = start_timeout_s
-        self._encoder = PlanEncoder()
+        self._encoder = PlanEncoder(max_slots=setup.max_slots)
         self._on_their_way: deque[int] = deque()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._hub: StepHub | None = None
