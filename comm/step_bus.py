@@ -21,6 +21,7 @@ from __future__ import annotations
 import select
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .errors import (
@@ -128,6 +129,8 @@ class StepHub:
                 self._receive(0)
             finally:
                 self._receiving.release()
+        with self._state:
+            self._raise_failure()
 
     def close(self, reason: str = "the driver closed the bus") -> None:
         """Tell the ranks, end every connection and let waiting threads have GroupClosed. Idempotent."""
@@ -177,10 +180,12 @@ class StepHub:
             return step.results
 
     def _receive(self, wait_ms: int) -> bool:
-        """Wait for anything from any rank and take it in; return False when nothing came."""
+        """Wait for anything from any rank and take it in; return False when nothing came.
+
+        Does not raise, because an answer may have come right before its rank ended: a failure is kept.
+        """
         if self._closed:
-            with self._state:
-                self._raise_failure()
+            return True
         ready = self._poll.poll(wait_ms)
         for descriptor, _ in ready:
             rank = self._rank_of[descriptor]
@@ -190,7 +195,7 @@ class StepHub:
                 while (frame := wire.take()) is not None:
                     self._take(rank, frame)
             except CommError as error:
-                raise self._fail(error, lost=rank) from error
+                self._fail(error, lost=rank)
         return bool(ready)
 
     def _take(self, rank: int, frame: Frame) -> None:
@@ -260,11 +265,9 @@ class StepHub:
     def _say_goodbye(self, wire: Wire, reason: str) -> None:
         # After bytes of a step that are still to be sent nothing else makes sense to the rank.
         if reason and not wire.unsent_bytes:
-            try:
+            # It may be gone as well; that one rank was lost is enough to say.
+            with suppress(PeerLost):
                 wire.send(FrameKind.CLOSE, 0, text_payload(reason))
-            except PeerLost:
-                # It is gone as well; that one rank was lost is enough to say.
-                pass
         wire.end()
 
     def _raise_failure(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import threading
+from contextlib import suppress
 
 from .errors import BadFrame, CommError, CommMisuse, CommTimeout, GroupClosed, HandshakeRefused, PeerLost, StepGap
 from .frames import Frame, FrameKind, text_payload
@@ -66,9 +67,10 @@ class StepEndpoint:
         self._answered = 0
         self._failure: CommError | None = None
         self._closed = False
-        # Taken in this order.
+        # Taken in this order. Nobody waits while holding the last.
         self._receiving = threading.Lock()
         self._sending = threading.RLock()
+        self._state = threading.Lock()
         self._poll = poll
 
     def next_step(self, timeout_s: float) -> tuple[int, bytes]:
@@ -159,16 +161,16 @@ class StepEndpoint:
 
     def _fail(self, error: CommError) -> CommError:
         """End the connection with an error, the first one counts; return it, to be raised."""
-        first, failure = self._failure is None, self._failure or type(error)(f"{self._name}: {error}")
-        self._failure = failure
+        with self._state:
+            first = self._failure is None
+            failure = self._failure = self._failure or type(error)(f"{self._name}: {error}")
         # Without the lock somebody is in the middle of a frame, and nothing else makes sense to the driver.
         if first and self._sending.acquire(blocking=False):
             try:
                 if not self._wire.unsent_bytes:
-                    self._wire.send(FrameKind.CLOSE, 0, text_payload(str(error)))
-            except PeerLost:
-                # Nobody is left to be told.
-                pass
+                    # The driver may be what was lost.
+                    with suppress(PeerLost):
+                        self._wire.send(FrameKind.CLOSE, 0, text_payload(str(error)))
             finally:
                 self._sending.release()
         self._wire.end()

@@ -51,10 +51,14 @@ class StepListener:
         Raises: CommTimeout naming the ranks that are missing, and who was refused
         """
         gathering = _Gathering(self._socket, identity, frozenset(ranks), limits or BusLimits())
+        reason = "the driver needs no more connections"
         try:
             return gathering.run(Deadline(timeout_s, clock), clock)
+        except CommError as error:
+            reason = str(error)
+            raise
         finally:
-            gathering.end()
+            gathering.end(reason)
 
     def close(self) -> None:
         """Stop listening. Idempotent."""
@@ -110,10 +114,10 @@ class _Gathering:
         wires = {rank: joined[rank] for rank in sorted(joined)}
         return StepHub(wires, name=f"step bus {self._identity.replica!r}", limits=self._limits, clock=clock)
 
-    def end(self) -> None:
-        """Put out whoever is no rank of the hub."""
+    def end(self, reason: str) -> None:
+        """Put out whoever is no rank of a hub."""
         for guest in list(self._guests.values()):
-            self._put_out(guest, "")
+            self._put_out(guest, reason)
 
     def _admit(self) -> None:
         try:
@@ -161,8 +165,9 @@ class _Gathering:
             self._missing.add(guest.rank)
         if reason:
             self._refusals.append(reason)
+            kind = FrameKind.REFUSAL if guest.rank is None else FrameKind.CLOSE
             with suppress(PeerLost):
-                guest.wire.send(FrameKind.REFUSAL, 0, text_payload(reason))
+                guest.wire.send(kind, 0, text_payload(reason))
         self._poll.unregister(guest.wire.fileno())
         del self._guests[guest.wire.fileno()]
         guest.wire.close()

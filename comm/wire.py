@@ -20,6 +20,8 @@ from .sockets import prepare
 Clock = Callable[[], float]
 """Returns seconds, monotonic."""
 
+_LONGEST_POLL_MS = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BusLimits:
@@ -58,7 +60,7 @@ class Deadline:
     @property
     def remaining_ms(self) -> int:
         """Milliseconds left for ``poll``, rounded up, so that no wait ends just before its deadline."""
-        return math.ceil(self.remaining_s * 1e3)
+        return min(math.ceil(self.remaining_s * 1e3), _LONGEST_POLL_MS)
 
 
 class Wire:
