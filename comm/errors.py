@@ -4,9 +4,18 @@
     ├── PeerLost        another rank ended, or its connection broke           blame: the peer or the network
     ├── CommTimeout     a rank did not take part within the deadline          blame: the peer or the network
     ├── GroupClosed     the group was closed, here or by a rank that failed   blame: whoever closed it
-    └── CommMisuse      shapes, counts or ranks that cannot be                blame: the caller
+    ├── CommMisuse      shapes, counts or ranks that cannot be                blame: the caller
+    │
+    │   and, where messages rather than tensors pass:
+    ├── HandshakeRefused  secret, version, replica or rank do not fit         blame: whoever configured the two
+    ├── BadFrame        bytes that the protocol does not know, or too many    blame: the peer
+    ├── StepGap         a rank missed or repeated a step                      blame: the peer, or the caller there
+    ├── RankFailed      a rank could not carry out a step, and says why       blame: that rank
+    └── TooFarAhead     a rank is too many steps behind; nothing was sent     blame: nobody: collect results first
 
-After any of the first three a group is dead: every later operation raises, and the ranks build a new one.
+After any of the first three a group is dead: every later operation raises, and the ranks build a new one. A step bus is
+dead after any but CommMisuse, RankFailed, TooFarAhead and a CommTimeout of one of its two waits (``result``,
+``next_step``), which may be called again.
 """
 
 from __future__ import annotations
@@ -30,3 +39,29 @@ class GroupClosed(CommError):
 
 class CommMisuse(CommError):
     """An operation that no group could carry out: shapes, counts or ranks do not fit."""
+
+
+class HandshakeRefused(CommError):
+    """Who connected is not who may, or does not speak the same protocol."""
+
+
+class BadFrame(CommError):
+    """A peer sent what the protocol does not know, or more than it allows."""
+
+
+class StepGap(CommError):
+    """A rank missed a step or repeated one: its state is no longer the driver's."""
+
+
+class RankFailed(CommError):
+    """A rank could not carry out a step; ``rank`` and ``text`` are what it said."""
+
+    def __init__(self, where: str, *, rank: int, seq: int, text: str) -> None:
+        super().__init__(f"{where}: rank {rank} failed at step {seq}: {text}")
+        self.rank = rank
+        self.seq = seq
+        self.text = text
+
+
+class TooFarAhead(CommError):
+    """The slowest rank is as many steps behind as is allowed; nothing was sent, and the bus lives."""

@@ -89,6 +89,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/",),
+    "msgpack": ("runtime/worker/step_codec.py",),
     "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),
     "grpc_health": ("runtime/rpc/",),
