@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from slipstream import LLM, SamplingParams
+from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.runtime import llm as llm_module
+from slipstream.runtime.worker import rank as rank_module
 from slipstream.runtime.worker.launch import launch_engine
+from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.parity.references import Reference, load_reference, prompts
@@ -124,6 +127,71 @@ def test_other_models(
     name: str, options: dict[str, Any], reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
 ) -> None:
     assert_same(generate(reference(name).path, **options), alone(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        ("parallel_dense", {"tp": 2}),
+        ("parallel_dense", {"tp": 2, "pp": 2}),
+        ("parallel_experts", {"tp": 2}),
+        ("parallel_experts", {"ep": 2}),
+        ("parallel_experts", {"tp": 2, "ep": 2, "pp": 2}),
+    ],
+    ids=str,
+)
+def test_steps_in_two_parts_give_the_same(
+    name: str,
+    degrees: dict[str, int],
+    reference: Callable[[str], Reference],
+    alone: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A wire as slow as the arithmetic: every step that can be cut is.
+    slow = PassCost(
+        compute_s=Curve.line(fixed_s=0.0, per_unit_s=1.0),
+        collective_s=Curve.line(fixed_s=0.0, per_unit_s=1.0),
+        collectives=1,
+        bytes_per_token=1.0,
+    )
+    splits: list[TokenSplit] = []
+
+    def measured(*_: object, **__: object) -> TokenSplit:
+        splits.append(TokenSplit(slow, element_bytes=4))
+        return splits[-1]
+
+    monkeypatch.setattr(rank_module, "measure_split", measured)
+    cuts: list[int] = []
+    choose = TokenSplit.cut
+
+    def noted(self: TokenSplit, tokens: int) -> int | None:
+        cut = choose(self, tokens)
+        cuts.extend([] if cut is None else [cut])
+        return cut
+
+    monkeypatch.setattr(TokenSplit, "cut", noted)
+    assert_same(generate(reference(name).path, overlap=True, **options_of(degrees)), alone(name))
+    assert cuts, "no step was cut"
+    assert all(split.meter.totals.works for split in splits)
+
+
+def test_what_passes_and_exchanges_take_is_the_same_on_all_ranks(
+    reference: Callable[[str], Reference], alone: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs: list[PassCost] = []
+    measure = rank_module.measure_split
+
+    def noted(*given: Any, **options: Any) -> TokenSplit:
+        split = measure(*given, **options)
+        costs.append(split.cost)
+        return split
+
+    monkeypatch.setattr(rank_module, "measure_split", noted)
+    found = generate(reference("parallel_dense").path, overlap=True, tensor_parallel_size=2)
+    assert_same(found, alone("parallel_dense"))
+    assert len(costs) == 2
+    assert costs[0] == costs[1]
+    assert costs[0].collectives == 10
 
 
 @pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts"])
