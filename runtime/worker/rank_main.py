@@ -120,6 +120,7 @@ class _Steps:
         self._running: deque[tuple[int, Future[StepResult]]] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._failed = False
 
     def run(self) -> int:
         """Carry out steps until the bus is closed."""
@@ -137,7 +138,7 @@ class _Steps:
                     self._changed.notify()
         except GroupClosed as closed:
             logger.info("%s", closed)
-            return EXIT_CLOSED
+            return EXIT_FAILED if self._failed else EXIT_CLOSED
         finally:
             with self._changed:
                 self._ended = True
@@ -154,9 +155,13 @@ class _Steps:
                 try:
                     payload = encode_result(future.result())
                 except Exception as error:
-                    # Whatever it was, the driver has to hear of it: it decides that the replica has failed.
+                    # Whatever it was, the driver hears of it, and this rank ends: its groups' other ranks must not
+                    # wait for it.
                     logger.exception("step %d failed", seq)
+                    self._failed = True
                     self._endpoint.send_failure(seq, f"{type(error).__name__}: {error}")
+                    self._endpoint.close("a step failed")
+                    return
                 else:
                     self._endpoint.send_result(seq, payload)
             except CommError as error:

@@ -37,6 +37,7 @@ START_TIMEOUT_S = 600.0
 COMM_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _CHECK_PERIOD_S = 0.2
+_REASON_TIMEOUT_S = 2.0
 _MODULE = "slipstream.runtime.worker.rank_main"
 
 _T = TypeVar("_T")
@@ -53,6 +54,8 @@ class RankProcesses:
         self, setup: RankSetup, *, start_timeout_s: float = START_TIMEOUT_S, comm_timeout_s: float = COMM_TIMEOUT_S
     ) -> None:
         self._start_timeout_s = start_timeout_s
+        # A rank that is behind the driver's waits for others, at each stage as long as one exchange may take.
+        self._patience_s = comm_timeout_s * (setup.pp + 1)
         self._encoder = PlanEncoder(max_slots=setup.max_slots)
         self._on_their_way: deque[int] = deque()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -104,17 +107,27 @@ class RankProcesses:
         except CommError as error:
             raise self._failed(error) from error
 
-    def result(self, plan: StepPlan, timeout_s: float | None) -> StepResult | None:
+    def result(self, plan: StepPlan) -> StepResult | None:
         """Wait until every rank has carried out the oldest step."""
         assert self._hub is not None, "wait_ready comes first"
         seq = self._on_their_way.popleft()
         try:
-            answers = self._hub.result(seq, self._start_timeout_s if timeout_s is None else timeout_s)
-        except CommTimeout as error:
-            raise TimeoutError(str(error)) from error
+            answers = self._hub.result(seq, self._patience_s)
         except CommError as error:
             raise self._failed(error) from error
         return None if self._speaker == 0 else decode_result(answers[self._speaker])
+
+    def why(self) -> str | None:
+        """Return what the other ranks say of a failure."""
+        if self._hub is None or not self._on_their_way:
+            return None
+        try:
+            self._hub.result(self._on_their_way[0], _REASON_TIMEOUT_S)
+        except CommTimeout:
+            return self._ended()
+        except CommError as error:
+            return str(self._failed(error))
+        return None
 
     def close(self) -> None:
         """End the bus, the groups and the processes."""

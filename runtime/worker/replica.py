@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...comm.errors import CommError
 from ...comm.groups import MeshGroups
-from ..clock import monotonic_clock
+from ...sdk.errors import EngineError
 from ..messages import StepPlan, StepResult
 from .executor import ModelExecutor
 from .rank import RankSetup
@@ -37,12 +38,16 @@ class Peers(Protocol):
         """Give a step to every rank. Raises: EngineError when one is lost, or too far behind."""
         ...
 
-    def result(self, plan: StepPlan, timeout_s: float | None) -> StepResult | None:
-        """Wait until every rank has carried out the oldest step; return what the last stage's first rank says.
+    def result(self, plan: StepPlan) -> StepResult | None:
+        """Wait until every rank has carried out the oldest step, which the driver's own has; return what the last
+        stage's first rank says, None if that is the driver's own.
 
-        None if that rank is the driver's own.
-        Raises: TimeoutError; EngineError naming the rank that failed
+        Raises: EngineError naming the rank that failed, or is behind by more than ranks wait for one another
         """
+        ...
+
+    def why(self) -> str | None:
+        """Return what the other ranks say of a failure that the driver's own rank has seen; waits a moment at most."""
         ...
 
     def close(self) -> None:
@@ -63,10 +68,12 @@ class _ReplicaStep:
     peers: Peers
 
     def result(self, timeout: float | None = None) -> StepResult:
-        """Wait for all ranks; what the others say of a failure goes first, because they know which rank it was."""
-        deadline_s = None if timeout is None else monotonic_clock() + timeout
-        drawn = self.peers.result(self.plan, timeout)
-        own = self.own.result(None if deadline_s is None else max(0.0, deadline_s - monotonic_clock()))
+        """Wait for all ranks. Where one fails, the others only see that it is gone: it is asked why."""
+        try:
+            own = self.own.result(timeout)
+        except CommError as error:
+            raise EngineError(self.peers.why() or str(error)) from error
+        drawn = self.peers.result(self.plan)
         return own if drawn is None else drawn
 
 

@@ -13,6 +13,7 @@ from slipstream.runtime.messages import StepPlan, StepResult
 from slipstream.runtime.worker.rank import Rank, RankSetup, build_rank
 
 LOAD_TIMEOUT_S = 60.0
+STEP_TIMEOUT_S = 60.0
 
 
 def local_mesh(shape: MeshShape, *, timeout_s: float = 30.0, bytes_sent: BytesSent | None = None) -> list[MeshGroups]:
@@ -58,10 +59,14 @@ class ThreadPeers:
     def send(self, plan: StepPlan) -> None:
         self._steps.append([rank.executor.submit(plan) for rank in self._ranks])
 
-    def result(self, plan: StepPlan, timeout_s: float | None) -> StepResult | None:
-        results = [step.result(timeout_s) for step in self._steps.popleft()]
+    def result(self, plan: StepPlan) -> StepResult | None:
+        results = [step.result(STEP_TIMEOUT_S) for step in self._steps.popleft()]
         assert all(result.step == plan.step for result in results)
         return None if self._speaker == 0 else results[self._speaker - 1]
+
+    def why(self) -> str | None:
+        errors = [step.exception(0.0) for step in (self._steps[0] if self._steps else []) if step.done()]
+        return next((str(error) for error in errors if error is not None), None)
 
     def close(self) -> None:
         for rank in self._ranks:

@@ -1,0 +1,126 @@
+"""Replicas of real processes: the same tokens, and what happens when a rank ends, stops or refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.runtime import llm as llm_module
+from slipstream.runtime.worker.launch import launch_engine
+from slipstream.runtime.worker.rank_processes import RankProcesses
+from slipstream.sdk.errors import EngineError
+from slipstream.tests.models.checkpoints import make_checkpoint
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "num_threads": 1,
+    "max_num_seqs": 8,
+}
+PROMPTS = [{"prompt_token_ids": [3 + (7 * row + index) % 150 for index in range(20 + row)]} for row in range(5)]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=16),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=16),
+    SamplingParams(temperature=0.7, seed=4, top_p=0.9, logprobs=2, max_tokens=16),
+    SamplingParams(temperature=0.0, max_tokens=16, prompt_logprobs=1),
+    SamplingParams(temperature=1.0, seed=5, n=2, max_tokens=16),
+]
+LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+COMM_TIMEOUT_S = 3.0
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("parallel_dense", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("parallel_experts", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[RankProcesses]:
+    """Note the replicas that are started, which give up on a rank after seconds."""
+    replicas: list[RankProcesses] = []
+
+    def start(setup: Any) -> RankProcesses:
+        replicas.append(RankProcesses(setup, start_timeout_s=120.0, comm_timeout_s=COMM_TIMEOUT_S))
+        return replicas[-1]
+
+    monkeypatch.setattr(llm_module, "launch_engine", partial(launch_engine, start_peers=start))
+    return replicas
+
+
+def tokens(llm: LLM) -> list[list[list[int]]]:
+    return [[sample.token_ids for sample in output.outputs] for output in llm.generate(PROMPTS, PARAMS)]
+
+
+def alone(path: Path) -> list[list[list[int]]]:
+    with LLM(str(path), **OPTIONS) as llm:
+        return tokens(llm)
+
+
+def gone(replica: RankProcesses) -> bool:
+    return not any(psutil.pid_exists(process_id) for process_id in replica.process_ids.values())
+
+
+def test_tensor_and_pipeline_parallel_processes_give_the_same(dense: Path, started: list[RankProcesses]) -> None:
+    with LLM(str(dense), **OPTIONS, tensor_parallel_size=2, pipeline_parallel_size=2) as llm:
+        found = tokens(llm)
+        assert len(started[0].process_ids) == 3
+    assert found == alone(dense)
+    assert gone(started[0])
+
+
+def test_expert_parallel_processes_give_the_same(experts: Path, started: list[RankProcesses]) -> None:
+    with LLM(str(experts), **OPTIONS, expert_parallel_size=2, overlap=True) as llm:
+        found = tokens(llm)
+    assert found == alone(experts)
+    assert gone(started[0])
+
+
+def kill(process_id: int) -> None:
+    os.kill(process_id, signal.SIGKILL)
+
+
+def stop(process_id: int) -> None:
+    os.kill(process_id, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("degrees", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize("strike", [kill, stop])
+def test_a_rank_that_is_lost_ends_requests_with_its_name_and_the_next_engine_is_right(
+    strike: Callable[[int], None], degrees: dict[str, int], dense: Path, started: list[RankProcesses]
+) -> None:
+    with LLM(str(dense), **OPTIONS, **degrees) as llm:
+        process_id = started[0].process_ids[1]
+        pieces = llm.stream(PROMPTS[0], LONG)
+        for _ in range(5):
+            next(pieces)
+        strike(process_id)
+        with pytest.raises(EngineError, match="rank 1|rank 0") as failed:
+            for _ in pieces:
+                pass
+        if strike is kill:
+            assert f"process {process_id}" in str(failed.value)
+        with pytest.raises(EngineError):
+            llm.generate(PROMPTS[0], PARAMS[0])
+    assert gone(started[0])
+    with LLM(str(dense), **OPTIONS, **degrees) as llm:
+        assert tokens(llm)[0] == alone(dense)[0]
+
+
+def test_a_rank_that_cannot_start_is_named(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.runtime.worker.rank_processes._MODULE", "slipstream.runtime.worker.no_such_module")
+    with pytest.raises(EngineError, match=r"rank 1 \(process \d+\) ended with status 1 before the replica was ready"):
+        LLM(str(dense), **OPTIONS, tensor_parallel_size=2)
