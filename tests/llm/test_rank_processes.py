@@ -108,7 +108,7 @@ def test_a_rank_that_is_lost_ends_requests_with_its_name_and_the_next_engine_is_
         for _ in range(5):
             next(pieces)
         strike(process_id)
-        with pytest.raises(EngineError, match="rank 1|rank 0") as failed:
+        with pytest.raises(EngineError, match=r"rank [01]") as failed:
             for _ in pieces:
                 pass
         if strike is kill:
