@@ -20,7 +20,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import TypeVar
 
-from ...comm.errors import CommError, CommTimeout
+from ...comm.errors import CommError, CommTimeout, PeerLost
 from ...comm.groups import MeshGroups
 from ...comm.handshake import SECRET_VARIABLE, Identity
 from ...comm.step_bus import StepHub
@@ -38,6 +38,7 @@ COMM_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _CHECK_PERIOD_S = 0.2
 _REASON_TIMEOUT_S = 2.0
+_END_TIMEOUT_S = 0.3
 _MODULE = "slipstream.runtime.worker.rank_main"
 
 _T = TypeVar("_T")
@@ -188,11 +189,14 @@ class RankProcesses:
                 raise self._failed(error) from error
 
     def _failed(self, error: CommError) -> EngineError:
-        ended = self._ended()
+        # A socket ends a moment before its process has.
+        ended = self._ended(wait_s=_END_TIMEOUT_S if isinstance(error, PeerLost) else 0.0)
         return EngineError(f"{error}; {ended}" if ended else str(error))
 
-    def _ended(self) -> str | None:
+    def _ended(self, *, wait_s: float = 0.0) -> str | None:
+        """Return which rank has ended, if any; each is waited for."""
         for rank, process in self._processes.items():
-            if (status := process.poll()) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(wait_s)
                 return f"rank {rank} (process {process.pid}) ended with status {status}"
         return None
