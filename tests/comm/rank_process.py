@@ -1,6 +1,7 @@
 """A process that is a rank: it opens groups and runs scenarios as it is told, over a socket that it was started with.
 
-Commands and answers are lines of JSON. A scenario is named ``module:function``; what it raises is answered, not died of.
+Commands and answers are lines of JSON. A scenario is named ``module:function``; what it raises is answered, and the
+process lives on.
 """
 
 from __future__ import annotations

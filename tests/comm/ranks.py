@@ -39,6 +39,7 @@ class RankProcess:
 
     def __init__(self, address: str = LOOPBACK, *, wrap: Callable[..., list[str]] | None = None) -> None:
         self.address = address
+        self.port = 0  # where it hosts a rendezvous, once it does
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = ["-P", "-m", "slipstream.tests.comm.rank_process", "--socket", str(theirs.fileno())]
@@ -91,6 +92,11 @@ class RankProcess:
         self._line.socket.close()
 
 
+def name_of(function: Callable[..., object]) -> str:
+    """Return how a rank's process finds a function."""
+    return f"{function.__module__}:{function.__name__}"
+
+
 def result_of(answer: Answer) -> Any:
     """Return an answer's result, or raise what the rank raised."""
     if answer.error is not None:
@@ -133,8 +139,8 @@ def open_together(
 
 def meet(ranks: Sequence[RankProcess]) -> None:
     """Have processes meet at a rendezvous that the first of them hosts."""
-    port = ranks[0].do("host", address=ranks[0].address)
+    ranks[0].port = ranks[0].do("host", address=ranks[0].address)
     for rank in ranks[1:]:
-        rank.tell("join", address=ranks[0].address, port=port)
+        rank.tell("join", address=ranks[0].address, port=ranks[0].port)
     for rank in ranks[1:]:
         result_of(rank.answer())

@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from slipstream.comm.errors import CommMisuse, CommTimeout
 from slipstream.comm.torch_groups import Rendezvous
-from slipstream.tests.comm.rank_process import Rank
-from slipstream.tests.comm.ranks import LOOPBACK, RankProcess, meet, open_together, result_of, together
+from slipstream.tests.comm.rank_acts import all_axes
+from slipstream.tests.comm.ranks import LOOPBACK, RankProcess, meet, name_of, open_together, result_of, together
 from slipstream.tests.contracts.collectives import SIZES, CollectivesContract, Scenario
 
 _generations = itertools.count()
@@ -39,18 +38,10 @@ class TestGlooGroups(CollectivesContract):
     def run(self, size: int, scenario: Scenario, seed: int, *, timeout_s: float = 30.0) -> list[object]:
         ranks = self.processes[:size]
         open_together(ranks, generation=next(_generations), timeout_s=timeout_s)
-        name = f"{scenario.__module__}:{scenario.__name__}"
-        answers = together(ranks, "run", lambda _: {"name": "group", "scenario": name, "seed": seed})
+        arguments = {"name": "group", "scenario": name_of(scenario), "seed": seed}
+        answers = together(ranks, "run", lambda _: arguments)
         together(ranks, "close", lambda _: {})
         return [result_of(answer) for answer in answers]
-
-
-def all_axes(rank: Rank) -> dict[str, list[int]]:
-    """Return which ranks of the world are in each group, as the groups themselves say."""
-    assert rank.mesh is not None
-    groups = rank.mesh
-    me = torch.tensor([groups.world.rank])
-    return {axis: getattr(groups, axis).all_gather(me).wait().tolist() for axis in ("world", "stage", "pp", "ep", "tp")}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)])
@@ -60,7 +51,7 @@ def test_a_mesh_has_its_groups(processes: list[RankProcess], shape: tuple[int, i
     mesh = {"pp": pp, "ep": ep, "tp": tp, "generation": generation, "address": LOOPBACK}
     for answer in together(processes, "open_mesh", lambda rank: {**mesh, "rank": rank}):
         result_of(answer)
-    answers = together(processes, "act", lambda _: {"act": f"{__name__}:all_axes"})
+    answers = together(processes, "act", lambda _: {"act": name_of(all_axes)})
     together(processes, "close", lambda _: {})
     for rank, answer in enumerate(answers):
         seen = result_of(answer)

@@ -196,16 +196,16 @@ def done_comes_true_without_waiting(group: Collectives, seed: int) -> None:
 
 def misuse_is_named_and_harmless(group: Collectives, seed: int) -> None:
     """What one rank alone can see to be wrong is refused before anything is sent; the group lives on."""
-    n = group.size
+    n, ones = group.size, [1] * group.size
     wrong: list[tuple[str, Callable[[], Work]]] = [
         ("must be contiguous", lambda: group.all_reduce(torch.ones(4, 4).t())),
         ("op must be one of sum, max", lambda: group.all_reduce(torch.ones(4), op="mean")),
         ("only moved", lambda: group.all_reduce(torch.ones(4).to(torch.float8_e4m3fn))),
         ("first axis", lambda: group.all_gather(torch.tensor(1.0))),
-        ("send_counts add up", lambda: group.all_to_all(torch.ones(n + 1), send_counts=[1] * n, receive_counts=[1] * n)),
-        ("entries for", lambda: group.all_to_all(torch.ones(n + 1), send_counts=[1] * (n + 1), receive_counts=[1] * n)),
+        ("send_counts add up", lambda: group.all_to_all(torch.ones(n + 1), send_counts=ones, receive_counts=ones)),
+        ("entries for", lambda: group.all_to_all(torch.ones(n + 1), send_counts=[*ones, 1], receive_counts=ones)),
         ("not be negative", lambda: group.all_to_all(torch.ones(0), send_counts=[-1] * n, receive_counts=[0] * n)),
-        ("sends itself", lambda: group.all_to_all(torch.ones(n), send_counts=[1] * n, receive_counts=[0] * n)),
+        ("sends itself", lambda: group.all_to_all(torch.ones(n), send_counts=ones, receive_counts=[0] * n)),
         ("not in the group", lambda: group.broadcast(torch.ones(1), root=n)),
         ("not in the group", lambda: group.send(torch.ones(1), to=-1)),
         ("this rank itself", lambda: group.receive(torch.ones(1), source=group.rank)),
