@@ -24,7 +24,7 @@ from slipstream.tests.comm.ranks import (
 from slipstream.tests.contracts.collectives import anything_in_any_order
 
 AT_ONCE_S = 10.0
-"""What a loaded machine may take over what is seen at once. All deadlines that must not be waited for are far longer."""
+"""What a loaded machine may take over what is seen at once; deadlines that must not be waited for are far longer."""
 
 NEVER_S = 120.0
 
