@@ -219,22 +219,17 @@ class GlooWork:
 
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Return the operation's result once it is complete."""
-        if self._result is not None:
-            return self._result
         limit_s = max(self._wire.timeout_s if timeout_s is None else timeout_s, 0.0)
-        if not self._goes_on and self._lock.acquire(blocking=False):
+        if self._result is None and not self._goes_on and self._lock.acquire(blocking=False):
             try:
                 return self._take_on(self._wire.clock() + limit_s)
             finally:
                 self._lock.release()
-        with self._wire.changed:
-            if not self._wire.changed.wait_for(self._settled, limit_s):
-                raise self._wire.fail(self._operation, CommTimeout, f"not complete within {limit_s} s")
-        if self._result is not None:
-            return self._result
-        if self._error is not None and not isinstance(self._error, CommError):
-            raise self._error
-        raise self._wire.error(self._operation)
+        if not self._settled():
+            with self._wire.changed:
+                if not self._wire.changed.wait_for(self._settled, limit_s):
+                    raise self._wire.fail(self._operation, CommTimeout, f"not complete within {limit_s} s")
+        return self._outcome()
 
     def done(self) -> bool:
         """Return whether ``wait`` would return or raise at once; the first time takes a waiter to find out."""
@@ -267,6 +262,13 @@ class GlooWork:
                 self._error = error
                 self._wire.changed.notify_all()
             raise
+
+    def _outcome(self) -> Tensor:
+        if self._result is not None:
+            return self._result
+        if self._error is not None and not isinstance(self._error, CommError):
+            raise self._error
+        raise self._wire.error(self._operation)
 
     def _settled(self) -> bool:
         return self._result is not None or self._error is not None or self._wire.dead

@@ -16,7 +16,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Protocol
 
@@ -25,18 +24,14 @@ from torch import Tensor
 
 from .errors import CommError, CommTimeout, PeerLost
 from .operands import Seat
+from .timeouts import FOR_EVER, Timeout, timeout
 from .waiters import Waiters
-
-_SHORTEST_WAIT_S = 0.002
-"""Gloo counts milliseconds, and takes none for its own default."""
 
 _NEVER_SENT = 0x7FFFFFFF
 """A tag that no transfer has."""
 
 _ENDED_HERE = "Application timeout"
 """What gloo says where this rank broke the connection, by a wait that was not in time."""
-
-_FOR_EVER = timedelta(days=3650)
 
 _KINDS = {
     "pair": 1,
@@ -52,7 +47,7 @@ _KINDS = {
 class Transfer(Protocol):
     """A send or a receive of gloo's."""
 
-    def wait(self, timeout: timedelta) -> bool:
+    def wait(self, timeout: Timeout) -> bool:
         """Block until it is complete; raise RuntimeError when it cannot be, or is not in time."""
         ...
 
@@ -142,9 +137,9 @@ class GlooWire:
         Raises: PeerLost, CommTimeout, GroupClosed
         """
         for one in posted:
-            left_s = _SHORTEST_WAIT_S if self.dead else max(deadline_s - self.clock(), _SHORTEST_WAIT_S)
+            left_s = 0.0 if self.dead else deadline_s - self.clock()
             try:
-                one.transfer.wait(timedelta(seconds=left_s))
+                one.transfer.wait(timeout(left_s))
             except RuntimeError as error:
                 raise self._broken(operation, one.peer, error) from error
 
@@ -181,7 +176,7 @@ class GlooWire:
     def _watch(self, gloo: Gloo, peer: int) -> None:
         """Wait for the end of a connection."""
         try:
-            gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(_FOR_EVER)
+            gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(FOR_EVER)
         except RuntimeError as error:
             if _ENDED_HERE not in str(error):
                 self._broken("watch", peer, error)
@@ -193,9 +188,7 @@ class GlooWire:
         """
         for peer in self.peers:
             try:
-                gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(
-                    timedelta(seconds=_SHORTEST_WAIT_S)
-                )
+                gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timeout(0.0))
             except RuntimeError:
                 # As wanted: it was not in time, or this connection had been broken before.
                 continue
