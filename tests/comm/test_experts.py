@@ -14,7 +14,7 @@ from slipstream.comm.collectives import Collectives, Work
 from slipstream.comm.errors import CommMisuse
 from slipstream.comm.expert_map import ExpertMap, even_map, expert_map
 from slipstream.comm.expert_traffic import LevelTraffic, traffic
-from slipstream.comm.experts import Mixed, Products, mix
+from slipstream.comm.experts import Mixed, Products, dispatch, mix
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.overlap import Steps, run_interleaved, run_plain
 from slipstream.kernels.moe_gemm import expert_products
@@ -309,6 +309,33 @@ def test_shared_experts_run_while_rows_are_on_their_way(count: int, seed: int) -
     # Counts; lists and rows; lists again, which are there; results. The same operations however many tokens there are.
     assert group.story == ["begin", "wait", "begin", "begin", "shared", "wait", "wait", "wait", "begin", "wait"]
     assert torch.equal(found, experts.on_one_rank(mine.x, mine.weights, mine.experts) + mine.x * 2)
+
+
+class Garbled(Recorded):
+    """A group of one from which counts come back changed."""
+
+    def __init__(self, rows: int, entries: int) -> None:
+        super().__init__()
+        self._counts = torch.tensor([rows, entries])
+
+    def all_to_all(self, x: Tensor, *, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Work:
+        garbled = x.clone()
+        garbled[:, :2] = self._counts
+        return super().all_to_all(garbled, send_counts=send_counts, receive_counts=receive_counts)
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(5, 4), (0, 4), (4, 0), (-1, 4)])
+def test_counts_that_cannot_be_are_refused(rows: int, entries: int, seed: int) -> None:
+    (mine,) = make_tokens(seed, (4,), chances("even", 2), top_k=2, dtype=torch.float32)
+    group = Garbled(rows, entries)
+    steps = dispatch(
+        [group],  # type: ignore[list-item]  # it has what the exchange uses
+        mine.x,
+        mine.experts,
+        placed=even_map(EXPERTS, ranks=1),
+    )
+    with pytest.raises(CommMisuse, match=f"rank 0 announces {rows} rows for {entries} entries"):
+        run_plain(steps)
 
 
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)])
