@@ -184,7 +184,7 @@ def test_maps_may_change_between_steps(sizes: tuple[int, ...], seed: int) -> Non
     for placed in (*maps, maps[0]):
         found = mix_all(groups, tokens, placed, experts)
         assert torch.equal(torch.cat([one.output_TH for one in found]), expected)
-        assert sum(one.load_E for one in found)[0] == (whole.experts == 0).sum(), "by expert, not by replica"
+        assert sum(one.load_E[0] for one in found) == (whole.experts == 0).sum(), "by expert, not by replica"
 
 
 def errors_of(groups: LocalLevels, body: Callable[[int, list[Collectives]], object]) -> list[CommMisuse]:

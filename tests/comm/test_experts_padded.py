@@ -102,7 +102,7 @@ def test_what_does_not_fit_takes_the_exact_way_on_all_ranks(short: str, seed: in
     def body(rank: int, levels: list[Collectives]) -> tuple[list[Mixed], list[Room], int]:
         mine, products = tokens[rank], experts.of_rank(placed, rank)
         reported: list[Room] = []
-        calls = []
+        calls: list[None] = []
 
         def shared() -> Tensor:
             calls.append(None)
@@ -132,7 +132,7 @@ def test_what_does_not_fit_takes_the_exact_way_on_all_ranks(short: str, seed: in
         assert torch.equal(torch.cat([results[step].output_TH for results, _, _ in found]), expected)
     assert all(reported == [needed] for _, reported, _ in found), "the first did not fit, the second did"
     assert all(calls == 2 for _, _, calls in found), "shared experts are not computed again"
-    load = sum(results[0].load_E for results, _, _ in found)
+    load = torch.stack([results[0].load_E for results, _, _ in found]).sum(0)
     assert load.tolist() == torch.bincount(all_tokens(tokens).experts.flatten(), minlength=EXPERTS).tolist()
 
 
