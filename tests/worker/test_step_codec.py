@@ -50,7 +50,10 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def int32s(length: int | st.SearchStrategy[int] = st.integers(0, 6), low: int = 0) -> st.SearchStrategy[Any]:
+few = st.integers(0, 6)
+
+
+def int32s(length: int | st.SearchStrategy[int] = few, low: int = 0) -> st.SearchStrategy[Any]:
     return hnp.arrays(np.int32, length, elements=st.integers(low, INT32_MAX))
 
 
