@@ -16,7 +16,7 @@ from slipstream.comm.sockets import connect, listen
 from slipstream.comm.step_bus import StepHub
 from slipstream.comm.step_endpoint import StepEndpoint, connect_rank
 from slipstream.comm.step_listener import StepListener
-from slipstream.comm.wire import BusLimits, Wire
+from slipstream.comm.wire import BusLimits, Clock, Wire
 from slipstream.runtime.clock import monotonic_clock
 
 PATIENCE_S = 60.0
@@ -39,11 +39,14 @@ def join(address: str, rank: int, *, identity: Identity = IDENTITY, limits: BusL
 
 
 def gather(
-    listener: StepListener, ranks: int, *, timeout_s: float = PATIENCE_S, limits: BusLimits | None = None
+    listener: StepListener,
+    ranks: int,
+    *,
+    timeout_s: float = PATIENCE_S,
+    limits: BusLimits | None = None,
+    clock: Clock = monotonic_clock,
 ) -> StepHub:
-    return listener.gather(
-        IDENTITY, ranks=range(1, ranks + 1), timeout_s=timeout_s, clock=monotonic_clock, limits=limits
-    )
+    return listener.gather(IDENTITY, ranks=range(1, ranks + 1), timeout_s=timeout_s, clock=clock, limits=limits)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -101,11 +101,11 @@ def admissions(draw: st.DrawFn) -> AdmittedSequence:
 
 
 @st.composite
-def plans(draw: st.DrawFn, max_slot: int = INT32_MAX) -> StepPlan:
+def plans(draw: st.DrawFn, max_slot: int = INT32_MAX, max_admitted: int = 2) -> StepPlan:
     rows, blocks, copies = (draw(st.integers(0, 6)) for _ in range(3))
     return StepPlan(
         step=draw(st.integers(0, 2**63 - 1)),
-        admitted=tuple(draw(st.lists(admissions(), max_size=2))),
+        admitted=tuple(draw(st.lists(admissions(), max_size=max_admitted))),
         slots=draw(hnp.arrays(np.int32, rows, elements=st.integers(0, max_slot))),
         sequence_ids=draw(hnp.arrays(np.int64, rows)),
         starts=draw(int32s(rows)),
@@ -144,6 +144,7 @@ def results(draw: st.DrawFn) -> StepResult:
     )
 
 
+@settings(max_examples=60)
 @given(plans())
 def test_any_plan_comes_out_as_it_went_in(plan: StepPlan) -> None:
     assert same(decode_plan(encode_plan(plan)), plan)
@@ -158,8 +159,8 @@ def test_any_result_comes_out_as_it_went_in(result: StepResult) -> None:
 def continued(draw: st.DrawFn) -> list[StepPlan]:
     """Plans that follow each other as a scheduler's do, and now and then not at all."""
     series: list[StepPlan] = []
-    for _ in range(draw(st.integers(1, 8))):
-        plan = draw(plans(max_slot=MAX_SLOTS - 1))
+    for _ in range(draw(st.integers(1, 5))):
+        plan = draw(plans(max_slot=MAX_SLOTS - 1, max_admitted=0))
         if series and draw(st.integers(0, 3)):
             last = series[-1]
             kept = draw(hnp.arrays(np.bool_, len(last.slots), elements=st.integers(0, 4).map(bool)))
@@ -177,6 +178,7 @@ def continued(draw: st.DrawFn) -> list[StepPlan]:
     return series
 
 
+@settings(max_examples=60)
 @given(continued(), st.data())
 def test_a_link_carries_any_plans_in_a_row(series: list[StepPlan], data: st.DataObject) -> None:
     encoder, decoder = PlanEncoder(max_slots=MAX_SLOTS), PlanDecoder(max_slots=MAX_SLOTS)
@@ -336,9 +338,10 @@ def damage(message: Any, path: tuple[Any, ...], value: Any) -> Any:
     return message
 
 
-full_plan = plans(max_slot=MAX_SLOTS - 1).filter(lambda plan: len(plan.slots) > 1)
+full_plan = plans(max_slot=MAX_SLOTS - 1, max_admitted=1).filter(lambda plan: len(plan.slots) > 1)
 
 
+@settings(max_examples=50)
 @given(full_plan, results(), st.data())
 def test_damaged_messages_are_refused_by_name_or_mean_something_else(
     plan: StepPlan, result: StepResult, data: st.DataObject
