@@ -49,7 +49,7 @@ def unpack_array(
     if length is not None and len(data) != length * wire.itemsize:
         raise StepCodecError(field, f"has {len(data) // wire.itemsize} entries, due are {length}")
     array = np.frombuffer(data, dtype=wire).astype(dtype)
-    if minimum is not None and len(array) and array.min() < minimum:  # type: ignore[operator]  # numbers, all of them
+    if minimum is not None and len(array) and array.min() < minimum:
         raise StepCodecError(field, f"must be at least {minimum}, got {array.min()}")
     return array
 

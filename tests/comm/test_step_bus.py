@@ -455,9 +455,11 @@ def test_close_wakes_everybody_and_says_why(kind: str) -> None:
         waiting = [pool.submit(endpoint.next_step, PATIENCE_S) for endpoint in b.endpoints]
         driver = pool.submit(b.hub.result, seq, PATIENCE_S)
         b.hub.close("the replica is drained")
-        for each in (*waiting, driver):
-            with pytest.raises(GroupClosed, match="the replica is drained"):
-                each.result(PATIENCE_S)
+        for rank in waiting:
+            with pytest.raises(GroupClosed, match="the driver ended the bus: the replica is drained"):
+                rank.result(PATIENCE_S)
+        with pytest.raises(GroupClosed, match="the replica is drained"):
+            driver.result(PATIENCE_S)
         b.hub.close()
         for call in (lambda: b.hub.send_step(b""), lambda: b.hub.result(seq, PATIENCE_S), b.hub.check):
             with pytest.raises(GroupClosed, match="step bus 'decode-0': the replica is drained"):

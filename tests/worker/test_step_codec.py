@@ -159,9 +159,9 @@ def test_any_result_comes_out_as_it_went_in(result: StepResult) -> None:
 def continued(draw: st.DrawFn) -> list[StepPlan]:
     """Plans that follow each other as a scheduler's do, and now and then not at all."""
     series: list[StepPlan] = []
-    for _ in range(draw(st.integers(1, 5))):
+    for follows in draw(st.lists(st.integers(0, 3).map(bool), min_size=1, max_size=5)):
         plan = draw(plans(max_slot=MAX_SLOTS - 1, max_admitted=0))
-        if series and draw(st.integers(0, 3)):
+        if series and follows:
             last = series[-1]
             kept = draw(hnp.arrays(np.bool_, len(last.slots), elements=st.integers(0, 4).map(bool)))
             joined = draw(st.integers(0, len(plan.slots)))
@@ -207,8 +207,10 @@ def decode_step(step: int, rows: int, *, start: int = 100) -> StepPlan:
 
 
 def without(plan: StepPlan, row: int) -> StepPlan:
-    columns = ("slots", "sequence_ids", "starts", "counts", "samples")
-    return replace(plan, **{name: np.delete(getattr(plan, name), row) for name in columns})
+    columns: dict[str, Any] = {
+        name: np.delete(getattr(plan, name), row) for name in ("slots", "sequence_ids", "starts", "counts", "samples")
+    }
+    return replace(plan, **columns)
 
 
 def test_a_step_that_only_goes_on_is_a_few_bytes() -> None:
