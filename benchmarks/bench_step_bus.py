@@ -2,9 +2,9 @@
 
 The driver encodes a plan of 256 decoding rows and sends it; each rank, a process, decodes it and answers with nothing,
 but for the last, which encodes a result of 256 tokens; the driver decodes that. Two kinds of plan: ``next``, in which
-every row goes on where it was, and ``full``, which stands for itself. Prints median and P99 of the round trip, bytes a
-step, and the ratio to a limit measured in between: the same bytes to and from one rank over a bare socket of that kind,
-two system calls on either side. Writes JSON with ``--json``.
+every row goes on where it was, and ``full``, which stands for itself. Prints median and P99 of the round trip, how much
+of it is plans and results becoming bytes and back, bytes a step, and the ratio to a limit measured in between: the same
+bytes to and from one rank over a bare socket of that kind, two system calls on either side. ``--json`` writes a report.
 
     python -P -m slipstream.benchmarks.bench_step_bus --json benchmarks/results/step_bus.json
 """
@@ -43,13 +43,17 @@ WARM_UP_STEPS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A round trip to so many ranks, in microseconds; ``bare_us`` is the limit's median."""
+    """A round trip to so many ranks, in microseconds.
+
+    ``codec_us``: encoding and decoding a plan and a result once each; ``bare_us``: the limit's median.
+    """
 
     transport: str
     ranks: int
     plan: str
     median_us: float
     p99_us: float
+    codec_us: float
     bare_us: float
     step_bytes: int
     result_bytes: int
@@ -141,6 +145,22 @@ def measure_bus(hub: StepHub, plan_kind: str, steps: int) -> tuple[np.ndarray, i
     return costs_s, len(sent), len(answered)
 
 
+def measure_codec(plan_kind: str, steps: int) -> float:
+    """Return the median seconds of encoding and decoding a plan and a result."""
+    encoder, decoder = PlanEncoder(max_slots=ROWS), PlanDecoder(max_slots=ROWS)
+    result = StepResult(step=0, token_ids=np.arange(ROWS, dtype=np.int32), execute_s=0.0)
+    costs_s = []
+    for step in range(steps):
+        plan = decode_plan(step)
+        if plan_kind == "full":
+            encoder.resync()
+        start = time.perf_counter()
+        decoder.decode(encoder.encode(plan))
+        decode_result(encode_result(result))
+        costs_s.append(time.perf_counter() - start)
+    return float(np.median(costs_s))
+
+
 def measure_bare(address: str, steps: int, step_bytes: int, result_bytes: int) -> float:
     """Return the median seconds of as many bytes there and back over a bare socket."""
     unix = address.startswith("unix:")
@@ -189,6 +209,7 @@ def measure(transport: str, ranks: int, steps: int) -> Iterator[Point]:
                             plan=kind,
                             median_us=median_s * 1e6,
                             p99_us=p99_s * 1e6,
+                            codec_us=measure_codec(kind, steps) * 1e6,
                             bare_us=bare_s * 1e6,
                             step_bytes=step_bytes,
                             result_bytes=result_bytes,
@@ -215,14 +236,26 @@ def main() -> None:
         address, step_bytes, result_bytes = arguments.bare
         answer_bytes(address, int(step_bytes), int(result_bytes))
         return
-    columns = ("transport", "ranks", "plan", "median us", "P99 us", "bare us", "x bare", "step bytes", "result bytes")
+    columns = (
+        "transport",
+        "ranks",
+        "plan",
+        "median us",
+        "P99 us",
+        "codec us",
+        "bare us",
+        "x bare",
+        "step bytes",
+        "result bytes",
+    )
     print("  ".join(f"{name:>12}" for name in columns))
     points = []
     for transport in ("unix", "tcp"):
         for ranks in arguments.ranks:
             for point in measure(transport, ranks, arguments.steps):
                 points.append(point)
-                figures = (f"{value:.0f}" for value in (point.median_us, point.p99_us, point.bare_us))
+                costs = (point.median_us, point.p99_us, point.codec_us, point.bare_us)
+                figures = (f"{value:.0f}" for value in costs)
                 ratio = f"{point.median_us / point.bare_us:.1f}"
                 sizes = (f"{point.step_bytes}", f"{point.result_bytes}")
                 row = (point.transport, f"{point.ranks}", point.plan, *figures, ratio, *sizes)

@@ -43,6 +43,9 @@ def unpack_array(
     """
     if not isinstance(data, bytes):
         raise StepCodecError(field, f"must be bytes, got {type(data).__name__}")
+    if not data and not length:
+        # Most arrays of most steps.
+        return np.empty(0, dtype=dtype)
     wire = np.dtype(dtype).newbyteorder("<")
     if len(data) % wire.itemsize:
         raise StepCodecError(field, f"{len(data)} bytes are no whole number of {wire.itemsize}")
