@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -369,6 +370,22 @@ def test_damaged_messages_are_refused_by_name_or_mean_something_else(
         encode: Any = encode_result if kind == "result" else encode_plan
         decode = decode_result if kind == "result" else decode_plan
         assert same(decode(encode(decoded)), decoded), "what is believed is a message like any other"
+
+
+def test_messages_with_any_bytes_flipped_are_refused_by_name_or_mean_something_else(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    encoder = PlanEncoder(max_slots=8)
+    first, changed = encoder.encode(admitting()), encoder.encode(replace(admitting(), samples=np.array([True, False])))
+    for _ in range(1000):
+        for kind, data in (("plan", first), ("link", changed), ("result", encode_result(result_of(2)))):
+            broken = np.frombuffer(data, dtype=np.uint8).copy()
+            at = draw.integers(len(broken), size=draw.integers(1, 4))
+            broken[at] = draw.integers(256, size=len(at), dtype=np.uint8)
+            link = PlanDecoder(max_slots=8)
+            link.decode(first)
+            decode: Any = {"plan": decode_plan, "link": link.decode, "result": decode_result}[kind]
+            with suppress(StepCodecError):
+                decode(broken.tobytes())
 
 
 def with_field(data: bytes, *path: Any, value: Any) -> bytes:
