@@ -1,0 +1,228 @@
+"""From one placement to the next with few experts on the wire, and the list of what has to travel.
+
+A better placement is worth only what it gains until loads change again, and every expert that moves is megabytes. So a
+layer stays as it is while the wanted placement gains little; else it is either repaired in place, a replica or an
+exchange at a time, or replaced by the wanted one with its ranks renamed to fit, whichever moves fewer experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .expert_balance import check_loads, rank_loads
+from .experts import ExpertPlacement
+
+TOLERANCE = 0.05
+"""How much heavier than wanted the heaviest rank may stay, by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """An expert's weights in one layer, from a rank that has them to a slot of a rank that has not."""
+
+    layer: int
+    expert: int
+    source: int
+    destination: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalance:
+    """The next placement and what has to travel for it."""
+
+    placement: ExpertPlacement
+    moves: tuple[Move, ...]
+
+
+def rebalance(
+    present: ExpertPlacement,
+    wanted: ExpertPlacement,
+    loads: Sequence[Sequence[float]],
+    *,
+    tolerance: float = TOLERANCE,
+    inside_hosts: bool = False,
+) -> Rebalance:
+    """Choose a placement nearly as balanced as ``wanted`` that moves few experts from ``present``.
+
+    In every layer the heaviest rank is at most ``tolerance`` heavier than wanted. With ``inside_hosts`` a repair moves
+    nothing between hosts, as the hierarchical policy needs where its groups are to stay on theirs.
+
+    Shapes: loads [layers][experts]
+    Raises: ValueError when the two placements are not of the same layers, experts, slots, ranks and hosts
+    """
+    _check_same_shape(present, wanted)
+    if len(loads) != present.num_layers or check_loads(loads) != present.num_experts:
+        raise ValueError(f"loads must be {present.num_layers} layers of {present.num_experts} experts")
+    if tolerance < 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    layers = []
+    for layer, own in enumerate(loads):
+        before = [list(experts) for experts in present.experts_by_rank(layer)]
+        limit = max(rank_loads(wanted, layer, own)) * (1 + tolerance)
+        repaired = _Repair(before, own, present.ranks_per_host if inside_hosts else present.num_ranks).run(limit)
+        renamed = _renamed(before, [list(experts) for experts in wanted.experts_by_rank(layer)], present.ranks_per_host)
+        if repaired is None or _arrivals(before, renamed) < _arrivals(before, repaired):
+            chosen = renamed
+        else:
+            chosen = repaired
+        layers.append([_in_place(old, new) for old, new in zip(before, chosen, strict=True)])
+    placement = ExpertPlacement.of_ranks(layers, num_experts=present.num_experts, ranks_per_host=present.ranks_per_host)
+    return Rebalance(placement=placement, moves=moves_between(present, placement))
+
+
+def moves_between(before: ExpertPlacement, after: ExpertPlacement) -> tuple[Move, ...]:
+    """List the experts that ranks lack in ``before`` and hold in ``after``, each with a rank to have it from.
+
+    The source is on the same host where one has the expert; among equals the rank that has sent least so far.
+    """
+    _check_same_shape(before, after)
+    sent = [0] * before.num_ranks
+    moves = []
+    for layer in range(before.num_layers):
+        for rank, experts in enumerate(after.experts_by_rank(layer)):
+            held = before.experts_on(layer, rank)
+            for place, expert in enumerate(experts):
+                if expert in held:
+                    continue
+                holders = [before.rank_of(slot) for slot in before.replicas(layer, expert)]
+                home = before.host_of(rank)
+                source = min(holders, key=lambda holder: (before.host_of(holder) != home, sent[holder], holder))
+                sent[source] += 1
+                slot = rank * after.slots_per_rank + place
+                moves.append(Move(layer=layer, expert=expert, source=source, destination=rank, slot=slot))
+    return tuple(moves)
+
+
+class _Repair:
+    """A layer's placement that is being changed step by step, and its load.
+
+    A step writes over a replica that its expert can spare (one move) or exchanges two experts (two moves). Every step
+    makes the heaviest rank lighter without making another as heavy.
+    """
+
+    def __init__(self, ranks: Sequence[Sequence[int]], loads: Sequence[float], reach: int) -> None:
+        self.ranks = [list(experts) for experts in ranks]
+        self.loads = loads
+        self.reach = reach  # experts go no further than among so many neighbouring ranks
+        self.holders: list[list[int]] = [[] for _ in loads]
+        for rank, experts in enumerate(ranks):
+            for expert in experts:
+                self.holders[expert].append(rank)
+        self.weights = [sum([self._share(expert) for expert in experts]) for experts in ranks]
+
+    def run(self, limit: float) -> list[list[int]] | None:
+        """Return the ranks' experts with no rank above the limit; None where no step leads there."""
+        for _ in range(len(self.ranks) * len(self.ranks[0])):
+            heavy = self.weights.index(max(self.weights))
+            if self.weights[heavy] <= limit:
+                return self.ranks
+            top = self.weights[heavy] * (1 - 1e-9)
+            steps = [
+                (max(peak, limit), moves, step)
+                for peak, moves, step in (*self._overwrites(heavy), *self._exchanges(heavy))
+                if peak < top
+            ]
+            if not steps:
+                return None
+            self._take(min(steps)[2])
+        return None
+
+    def _share(self, expert: int) -> float:
+        return self.loads[expert] / len(self.holders[expert])
+
+    def _near(self, rank: int) -> range:
+        first = rank - rank % self.reach
+        return range(first, first + self.reach)
+
+    def _overwrites(self, heavy: int) -> Iterator[tuple[float, int, tuple[tuple[int, int, int], ...]]]:
+        """Offer the spare replicas that one of heavy's experts may replace, and heavy's own that another may."""
+        near = self._near(heavy)
+        for rank in near:
+            spare = [expert for expert in self.ranks[rank] if len(self.holders[expert]) > 1]
+            offered = self.ranks[heavy]
+            if rank == heavy:
+                offered = sorted({expert for other in near for expert in self.ranks[other]})
+            for out in spare:
+                for into in offered:
+                    if rank not in self.holders[into]:
+                        yield self._peak_of_overwrite(rank, out, into), 1, ((rank, out, into),)
+
+    def _exchanges(self, heavy: int) -> Iterator[tuple[float, int, tuple[tuple[int, int, int], ...]]]:
+        for rank in self._near(heavy):
+            if rank == heavy:
+                continue
+            for out in self.ranks[heavy]:
+                if rank in self.holders[out]:
+                    continue
+                for into in self.ranks[rank]:
+                    if heavy not in self.holders[into]:
+                        shift = self._share(out) - self._share(into)
+                        peak = max(self.weights[heavy] - shift, self.weights[rank] + shift)
+                        yield peak, 2, ((heavy, out, into), (rank, into, out))
+
+    def _peak_of_overwrite(self, rank: int, out: int, into: int) -> float:
+        """Return the heaviest of the ranks whose load changes when ``into`` replaces ``out`` on a rank."""
+        fewer, more = len(self.holders[out]) - 1, len(self.holders[into]) + 1
+        rise = self.loads[out] / fewer - self._share(out)
+        fall = self._share(into) - self.loads[into] / more
+        weights = {holder: self.weights[holder] + rise for holder in self.holders[out]}
+        for holder in self.holders[into]:
+            weights[holder] = weights.get(holder, self.weights[holder]) - fall
+        weights[rank] = self.weights[rank] - self._share(out) + self.loads[into] / more
+        return max(weights.values())
+
+    def _take(self, step: tuple[tuple[int, int, int], ...]) -> None:
+        for rank, out, into in step:
+            self.ranks[rank][self.ranks[rank].index(out)] = into
+        for rank, out, into in step:
+            self.holders[out].remove(rank)
+            self.holders[into].append(rank)
+        self.weights = [sum([self._share(expert) for expert in experts]) for experts in self.ranks]
+
+
+def _renamed(before: list[list[int]], after: list[list[int]], ranks_per_host: int) -> list[list[int]]:
+    """Give the ranks of ``after`` new numbers, whole hosts first, so that many experts stay where they are."""
+
+    def hosts(ranks: list[list[int]]) -> list[list[int]]:
+        firsts = range(0, len(ranks), ranks_per_host)
+        return [[expert for rank in ranks[first : first + ranks_per_host] for expert in rank] for first in firsts]
+
+    renamed: list[list[int]] = []
+    for host, other in enumerate(_matches(hosts(before), hosts(after))):
+        own = before[host * ranks_per_host : (host + 1) * ranks_per_host]
+        new = after[other * ranks_per_host : (other + 1) * ranks_per_host]
+        renamed += [new[index] for index in _matches(own, new)]
+    return renamed
+
+
+def _matches(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int]:
+    """Return for every part of ``before`` one of ``after``, those that share most first."""
+    sets = [set(part) for part in before]
+    shared = [(-len(held.intersection(part)), i, j) for i, held in enumerate(sets) for j, part in enumerate(after)]
+    found: dict[int, int] = {}
+    taken: set[int] = set()
+    for _, i, j in sorted(shared):
+        if i not in found and j not in taken:
+            found[i] = j
+            taken.add(j)
+    return [found[i] for i in range(len(before))]
+
+
+def _arrivals(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> int:
+    return sum(len(set(new).difference(old)) for old, new in zip(before, after, strict=True))
+
+
+def _in_place(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Order a rank's new experts so that those which stay keep their slots."""
+    arriving = iter(sorted(set(new).difference(old)))
+    return [expert if expert in new else next(arriving) for expert in old]
+
+
+def _check_same_shape(one: ExpertPlacement, other: ExpertPlacement) -> None:
+    for name in ("num_experts", "num_ranks", "ranks_per_host", "num_layers", "num_slots"):
+        if getattr(one, name) != getattr(other, name):
+            raise ValueError(
+                f"{name} must be the same in both placements, got {getattr(one, name)} and {getattr(other, name)}"
+            )
