@@ -63,10 +63,7 @@ def rebalance(
         limit = max(rank_loads(wanted, layer, own)) * (1 + tolerance)
         repaired = _Repair(before, own, present.ranks_per_host if inside_hosts else present.num_ranks).run(limit)
         renamed = _renamed(before, [list(experts) for experts in wanted.experts_by_rank(layer)], present.ranks_per_host)
-        if repaired is None or _arrivals(before, renamed) < _arrivals(before, repaired):
-            chosen = renamed
-        else:
-            chosen = repaired
+        chosen = renamed if repaired is None or _arrivals(before, renamed) < _arrivals(before, repaired) else repaired
         layers.append([_in_place(old, new) for old, new in zip(before, chosen, strict=True)])
     placement = ExpertPlacement.of_ranks(layers, num_experts=present.num_experts, ranks_per_host=present.ranks_per_host)
     return Rebalance(placement=placement, moves=moves_between(present, placement))
@@ -194,7 +191,8 @@ def _renamed(before: list[list[int]], after: list[list[int]], ranks_per_host: in
         own = before[host * ranks_per_host : (host + 1) * ranks_per_host]
         new = after[other * ranks_per_host : (other + 1) * ranks_per_host]
         renamed += [new[index] for index in _matches(own, new)]
-    return renamed
+    # The best matches one by one are not always the best together.
+    return min((after, renamed), key=lambda ranks: _arrivals(before, ranks))
 
 
 def _matches(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int]:

@@ -17,8 +17,11 @@ from itertools import combinations
 MOST_EXCHANGES_PER_BIN = 8
 """Bounds the work of ``even_out``; seldom reached."""
 
-LARGEST_BIN_FOR_PAIRS = 12
-"""Bins with more items have so many exchanges of one item that those of two are not needed."""
+PAIRS_HELP = range(4, 13)
+"""Sizes of bins where exchanges of two items are tried when none of one helps.
+
+In smaller bins they are exchanges of one seen from the other side, in larger ones there are enough of one.
+"""
 
 ROUNDING = 1e-9
 """Gains below this part of a bin's load are rounding."""
@@ -66,7 +69,7 @@ def even_out(bins: list[list[int]], loads: Sequence[float], owners: Sequence[int
     """
     weights = [sum([loads[item] for item in items]) for items in bins]
     holds = [{owners[item] for item in items} for items in bins]
-    sizes = (1, 2) if 2 <= len(bins[0]) <= LARGEST_BIN_FOR_PAIRS else (1,)
+    sizes = (1, 2) if len(bins[0]) in PAIRS_HELP else (1,)
     for _ in range(MOST_EXCHANGES_PER_BIN * len(bins)):
         heavy = weights.index(max(weights))
         if weights[heavy] <= limit:
