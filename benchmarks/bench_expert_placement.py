@@ -166,15 +166,8 @@ def print_row(*cells: str) -> None:
     print("  ".join(f"{cell:>13}" for cell in cells))
 
 
-def main() -> None:
-    """Measure, print the tables and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    seed = arguments.seed
-
+def report_balances(seed: int, repeats: int) -> list[Balance]:
+    """Measure and print how balanced placements are."""
     workloads = {
         "lognormal 1.0": lognormal_loads(LAYERS, EXPERTS, seed=seed),
         "lognormal 1.5": lognormal_loads(LAYERS, EXPERTS, seed=seed, sigma=1.5),
@@ -182,43 +175,64 @@ def main() -> None:
         "zipf 1.2": zipf_loads(LAYERS, EXPERTS, seed=seed, exponent=1.2),
     }
     shapes = (("global", 288, 32), ("global", 288, 72), ("hierarchical", 288, 32), ("global", 320, 64))
-    print_row("loads", "policy", "slots", "ranks", "balance", "limit", "in turn", "median s", "of 0.2 s")
+    print_row("loads", "policy", "slots", "ranks", "balance", "limit", "in turn", "median s", f"of {LIMIT_S} s")
     balances = []
     for name, loads in workloads.items():
         for policy, slots, ranks in shapes:
-            one = measure_balance(name, loads, policy, slots, ranks, arguments.repeats)
+            one = measure_balance(name, loads, policy, slots, ranks, repeats)
             balances.append(one)
             limit = "-" if one.limit is None else f"{one.limit:.2f}"
             figures = (f"{one.balancedness:.4f}", limit, f"{one.round_robin:.4f}", f"{one.median_s:.3f}")
             print_row(name, policy, str(slots), str(ranks), *figures, f"{one.median_s / LIMIT_S:.2f}")
+    return balances
 
-    print()
+
+def report_drifts(seed: int) -> list[Drift]:
+    """Measure and print what following a drift costs."""
     print_row("drift", "tolerance", "moves/layer", "fresh", "before", "after", "fresh", "s")
-    drifts = [measure_drift(sigma, tolerance, seed) for sigma in (0.1, 0.3) for tolerance in (0.02, 0.05, 0.1)]
-    for drift in drifts:
-        moves = (f"{drift.moves_per_layer:.1f}", f"{drift.fresh_moves_per_layer:.1f}")
-        ratios = (drift.balancedness_before, drift.balancedness_after, drift.balancedness_fresh)
-        balance = (f"{ratio:.4f}" for ratio in ratios)
-        print_row(f"{drift.sigma}", f"{drift.tolerance}", *moves, *balance, f"{drift.seconds:.2f}")
+    drifts = []
+    for sigma in (0.1, 0.3):
+        for tolerance in (0.02, 0.05, 0.1):
+            one = measure_drift(sigma, tolerance, seed)
+            drifts.append(one)
+            moves = (f"{one.moves_per_layer:.1f}", f"{one.fresh_moves_per_layer:.1f}")
+            ratios = (one.balancedness_before, one.balancedness_after, one.balancedness_fresh)
+            print_row(f"{sigma}", f"{tolerance}", *moves, *(f"{ratio:.4f}" for ratio in ratios), f"{one.seconds:.2f}")
+    return drifts
 
-    print(f"\nbytes after grouping over bytes before (limit {BYTES_LIMIT})")
+
+def report_groupings(seed: int) -> list[Grouping]:
+    """Measure and print what grouping saves."""
+    print(f"bytes after grouping over bytes before (limit {BYTES_LIMIT} where groups are planted)")
     print_row("inside", "groups", "slots", "flat", "between hosts", "hierarchical", "s a layer")
-    groupings = [
-        measure_grouping(inside, groups, slots, seed)
-        for inside, groups, slots in ((0.9, 32, 256), (0.9, 16, 256), (0.9, 16, 288), (0.7, 16, 256), (0.0, 16, 256))
-    ]
-    for one_grouping in groupings:
-        shares = (one_grouping.flat, one_grouping.between_hosts, one_grouping.hierarchical, one_grouping.layer_s)
-        shape = (f"{one_grouping.inside}", f"{one_grouping.groups}", f"{one_grouping.num_slots}")
-        print_row(*shape, *(f"{share:.2f}" for share in shares))
+    groupings = []
+    for inside, groups, slots in ((0.9, 32, 256), (0.9, 16, 256), (0.9, 16, 288), (0.7, 16, 256), (0.0, 16, 256)):
+        one = measure_grouping(inside, groups, slots, seed)
+        groupings.append(one)
+        figures = (one.flat, one.between_hosts, one.hierarchical, one.layer_s)
+        print_row(f"{inside}", f"{groups}", f"{slots}", *(f"{figure:.2f}" for figure in figures))
+    return groupings
 
+
+def main() -> None:
+    """Measure, print the tables and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    balances = report_balances(arguments.seed, arguments.repeats)
+    print()
+    drifts = report_drifts(arguments.seed)
+    print()
+    groupings = report_groupings(arguments.seed)
     if arguments.json:
-        figures = {
-            "balance": [asdict(one) for one in balances],
-            "drift": [asdict(drift) for drift in drifts],
-            "grouping": [asdict(one) for one in groupings],
-        }
-        write_report(arguments.json, "expert_placement", figures)
+        figures = {"balance": balances, "drift": drifts, "grouping": groupings}
+        write_report(
+            arguments.json,
+            "expert_placement",
+            {name: [asdict(one) for one in measured] for name, measured in figures.items()},
+        )
 
 
 if __name__ == "__main__":

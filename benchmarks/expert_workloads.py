@@ -40,6 +40,8 @@ class PlantedRouter:
     """
 
     def __init__(self, *, experts: int, groups: int, top_k: int, inside: float, seed: int) -> None:
+        if top_k > experts // groups and inside == 1.0:
+            raise ValueError(f"top_k must be at most the {experts // groups} experts of a group, got {top_k}")
         self._draw = random.Random(seed)
         order = self._draw.sample(range(experts), experts)
         self._groups = [order[index::groups] for index in range(groups)]
@@ -51,10 +53,8 @@ class PlantedRouter:
         """Return the experts that one token chooses."""
         group = self._draw.choice(self._groups)
         chosen: set[int] = set()
-        # What its group cannot give a token has to come from elsewhere.
-        inside = self._inside if self._top_k <= len(group) else 0.5
         while len(chosen) < self._top_k:
-            near = self._draw.random() < inside
+            near = self._draw.random() < self._inside
             chosen.add(self._draw.choice(group) if near else self._draw.randrange(self._experts))
         return tuple(sorted(chosen))
 

@@ -57,13 +57,14 @@ def rebalance(
         raise ValueError(f"loads must be {present.num_layers} layers of {present.num_experts} experts")
     if tolerance < 0:
         raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    reach = present.ranks_per_host if inside_hosts else present.num_ranks
     layers = []
     for layer, own in enumerate(loads):
         before = [list(experts) for experts in present.experts_by_rank(layer)]
         limit = max(rank_loads(wanted, layer, own)) * (1 + tolerance)
-        repaired = _Repair(before, own, present.ranks_per_host if inside_hosts else present.num_ranks).run(limit)
         renamed = _renamed(before, [list(experts) for experts in wanted.experts_by_rank(layer)], present.ranks_per_host)
-        chosen = renamed if repaired is None or _arrivals(before, renamed) < _arrivals(before, repaired) else repaired
+        repaired = _Repair(before, own, reach).run(limit, most_moves=_arrivals(before, renamed))
+        chosen = renamed if repaired is None else repaired
         layers.append([_in_place(old, new) for old, new in zip(before, chosen, strict=True)])
     placement = ExpertPlacement.of_ranks(layers, num_experts=present.num_experts, ranks_per_host=present.ranks_per_host)
     return Rebalance(placement=placement, moves=moves_between(present, placement))
@@ -109,21 +110,25 @@ class _Repair:
                 self.holders[expert].append(rank)
         self.weights = [sum([self._share(expert) for expert in experts]) for experts in ranks]
 
-    def run(self, limit: float) -> list[list[int]] | None:
-        """Return the ranks' experts with no rank above the limit; None where no step leads there."""
-        for _ in range(len(self.ranks) * len(self.ranks[0])):
+    def run(self, limit: float, *, most_moves: int) -> list[list[int]] | None:
+        """Return the ranks' experts with no rank above the limit; None where no step, or too many, lead there."""
+        moves = 0
+        while moves <= most_moves:
             heavy = self.weights.index(max(self.weights))
             if self.weights[heavy] <= limit:
                 return self.ranks
             top = self.weights[heavy] * (1 - 1e-9)
             steps = [
-                (max(peak, limit), moves, step)
-                for peak, moves, step in (*self._overwrites(heavy), *self._exchanges(heavy))
+                # Below the limit fewer moves count, above it the lightest.
+                (max(peak, limit), cost, step)
+                for peak, cost, step in (*self._overwrites(heavy), *self._exchanges(heavy))
                 if peak < top
             ]
             if not steps:
                 return None
-            self._take(min(steps)[2])
+            _, cost, step = min(steps)
+            self._take(step)
+            moves += cost
         return None
 
     def _share(self, expert: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .expert_routes import layer_cycles
+from .expert_routes import source_cycles
 from .experts import ExpertPlacement
 
 
@@ -30,9 +30,14 @@ class ExchangeBytes:
 
 
 def exchange_bytes(
-    placement: ExpertPlacement, layer: int, choices: Sequence[Sequence[Sequence[int]]], *, token_bytes: int
+    placement: ExpertPlacement,
+    layer: int,
+    choices: Sequence[Sequence[Sequence[int]]],
+    *,
+    token_bytes: int,
+    parts: int | None = None,
 ) -> ExchangeBytes:
-    """Count what dispatching these tokens moves.
+    """Count what dispatching these tokens moves; ``parts`` as in ``expert_routes.source_cycles``.
 
     Shapes: choices [ranks][tokens of the rank][top_k], an expert each
     Units: token_bytes, bytes of one copy of a token; 1 counts copies
@@ -42,9 +47,10 @@ def exchange_bytes(
     if token_bytes < 1:
         raise ValueError(f"token_bytes must be at least 1, got {token_bytes}")
     per_host = placement.ranks_per_host
+    routes = [source_cycles(placement, layer, expert, parts=parts) for expert in range(placement.num_experts)]
     flat = flat_between = between = inside = 0
     for source, rows in enumerate(choices):
-        cycles = layer_cycles(placement, layer, source)
+        cycles = [cycle[source] for cycle in routes]
         home, place = divmod(source, per_host)
         for row, experts in enumerate(rows):
             slots = {cycles[expert][row % len(cycles[expert])] for expert in experts}

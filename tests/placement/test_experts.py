@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from slipstream.placement.expert_balance import balance_globally
-from slipstream.placement.expert_routes import layer_cycles, routes_from, source_cycles
+from slipstream.placement.expert_routes import routes_from, slots_by_source, source_cycles
 from slipstream.placement.experts import ExpertPlacement, round_robin
 from slipstream.tests.placement.expert_cases import Problem, problems
 
@@ -102,7 +103,7 @@ def test_round_robin_is_a_placement_for_any_sizes(experts: int) -> None:
 
 
 def test_a_token_takes_the_nearest_replica() -> None:
-    assert layer_cycles(PLACEMENT, 0, 2) == ((4, 4, 4, 4), (5, 5), (3,), (7,))
+    assert routes_from(PLACEMENT, 2).cycles == (((4, 4, 4, 4), (5, 5), (3,), (7,)),)
     # Ranks 1 and 3 hold no replica of expert 1, but their hosts do.
     assert source_cycles(PLACEMENT, 0, 1) == ((1, 1), (1, 1), (5, 5), (5, 5))
     routes = routes_from(PLACEMENT, 3)
@@ -119,10 +120,14 @@ def test_replicas_are_used_evenly_where_near_alone_would_not_be() -> None:
     assert Counter(cycles[3]) == {0: 1, 2: 1, 4: 1}
     routes = routes_from(placement, 3)
     assert sorted(routes.slot(0, 0, row) for row in range(5, 8)) == [0, 2, 4], "taken in turn"
+    # With one part a source has one slot, and the last rank's is the one with room on its host.
+    assert slots_by_source(placement, 0) == ((0, 1, 3, 5), (2, 1, 3, 5), (4, 6, 7, 5), (4, 6, 7, 5))
+    with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
+        source_cycles(placement, 0, 0, parts=0)
 
 
-@given(problem=problems())
-def test_every_replica_gets_the_same_share_of_all_sources(problem: Problem) -> None:
+@given(problem=problems(), parts=st.one_of(st.none(), st.integers(1, 5)))
+def test_every_replica_gets_the_same_share_of_all_sources(problem: Problem, parts: int | None) -> None:
     placement = balance_globally(
         problem.loads,
         num_slots=problem.num_slots,
@@ -131,10 +136,16 @@ def test_every_replica_gets_the_same_share_of_all_sources(problem: Problem) -> N
     )
     for expert in range(problem.num_experts):
         slots = placement.replicas(0, expert)
-        cycles = source_cycles(placement, 0, expert)
-        assert {len(cycle) for cycle in cycles} == {len(slots)}
-        assert Counter(slot for cycle in cycles for slot in cycle) == dict.fromkeys(slots, problem.num_ranks)
+        cycles = source_cycles(placement, 0, expert, parts=parts)
+        length = parts or len(slots)
+        assert {len(cycle) for cycle in cycles} == {length}
+        used = Counter(slot for cycle in cycles for slot in cycle)
+        assert set(used) <= set(slots)
+        if parts is None:
+            assert used == dict.fromkeys(slots, problem.num_ranks)
+        assert max(used.values()) <= -(-problem.num_ranks * length // len(slots))
         for source, cycle in enumerate(cycles):
             own = [slot for slot in slots if placement.rank_of(slot) == source]
             assert not own or set(cycle) == set(own), "a rank's own replica comes first"
-            assert layer_cycles(placement, 0, source)[expert] in (cycle, slots)
+    for source, chosen in enumerate(slots_by_source(placement, 0)):
+        assert chosen == tuple(cycle[0] for cycle in routes_from(placement, source, parts=1).cycles[0])
