@@ -7,11 +7,16 @@ exchange at a time, or replaced by the wanted one with its ranks renamed to fit,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from .expert_balance import check_loads, rank_loads
+from .expert_packing import ROUNDING
 from .experts import ExpertPlacement
+
+Step: TypeAlias = tuple[tuple[int, int, int], ...]
+"""Replacements that belong together: on which rank, which expert goes, which comes."""
 
 TOLERANCE = 0.05
 """How much heavier than wanted the heaviest rank may stay, by default."""
@@ -104,84 +109,101 @@ class _Repair:
         self.ranks = [list(experts) for experts in ranks]
         self.loads = loads
         self.reach = reach  # experts go no further than among so many neighbouring ranks
-        self.holders: list[list[int]] = [[] for _ in loads]
+        self.holders: list[set[int]] = [set() for _ in loads]
         for rank, experts in enumerate(ranks):
             for expert in experts:
-                self.holders[expert].append(rank)
-        self.weights = [sum([self._share(expert) for expert in experts]) for experts in ranks]
+                self.holders[expert].add(rank)
+        self.shares = [load / len(held) for load, held in zip(loads, self.holders, strict=True)]
+        self.weights = [self._weight(rank) for rank in range(len(ranks))]
 
     def run(self, limit: float, *, most_moves: int) -> list[list[int]] | None:
         """Return the ranks' experts with no rank above the limit; None where no step, or too many, lead there."""
         moves = 0
         while moves <= most_moves:
             heavy = self.weights.index(max(self.weights))
-            if self.weights[heavy] <= limit:
+            top = self.weights[heavy]
+            if top <= limit:
                 return self.ranks
-            top = self.weights[heavy] * (1 - 1e-9)
-            steps = [
-                # Below the limit fewer moves count, above it the lightest.
-                (max(peak, limit), cost, step)
-                for peak, cost, step in (*self._overwrites(heavy), *self._exchanges(heavy))
-                if peak < top
-            ]
-            if not steps:
+            peak, step = self._best_overwrite(heavy, top * (1 - ROUNDING))
+            # An overwrite moves less than an exchange: where it is good enough there is nothing to compare.
+            if peak > limit:
+                peak, step = min((peak, step), self._best_exchange(heavy, peak), key=lambda found: found[0])
+            if not step:
                 return None
-            _, cost, step = min(steps)
             self._take(step)
-            moves += cost
+            moves += len(step)
         return None
 
-    def _share(self, expert: int) -> float:
-        return self.loads[expert] / len(self.holders[expert])
+    def _weight(self, rank: int) -> float:
+        return sum([self.shares[expert] for expert in self.ranks[rank]])
 
     def _near(self, rank: int) -> range:
         first = rank - rank % self.reach
         return range(first, first + self.reach)
 
-    def _overwrites(self, heavy: int) -> Iterator[tuple[float, int, tuple[tuple[int, int, int], ...]]]:
-        """Offer the spare replicas that one of heavy's experts may replace, and heavy's own that another may."""
-        near = self._near(heavy)
-        for rank in near:
-            spare = [expert for expert in self.ranks[rank] if len(self.holders[expert]) > 1]
-            offered = self.ranks[heavy]
-            if rank == heavy:
-                offered = sorted({expert for other in near for expert in self.ranks[other]})
-            for out in spare:
-                for into in offered:
-                    if rank not in self.holders[into]:
-                        yield self._peak_of_overwrite(rank, out, into), 1, ((rank, out, into),)
+    def _best_overwrite(self, heavy: int, peak: float) -> tuple[float, Step]:
+        """Find the spare replica to replace by one of heavy's experts, or of heavy's own by another's.
 
-    def _exchanges(self, heavy: int) -> Iterator[tuple[float, int, tuple[tuple[int, int, int], ...]]]:
+        Returns the heaviest of the ranks that it changes, below ``peak``, and the step; no step where there is none.
+        """
+        best: Step = ()
+        near = self._near(heavy)
+        everybody = sorted({expert for rank in near for expert in self.ranks[rank]})
+        for rank in near:
+            offered = everybody if rank == heavy else self.ranks[heavy]
+            for out in self.ranks[rank]:
+                if len(self.holders[out]) == 1:
+                    continue
+                for into in offered:
+                    # Most are too heavy already where they would go.
+                    arriving = self.loads[into] / (len(self.holders[into]) + 1)
+                    after = self.weights[rank] - self.shares[out] + arriving
+                    if after >= peak or rank in self.holders[into]:
+                        continue
+                    after = max(after, self._peak_elsewhere(rank, out, into))
+                    if after < peak:
+                        peak, best = after, ((rank, out, into),)
+        return peak, best
+
+    def _peak_elsewhere(self, rank: int, out: int, into: int) -> float:
+        """Return the heaviest of the other ranks that ``into`` instead of ``out`` on a rank changes the load of."""
+        rise = self.loads[out] / (len(self.holders[out]) - 1) - self.shares[out]
+        fall = self.shares[into] - self.loads[into] / (len(self.holders[into]) + 1)
+        held, gained = self.holders[out], self.holders[into]
+        return max(
+            self.weights[other] + (rise if other in held else 0.0) - (fall if other in gained else 0.0)
+            for other in held | gained
+            if other != rank
+        )
+
+    def _best_exchange(self, heavy: int, peak: float) -> tuple[float, Step]:
+        """Find the exchange with another rank; the result is as of ``_best_overwrite``."""
+        best: Step = ()
+        top = self.weights[heavy]
         for rank in self._near(heavy):
-            if rank == heavy:
+            gap = top - self.weights[rank]
+            if top - gap / 2 >= peak:
                 continue
             for out in self.ranks[heavy]:
                 if rank in self.holders[out]:
                     continue
                 for into in self.ranks[rank]:
-                    if heavy not in self.holders[into]:
-                        shift = self._share(out) - self._share(into)
-                        peak = max(self.weights[heavy] - shift, self.weights[rank] + shift)
-                        yield peak, 2, ((heavy, out, into), (rank, into, out))
+                    shift = self.shares[out] - self.shares[into]
+                    after = top - min(shift, gap - shift)
+                    if after < peak and heavy not in self.holders[into]:
+                        peak, best = after, ((heavy, out, into), (rank, into, out))
+        return peak, best
 
-    def _peak_of_overwrite(self, rank: int, out: int, into: int) -> float:
-        """Return the heaviest of the ranks whose load changes when ``into`` replaces ``out`` on a rank."""
-        fewer, more = len(self.holders[out]) - 1, len(self.holders[into]) + 1
-        rise = self.loads[out] / fewer - self._share(out)
-        fall = self._share(into) - self.loads[into] / more
-        weights = {holder: self.weights[holder] + rise for holder in self.holders[out]}
-        for holder in self.holders[into]:
-            weights[holder] = weights.get(holder, self.weights[holder]) - fall
-        weights[rank] = self.weights[rank] - self._share(out) + self.loads[into] / more
-        return max(weights.values())
-
-    def _take(self, step: tuple[tuple[int, int, int], ...]) -> None:
+    def _take(self, step: Step) -> None:
         for rank, out, into in step:
             self.ranks[rank][self.ranks[rank].index(out)] = into
-        for rank, out, into in step:
             self.holders[out].remove(rank)
-            self.holders[into].append(rank)
-        self.weights = [sum([self._share(expert) for expert in experts]) for experts in self.ranks]
+            self.holders[into].add(rank)
+        changed = {expert for _, out, into in step for expert in (out, into)}
+        for expert in changed:
+            self.shares[expert] = self.loads[expert] / len(self.holders[expert])
+        for rank in {rank for expert in changed for rank in self.holders[expert]}.union(rank for rank, _, _ in step):
+            self.weights[rank] = self._weight(rank)
 
 
 def _renamed(before: list[list[int]], after: list[list[int]], ranks_per_host: int) -> list[list[int]]:

@@ -23,6 +23,9 @@ PAIRS_HELP = range(4, 13)
 In smaller bins they are exchanges of one seen from the other side, in larger ones there are enough of one.
 """
 
+MOST_PARTNERS = 6
+"""Where an exchange with one of so many light bins helps, the rest are not asked: the next exchange may."""
+
 ROUNDING = 1e-9
 """Gains below this part of a bin's load are rounding."""
 
@@ -57,7 +60,9 @@ def pack(loads: Sequence[float], owners: Sequence[int], num_bins: int, *, target
     Shapes: loads, owners [items], a multiple of num_bins, no owner with more items than bins; returns [bins][items]
     """
     bins = _deal(loads, owners, num_bins)
-    even_out(bins, loads, owners, limit=sum(loads) / num_bins / target)
+    # No bin can be lighter than the heaviest item beside the lightest ones, so nothing better is searched for.
+    least = max(loads) + sum(sorted(loads)[: len(loads) // num_bins - 1])
+    even_out(bins, loads, owners, limit=max(least, sum(loads) / num_bins / target))
     return bins
 
 
@@ -68,6 +73,9 @@ def even_out(bins: list[list[int]], loads: Sequence[float], owners: Sequence[int
     Returns the load of the heaviest bin.
     """
     weights = [sum([loads[item] for item in items]) for items in bins]
+    if max(weights) <= limit:
+        return max(weights)
+    hands = _Hands(bins, loads)
     holds = [{owners[item] for item in items} for items in bins]
     sizes = (1, 2) if len(bins[0]) in PAIRS_HELP else (1,)
     for _ in range(MOST_EXCHANGES_PER_BIN * len(bins)):
@@ -75,7 +83,7 @@ def even_out(bins: list[list[int]], loads: Sequence[float], owners: Sequence[int
         if weights[heavy] <= limit:
             break
         for size in sizes:
-            found = _best_exchange(bins, loads, owners, weights, holds, heavy, size, limit)
+            found = _best_exchange(hands, owners, weights, holds, heavy, size, limit)
             if found is not None:
                 break
         else:
@@ -84,6 +92,7 @@ def even_out(bins: list[list[int]], loads: Sequence[float], owners: Sequence[int
         bins[heavy] = [item for item in bins[heavy] if item not in given] + list(taken)
         bins[light] = [item for item in bins[light] if item not in taken] + list(given)
         for index in (heavy, light):
+            hands.forget(index)
             weights[index] = sum([loads[item] for item in bins[index]])
             holds[index] = {owners[item] for item in bins[index]}
     return max(weights)
@@ -145,9 +154,34 @@ def _way_out(
     return index, out
 
 
+class _Hands:
+    """The ways to pick one or two items of a bin, by load; kept until the bin changes."""
+
+    def __init__(self, bins: list[list[int]], loads: Sequence[float]) -> None:
+        self._bins = bins
+        self._loads = loads
+        self._known: dict[tuple[int, int], tuple[list[float], list[tuple[int, ...]]]] = {}
+
+    def of(self, index: int, size: int) -> tuple[list[float], list[tuple[int, ...]]]:
+        """Return the picks of a bin: their loads, ascending, and their items."""
+        known = self._known.get((index, size))
+        if known is None:
+            loads = self._loads
+            picks = sorted(
+                [(sum([loads[item] for item in pick]), pick) for pick in combinations(self._bins[index], size)]
+            )
+            known = ([load for load, _ in picks], [pick for _, pick in picks])
+            self._known[index, size] = known
+        return known
+
+    def forget(self, index: int) -> None:
+        """Take note that a bin has changed."""
+        for size in (1, 2):
+            self._known.pop((index, size), None)
+
+
 def _best_exchange(
-    bins: list[list[int]],
-    loads: Sequence[float],
+    hands: _Hands,
     owners: Sequence[int],
     weights: list[float],
     holds: list[set[int]],
@@ -155,44 +189,35 @@ def _best_exchange(
     size: int,
     limit: float,
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-    """Find the exchange of ``size`` items that leaves the heaviest bin and its partner lightest.
+    """Find an exchange of ``size`` items that leaves the heaviest bin and its partner much lighter.
 
     Returns (partner, items given, items taken), or None where none helps.
     """
     top = weights[heavy]
     peak = top * (1 - ROUNDING)
     best = None
-    hands = _hands(bins[heavy], loads, size)
-    for light in sorted(range(len(bins)), key=weights.__getitem__):
-        half = (top - weights[light]) / 2
+    own, gifts = hands.of(heavy, size)
+    for asked, light in enumerate(sorted(range(len(weights)), key=weights.__getitem__)):
+        gap = top - weights[light]
         # Partners come lightest first; the best that this one or a later could do is to meet in the middle.
-        if top - half >= peak:
+        if top - gap / 2 >= peak or (best and (asked >= MOST_PARTNERS or peak <= limit)):
             break
-        others = _hands(bins[light], loads, size)
-        sums = [other[0] for other in others]
-        for load, given in hands:
-            at = bisect_left(sums, load - half)
+        others, returns = hands.of(light, size)
+        for load, given in zip(own, gifts, strict=True):
+            # The two that lie around what would even out the bins.
+            at = bisect_left(others, load - gap / 2)
             for near in (at - 1, at):
-                if not 0 <= near < len(sums):
+                if not 0 <= near < len(others):
                     continue
-                shift = load - sums[near]
-                after = top - min(shift, 2 * half - shift)
+                shift = load - others[near]
+                after = top - min(shift, gap - shift)
                 if after < peak:
-                    taken = others[near][1]
+                    taken = returns[near]
                     if _may_change(given, owners, holds[light]) and _may_change(taken, owners, holds[heavy]):
                         peak = after
                         best = (light, given, taken)
-        if peak <= limit:
-            break
     return best
 
 
 def _may_change(items: tuple[int, ...], owners: Sequence[int], held: set[int]) -> bool:
     return all([owners[item] not in held for item in items])
-
-
-def _hands(items: list[int], loads: Sequence[float], size: int) -> list[tuple[float, tuple[int, ...]]]:
-    """Return the ways to pick ``size`` items, by load."""
-    if size == 1:
-        return sorted([(loads[item], (item,)) for item in items])
-    return sorted([(loads[one] + loads[two], (one, two)) for one, two in combinations(items, 2)])

@@ -161,9 +161,10 @@ def test_tiny_cases_come_near_the_best_possible(experts: int, num_ranks: int, sl
         placement = balance_globally([loads], num_slots=slots, num_ranks=num_ranks, target=1.0)
         ratios.append(max(rank_loads(placement, 0, loads)) / best_possible(loads, num_ranks, slots_per_rank))
     assert min(ratios) > 1 - 1e-9, "nothing is better than the best"
-    assert sum(ratios) / len(ratios) < 1.05
+    assert sum(ratios) / len(ratios) < 1.1
     if slots == experts:
         assert sum(ratio < 1 + 1e-9 for ratio in ratios) > 10, "without replicas mostly the best itself"
+        assert sum(ratios) / len(ratios) < 1.02
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,11 @@ def test_equal_placements_are_equal_and_hash_alike() -> None:
         ({"ranks_per_host": 3}, "ranks_per_host must divide the 4 ranks, got 3"),
         ({"physical_to_logical": ()}, "physical_to_logical must have at least one layer"),
         ({"physical_to_logical": ((0, 1, 2, 3, 0),)}, "num_slots must be a multiple of the 4 ranks, got 5"),
-        ({"num_experts": 9}, "num_slots must be at least the 9 experts, got 8"),
-        ({"num_experts": 1}, "num_slots must be at most 1 experts times 4 ranks, got 8"),
+        ({"num_experts": 9}, "num_slots must be at least the 9 experts, got 4"),
+        (
+            {"num_experts": 1, "physical_to_logical": ((0,) * 8,)},
+            "num_slots must be at most 1 experts times 4 ranks, got 8",
+        ),
         ({"physical_to_logical": ((0, 1, 2, 3), (0, 1, 2))}, r"physical_to_logical\[1\] must have 4 slots .* got 3"),
         ({"physical_to_logical": ((0, 1, 2, 4),)}, r"physical_to_logical\[0\]\[3\] must be one of 4 experts, got 4"),
         ({"physical_to_logical": ((0, 1, 2, -1),)}, r"physical_to_logical\[0\]\[3\] must be one of 4 experts, got -1"),
