@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .expert_balance import TARGET, check_loads, place_among
-from .expert_packing import even_out, pack
+from .expert_balance import TARGET, check_loads
+from .expert_packing import even_out, pack, replica_counts
 from .experts import ExpertPlacement, check_ranks, check_slots
 
 SLACK = 0.1
@@ -31,10 +31,9 @@ def place_by_affinity(
     ranks_per_host: int,
     slack: float = SLACK,
 ) -> ExpertPlacement:
-    """Place experts that fire together on the same host, and without spare slots on the same rank.
+    """Place experts that fire together on the same host, and inside it on the same rank.
 
-    With spare slots a host's experts are replicated and packed for balance on its ranks: between hosts the wire is
-    slow, inside a host it is the heaviest rank that everybody waits for.
+    Spare slots hold replicas of the heaviest experts of each host, on other ranks of the same host.
 
     Shapes: together [layers][experts][experts], tokens that chose both; loads [layers][experts]
     Raises: ValueError naming the argument that cannot be
@@ -56,14 +55,10 @@ def place_by_affinity(
     for pairs, own in zip(together, loads, strict=True):
         ranks: list[list[int]] = []
         for host in group_experts(pairs, own, num_hosts, slack=slack):
-            if num_slots == num_experts:
-                inner = [[pairs[one][other] for other in host] for one in host]
-                parts = group_experts(inner, [own[expert] for expert in host], ranks_per_host, slack=slack)
-                ranks += [[host[index] for index in part] for part in parts]
-            else:
-                ranks += place_among(
-                    host, own, num_slots=num_slots // num_hosts, num_ranks=ranks_per_host, target=TARGET
-                )
+            inner = [[pairs[one][other] for other in host] for one in host]
+            counts = replica_counts([own[expert] for expert in host], num_slots // num_hosts, most=ranks_per_host)
+            parts = _group(inner, [own[expert] for expert in host], counts, ranks_per_host, slack)
+            ranks += [sorted([host[index] for index in part]) for part in parts]
         layers.append(ranks)
     return ExpertPlacement.of_ranks(layers, num_experts=num_experts, ranks_per_host=ranks_per_host)
 
@@ -82,29 +77,59 @@ def group_experts(
         raise ValueError(f"slack must not be negative, got {slack}")
     if len(together) != experts or any(len(row) != experts for row in together):
         raise ValueError(f"together must be {experts} by {experts}")
-    # Counted both ways, and never with itself, whatever the caller counted.
-    pull = [[together[a][b] + together[b][a] if a != b else 0.0 for b in range(experts)] for a in range(experts)]
-    owners = range(experts)
-    balanced = pack(loads, owners, num_parts, target=TARGET)
-    limit = max(sum(loads[expert] for expert in part) for part in balanced) * (1 + slack)
-    parts = _grow(pull, loads, num_parts, limit)
-    if even_out(parts, loads, owners, limit=limit) > limit:
+    return [sorted(part) for part in _group(together, loads, [1] * experts, num_parts, slack)]
+
+
+def _group(
+    together: Sequence[Sequence[float]], loads: Sequence[float], counts: Sequence[int], num_parts: int, slack: float
+) -> list[list[int]]:
+    """Split the replicas of some experts into parts; return the experts of every part, none twice in one.
+
+    Shapes: together [experts][experts]; loads, counts (replicas) [experts]
+    """
+    owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    shares = [loads[expert] / counts[expert] for expert in owners]
+    pull = _pull(together, counts, owners)
+    balanced = pack(shares, owners, num_parts, target=TARGET)
+    limit = max(sum([shares[item] for item in part]) for part in balanced) * (1 + slack)
+    parts = _grow(pull, shares, num_parts, limit)
+    heaviest = even_out(parts, shares, owners, limit=limit)
+    if heaviest > limit or any(len({owners[item] for item in part}) < len(part) for part in parts):
         parts = balanced
-    return _improve(parts, pull, loads, limit)
+    return [[owners[item] for item in part] for part in _improve(parts, pull, shares, limit)]
+
+
+def _pull(together: Sequence[Sequence[float]], counts: Sequence[int], owners: Sequence[int]) -> list[list[float]]:
+    """Return how much each two replicas belong together: as often as a token that chose both experts meets both.
+
+    Replicas of one expert repel each other more than everything else attracts.
+    """
+    repulsion = -2.0 * (1 + sum(map(sum, together)))
+    # Counted both ways, whatever the caller counted.
+    pull = [
+        [
+            repulsion if one == other else (together[one][other] + together[other][one]) / (counts[one] * counts[other])
+            for other in owners
+        ]
+        for one in owners
+    ]
+    for item, row in enumerate(pull):
+        row[item] = 0.0
+    return pull
 
 
 def _grow(pull: list[list[float]], loads: Sequence[float], num_parts: int, limit: float) -> list[list[int]]:
-    """Fill part after part with what its experts pull most, within the limit while anything fits."""
+    """Fill part after part with what its items pull most, within the limit while anything fits."""
     size = len(loads) // num_parts
     left = set(range(len(loads)))
     parts = []
     for _ in range(num_parts):
-        seed = max(sorted(left), key=lambda expert: sum([pull[expert][other] for other in left]))
+        seed = max(sorted(left), key=lambda item: sum([pull[item][other] for other in left if pull[item][other] > 0]))
         part, weight = [seed], loads[seed]
         left.remove(seed)
         towards = list(pull[seed])
         while len(part) < size:
-            fitting = [expert for expert in sorted(left) if weight + loads[expert] <= limit]
+            fitting = [item for item in sorted(left) if weight + loads[item] <= limit]
             # Where nothing fits, the lightest: exchanges repair what that breaks.
             chosen = max(fitting, key=towards.__getitem__) if fitting else min(sorted(left), key=loads.__getitem__)
             part.append(chosen)
@@ -116,16 +141,16 @@ def _grow(pull: list[list[float]], loads: Sequence[float], num_parts: int, limit
 
 
 def _improve(parts: list[list[int]], pull: list[list[float]], loads: Sequence[float], limit: float) -> list[list[int]]:
-    """Let every expert in turn change places with the one for which that gains most, until none gains."""
+    """Let every item in turn change places with the one for which that gains most, until none gains."""
     part_of = [0] * len(loads)
     for index, part in enumerate(parts):
-        for expert in part:
-            part_of[expert] = index
-    weights = [sum([loads[expert] for expert in part]) for part in parts]
-    # towards[expert][part]: how often the expert is chosen with one of the part.
-    towards = [[sum([row[expert] for expert in part]) for part in parts] for row in pull]
+        for item in part:
+            part_of[item] = index
+    weights = [sum([loads[item] for item in part]) for part in parts]
+    # towards[item][part]: how often the item's tokens meet one of the part.
+    towards = [[sum([row[item] for item in part]) for part in parts] for row in pull]
     # Gains below this are rounding.
-    least = 1e-9 * max(map(sum, pull))
+    least = 1e-9 * max(map(max, pull))
     for _ in range(MOST_PASSES):
         changed = False
         for one in range(len(loads)):
@@ -143,8 +168,8 @@ def _improve(parts: list[list[int]], pull: list[list[float]], loads: Sequence[fl
         if not changed:
             break
     grouped: list[list[int]] = [[] for _ in parts]
-    for expert, index in enumerate(part_of):
-        grouped[index].append(expert)
+    for item, index in enumerate(part_of):
+        grouped[index].append(item)
     return grouped
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.benchmarks.expert_workloads import lognormal_loads
+from slipstream.benchmarks.expert_workloads import lognormal_loads, zipf_loads
 from slipstream.placement.expert_balance import (
     balance_globally,
     balance_hierarchically,
@@ -138,6 +138,13 @@ def test_balance_of_a_large_model_with_groups_on_hosts(seed: int) -> None:
     assert balancedness(placement, loads) > balancedness(round_robin(256, 32, num_layers=10), loads)
 
 
+def test_hot_experts_have_replicas_and_places_chosen_together() -> None:
+    # One expert with a quarter of all load: with replicas chosen first, places alone reach 0.91.
+    loads = zipf_loads(1, 256, seed=0, exponent=1.2)
+    placement = balance_globally(loads, num_slots=320, num_ranks=64)
+    assert balancedness(placement, loads) >= 0.94
+
+
 def best_possible(loads: list[float], num_ranks: int, slots_per_rank: int) -> float:
     """Try every placement and return the load of the heaviest rank of the best."""
     best = math.inf
@@ -161,7 +168,7 @@ def test_tiny_cases_come_near_the_best_possible(experts: int, num_ranks: int, sl
         placement = balance_globally([loads], num_slots=slots, num_ranks=num_ranks, target=1.0)
         ratios.append(max(rank_loads(placement, 0, loads)) / best_possible(loads, num_ranks, slots_per_rank))
     assert min(ratios) > 1 - 1e-9, "nothing is better than the best"
-    assert sum(ratios) / len(ratios) < 1.1
+    assert sum(ratios) / len(ratios) < 1.08
     if slots == experts:
         assert sum(ratio < 1 + 1e-9 for ratio in ratios) > 10, "without replicas mostly the best itself"
         assert sum(ratios) / len(ratios) < 1.02
