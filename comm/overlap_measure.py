@@ -45,9 +45,11 @@ def measure_collective(
     ``start`` begins the collective on a tensor [float32 values] whose count divides by the group's size.
     """
 
+    counts = {nbytes: max(nbytes // 4 // group.size, 1) * group.size for nbytes in sizes}
+    tensors = {nbytes: torch.zeros(count, dtype=torch.float32, device=device) for nbytes, count in counts.items()}
+
     def run(nbytes: int) -> None:
-        values = max(nbytes // 4 // group.size, 1) * group.size
-        start(torch.zeros(values, dtype=torch.float32, device=device)).wait()
+        start(tensors[nbytes]).wait()
 
     group.barrier()
     return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device)

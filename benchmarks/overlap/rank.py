@@ -52,6 +52,7 @@ class Bench:
         (self.alone,) = local_group(1)
         self.stack = Stack(shape, rank=group.rank, ranks=group.size, seed=5, most_tokens=self.tokens)
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
+        self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
         self.cut = choose_cut(self.cost, self.tokens, unit=UNIT)
         self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
@@ -75,7 +76,7 @@ class Bench:
 
     def _exchange_only(self) -> None:
         for _ in range(self.cost.collectives):
-            self.group.all_reduce(torch.zeros_like(self.x_TH)).wait()
+            self.group.all_reduce(self.zeros_TH).wait()
 
     def _measure_cost(self) -> PassCost:
         """Measure what the choice of a cut needs; the ranks take turns at nothing, so each sees the other's noise."""
