@@ -7,12 +7,64 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .collectives import Collectives, Work
-from .overlap_cost import Curve
+from .overlap_cost import Curve, PassCost
+
+_BYTES = 4
+"""Of a float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clocks:
+    """Seconds of the world, and seconds that this process' threads have worked."""
+
+    wall: Callable[[], float]
+    work: Callable[[], float]
+
+
+def measure_pass(
+    group: Collectives,
+    compute: Callable[[int], None],
+    sizes: Sequence[int],
+    *,
+    collectives: int,
+    bytes_per_token: int,
+    clocks: Clocks,
+    device: torch.device,
+    repeats: int = 7,
+) -> PassCost:
+    """Measure what a pass costs at some numbers of tokens, for the choice of a cut; all ranks call it at once.
+
+    ``compute`` runs a pass of so many tokens as one rank alone would: with nothing sent. Its last size should be the
+    largest step there is, and half and a quarter of it among the others.
+    """
+    group.barrier()
+    compute_s = measure_curve(compute, sizes, clock=clocks.wall, repeats=repeats)
+    compute_s = agree(group, compute_s, device=device)
+    began_s, began_work_s = clocks.wall(), clocks.work()
+    collective_s = measure_collective(
+        group,
+        group.all_reduce,
+        [size * bytes_per_token for size in sizes],
+        clock=clocks.wall,
+        device=device,
+        repeats=repeats,
+    )
+    passed_s = clocks.wall() - began_s
+    share = min((clocks.work() - began_work_s) / passed_s, 1.0) if passed_s else 0.0
+    return PassCost(
+        compute_s=compute_s,
+        collective_s=collective_s,
+        collectives=collectives,
+        bytes_per_token=bytes_per_token,
+        # On a device that moves bytes by itself, what the host does meanwhile is not taken from anyone.
+        wire_work=agree(group, Curve((1.0,), (share,)), device=device)(1.0) if device.type == "cpu" else 0.0,
+    )
 
 
 def measure_curve(
@@ -45,7 +97,7 @@ def measure_collective(
     ``start`` begins the collective on a tensor [float32 values] whose count divides by the group's size.
     """
 
-    counts = {nbytes: max(nbytes // 4 // group.size, 1) * group.size for nbytes in sizes}
+    counts = {nbytes: max(nbytes // _BYTES // group.size, 1) * group.size for nbytes in sizes}
     tensors = {nbytes: torch.zeros(count, dtype=torch.float32, device=device) for nbytes, count in counts.items()}
 
     def run(nbytes: int) -> None:

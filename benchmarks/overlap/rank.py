@@ -22,8 +22,8 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved
-from slipstream.comm.overlap_cost import Curve, PassCost
-from slipstream.comm.overlap_measure import agree, measure_collective, measure_curve
+from slipstream.comm.overlap_cost import PassCost
+from slipstream.comm.overlap_measure import Clocks, measure_pass
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import choose_cut
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
@@ -79,26 +79,15 @@ class Bench:
             self.group.all_reduce(self.zeros_TH).wait()
 
     def _measure_cost(self) -> PassCost:
-        """Measure what the choice of a cut needs; the ranks take turns at nothing, so each sees the other's noise."""
-        hidden = self.x_TH.shape[1]
         quarter = max(1, self.tokens // 4)
-        sizes = sorted({1, quarter, self.tokens // 2 or 1, self.tokens - quarter or 1, self.tokens})
-        self.group.barrier()
-        compute_s = measure_curve(
-            lambda tokens: self._run(self.alone, tokens, None), sizes, clock=time.perf_counter, repeats=5
-        )
-        nbytes = [size * hidden * _BYTES for size in sizes]
-        began_s, began_work_s = time.perf_counter(), time.process_time()
-        collective_s = measure_collective(
-            self.group, self.group.all_reduce, nbytes, clock=time.perf_counter, device=_CPU, repeats=9
-        )
-        work = (time.process_time() - began_work_s) / (time.perf_counter() - began_s)
-        return PassCost(
-            compute_s=agree(self.group, compute_s, device=_CPU),
-            collective_s=collective_s,
+        return measure_pass(
+            self.group,
+            lambda tokens: self._run(self.alone, tokens, None),
+            sorted({1, quarter, 2 * quarter, max(self.tokens - quarter, 1), self.tokens}),
             collectives=2 * self.stack.shape.layers,
-            bytes_per_token=hidden * _BYTES,
-            wire_work=agree(self.group, Curve((1.0,), (min(work, 1.0),)), device=_CPU)(1.0),
+            bytes_per_token=self.x_TH.shape[1] * _BYTES,
+            clocks=Clocks(wall=time.perf_counter, work=time.process_time),
+            device=_CPU,
         )
 
     def _expected_s(self, result: Tensor) -> float:
