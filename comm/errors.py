@@ -6,7 +6,9 @@
     ├── GroupClosed     the group was closed, here or by a rank that failed   blame: whoever closed it
     └── CommMisuse      shapes, counts or ranks that cannot be                blame: the caller
 
-After any of the first three a group is dead: every later operation raises, and the ranks build a new one.
+After any of the first three a group is dead: every later operation raises, and the ranks build a new one. So it is
+after CommMisuse where ranks did not agree with one another, which only ``local_groups`` can see; what one rank sees
+alone is refused before anything is sent, and the group lives on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ of its own over a part of that store; torch's global group is not used. So group
 living processes, with other ranks in the place of lost ones: under the next generation's number, which everybody who
 takes part has been told. The store is needed only while groups are opened.
 
-Reading order: this, then ``gloo_group``, ``nccl_group``.
+Reading order: this, then ``gloo_group`` and ``gloo_wire``, ``nccl_group``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import distributed
 
 from .collectives import Collectives
 from .errors import CommError, CommMisuse, CommTimeout, PeerLost
-from .gloo_group import GlooGroup, Wire
+from .gloo_group import GlooGroup
+from .gloo_wire import Gloo
 from .local_groups import local_group
 from .mesh import MeshPlace
 from .nccl_group import NcclGroup
@@ -175,7 +176,7 @@ def _open_gloo(store: distributed.Store, settings: GroupSettings, *, name: str, 
     gloo = distributed.ProcessGroupGloo(store, rank, size, options)
     # torch's stubs leave out what its process groups can do.
     return GlooGroup(
-        cast(Wire, gloo), name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock
+        cast(Gloo, gloo), name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock
     )
 
 
