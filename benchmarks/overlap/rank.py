@@ -101,19 +101,23 @@ def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
         arms = bench.arms()
         names = list(arms)
         times_s: dict[str, list[float]] = {name: [] for name in names}
+        had_core: list[float] = []
         for round_ in range(point["repeats"] + 1):
             for place in range(len(names)):
                 # Every arm follows every other as often.
                 name = names[(round_ + place) % len(names)]
                 group.barrier()
-                began_s = time.perf_counter()
+                began_s, began_work_s = time.perf_counter(), time.process_time()
                 arms[name]()
                 times_s[name].append(time.perf_counter() - began_s)
+                if name == "compute":
+                    had_core.append((time.process_time() - began_work_s) / times_s[name][-1])
     rounds = point["repeats"] + 1
     totals = bench.meter.totals
     return {
         "cut": bench.cut,
         "times_s": {name: times[1:] for name, times in times_s.items()},
+        "had_core": had_core[1:],
         "wire_work": bench.cost.wire_work,
         "expected_serial_s": bench.cost.serial_s(bench.tokens),
         "expected_overlapped_s": bench.cost.overlapped_s(bench.cut, bench.tokens - bench.cut) if bench.cut else None,
