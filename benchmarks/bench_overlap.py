@@ -102,7 +102,7 @@ HEADER = (
 def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, order: str) -> Figures:
     """Have the ranks measure one point."""
     answers = ask_all(ranks, point.line(repeats=repeats, order=order), POINT_TIMEOUT_S)
-    times_s = [answer["times_s"] for answer in answers]
+    times_s: list[dict[str, list[float]]] = [answer["times_s"] for answer in answers]
 
     def median_s(arm: str) -> float:
         return statistics.median(max(both) for both in zip(*(times[arm] for times in times_s), strict=True))

@@ -1,6 +1,7 @@
-"""Measures at start-up what ``overlap_cost`` needs, such that every rank ends with the same figures.
+"""Measures at start-up what the choice of a cut needs, such that every rank ends with the same figures.
 
-Knows a group and a clock; what a pass computes is its caller's.
+``measure_pass`` feeds the cost model, which says where to cut; ``fewest_worth_cutting`` tries both ways, and says from
+how many tokens on the model is to be asked at all. Knows a group and clocks; what a pass computes is its caller's.
 """
 
 from __future__ import annotations
@@ -67,6 +68,43 @@ def measure_pass(
     )
 
 
+def fewest_worth_cutting(
+    group: Collectives,
+    run: Callable[[int, int | None], None],
+    sizes: Sequence[int],
+    choose: Callable[[int], int | None],
+    *,
+    clock: Callable[[], float],
+    device: torch.device,
+    repeats: int = 7,
+    margin: float = 0.02,
+) -> int | None:
+    """Return the smallest of ``sizes`` from which on all were faster cut than whole by ``margin``, or None.
+
+    ``run(tokens, cut)`` runs a pass for real, cut or whole; ``choose`` says where. All ranks call it at once, and the
+    slowest rank's medians count.
+    """
+    fewest = None
+    for tokens in sorted(sizes, reverse=True):
+        cut = choose(tokens)
+        if cut is None:
+            break
+        times_s: dict[int | None, list[float]] = {None: [], cut: []}
+        for round_ in range(repeats + 1):
+            for way in (None, cut) if round_ % 2 else (cut, None):
+                group.barrier()
+                began_s = clock()
+                run(tokens, way)
+                times_s[way].append(clock() - began_s)
+        # The first round does not count.
+        medians_s = [statistics.median(times_s[way][1:]) for way in (None, cut)]
+        whole_s, cut_s = _slowest(group, medians_s, device=device)
+        if cut_s > whole_s * (1 - margin):
+            break
+        fewest = tokens
+    return fewest
+
+
 def measure_curve(
     run: Callable[[int], None], sizes: Sequence[int], *, clock: Callable[[], float], repeats: int = 5
 ) -> Curve:
@@ -109,6 +147,10 @@ def measure_collective(
 
 def agree(group: Collectives, curve: Curve, *, device: torch.device) -> Curve:
     """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes."""
-    seconds = torch.tensor(curve.seconds, dtype=torch.float64, device=device)
-    slowest = group.all_reduce(seconds, op="max").wait()
-    return Curve.rising(zip(curve.sizes, slowest.tolist(), strict=True))
+    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device), strict=True))
+
+
+def _slowest(group: Collectives, seconds: Sequence[float], *, device: torch.device) -> list[float]:
+    own = torch.tensor(seconds, dtype=torch.float64, device=device)
+    slowest: list[float] = group.all_reduce(own, op="max").wait().tolist()
+    return slowest

@@ -23,7 +23,7 @@ from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved
 from slipstream.comm.overlap_cost import PassCost
-from slipstream.comm.overlap_measure import Clocks, measure_pass
+from slipstream.comm.overlap_measure import Clocks, fewest_worth_cutting, measure_pass
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import choose_cut
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
@@ -54,7 +54,15 @@ class Bench:
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
         self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
-        self.cut = choose_cut(self.cost, self.tokens, unit=UNIT)
+        fewest = fewest_worth_cutting(
+            group,
+            lambda tokens, cut: self._run(group, tokens, cut),
+            [self.tokens],
+            self._choose,
+            clock=time.perf_counter,
+            device=_CPU,
+        )
+        self.cut = self._choose(self.tokens) if fewest is not None else None
         self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
 
     def arms(self) -> dict[str, Callable[[], None]]:
@@ -89,6 +97,9 @@ class Bench:
             clocks=Clocks(wall=time.perf_counter, work=time.process_time),
             device=_CPU,
         )
+
+    def _choose(self, tokens: int) -> int | None:
+        return choose_cut(self.cost, tokens, unit=UNIT)
 
     def _expected_s(self, result: Tensor) -> float:
         return self.cost.collective_s(result.numel() * _BYTES)

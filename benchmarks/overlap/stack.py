@@ -203,4 +203,8 @@ class Stack:
 
 def _product(weight_OI: Tensor) -> Product:
     packed = pack_weight(weight_OI)
-    return lambda x_TI, bias_O: linear_packed(x_TI, packed, bias_O)
+
+    def multiply(x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return linear_packed(x_TI, packed, bias_O)
+
+    return multiply

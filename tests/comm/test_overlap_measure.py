@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap_cost import Curve, PassCost
-from slipstream.comm.overlap_measure import Clocks, measure_collective, measure_curve, measure_pass
+from slipstream.comm.overlap_measure import (
+    Clocks,
+    fewest_worth_cutting,
+    measure_collective,
+    measure_curve,
+    measure_pass,
+)
 from slipstream.tests.fakes.scripted_work import HandClock
 
 CPU = torch.device("cpu")
@@ -73,3 +80,45 @@ def test_a_pass_is_measured_alike_on_all_ranks() -> None:
     assert first.collective_s == Curve((16.0, 32.0, 64.0), (0.25, 0.25, 0.25))
     assert 0.4 < first.wire_work < 0.6
     assert (first.collectives, first.bytes_per_token) == (6, 16)
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({64: 0.9, 128: 0.8, 256: 0.7}, 64),
+        ({64: 0.9, 128: 0.99, 256: 0.7}, 256),
+        ({64: 1.1, 128: 0.9, 256: 0.9}, 128),
+        ({64: 0.5, 128: 0.5, 256: 1.0}, None),
+    ],
+)
+def test_cutting_begins_where_every_larger_size_gains(gains: dict[int, float], expected: int | None) -> None:
+    def run(group: Collectives) -> int | None:
+        clock = HandClock()
+        # Rank 1 is three times as slow, and alone sees what a cut brings: it is its time that counts.
+        slowness, seen = (3.0, gains) if group.rank else (1.0, dict.fromkeys(gains, 0.5))
+
+        def step(tokens: int, cut: int | None) -> None:
+            clock.advance(slowness * tokens * (1.0 if cut is None else seen[tokens]))
+
+        return fewest_worth_cutting(
+            group, step, list(gains), lambda tokens: tokens // 2, clock=clock, device=CPU, repeats=3
+        )
+
+    assert run_ranks(local_group(2), run) == [expected] * 2
+
+
+def test_what_the_model_would_not_cut_is_not_tried() -> None:
+    tried: list[int] = []
+
+    def run(group: Collectives) -> int | None:
+        clock = HandClock()
+
+        def step(tokens: int, cut: int | None) -> None:
+            tried.append(tokens)
+            clock.advance(tokens if cut is None else tokens / 2)
+
+        choose = {4: 2, 8: None, 16: 8}.get
+        return fewest_worth_cutting(group, step, [4, 8, 16], choose, clock=clock, device=CPU, repeats=1)
+
+    assert run_ranks(local_group(1), run) == [16]
+    assert set(tried) == {16}
