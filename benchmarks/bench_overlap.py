@@ -105,7 +105,8 @@ def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, ord
     times_s: list[dict[str, list[float]]] = [answer["times_s"] for answer in answers]
 
     def median_s(arm: str) -> float:
-        return statistics.median(max(both) for both in zip(*(times[arm] for times in times_s), strict=True))
+        slower_s: list[float] = [max(both) for both in zip(*(times[arm] for times in times_s), strict=True)]
+        return statistics.median(slower_s)
 
     first = answers[0]
     return Figures(

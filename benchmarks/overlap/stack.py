@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,7 +179,7 @@ class Stack:
         generator = torch.Generator().manual_seed(seed)
 
         def weight(outputs: int, inputs: int) -> Tensor:
-            return torch.randn((outputs, inputs), generator=generator) * inputs**-0.5
+            return torch.randn((outputs, inputs), generator=generator) / math.sqrt(inputs)
 
         def by_columns(outputs: int, inputs: int, *, fused: int) -> Product:
             """This rank's outputs of each of ``fused`` products of equal size."""
