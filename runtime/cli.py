@@ -117,29 +117,21 @@ def generate(
         "block_size": block_size,
         "enable_prefix_caching": enable_prefix_caching,
     }
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
     with LLM(model, **options) as llm:
-        given: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "seed": seed,
-        }
-        params = replace(
-            llm.get_default_sampling_params(),
-            max_tokens=max_tokens,
-            n=n,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-            **{name: value for name, value in given.items() if value is not None},
-        )
         prompts = [llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts]
-        if len(prompts) == 1 and n == 1 and not as_json:
-            for piece in llm.stream(prompts, params):
-                typer.echo(piece.text, nl=False)
-            typer.echo()
-        else:
-            _print_outputs(llm.generate(prompts, params), as_json=as_json)
+        _generate(llm, prompts, replace(llm.get_default_sampling_params(), **chosen), as_json=as_json)
+
+
+def _generate(llm: LLM, prompts: list[str], params: SamplingParams, *, as_json: bool) -> None:
+    if len(prompts) == 1 and params.n == 1 and not as_json:
+        for piece in llm.stream(prompts, params):
+            typer.echo(piece.text, nl=False)
+        typer.echo()
+    else:
+        _print_outputs(llm.generate(prompts, params), as_json=as_json)
 
 
 @app.command()
