@@ -11,7 +11,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,11 @@ from rich.markup import escape
 from .. import __version__
 from ..sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..sdk.results import RequestOutput
+
+if TYPE_CHECKING:
+    from ..sdk.params import SamplingParams
+    from .llm import LLM
+    from .prompts import Prompt
 
 app = typer.Typer(
     name="slipstream",
@@ -121,11 +126,13 @@ def generate(
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
     with LLM(model, **options) as llm:
-        prompts = [llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts]
+        prompts: list[Prompt] = [
+            llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts
+        ]
         _generate(llm, prompts, replace(llm.get_default_sampling_params(), **chosen), as_json=as_json)
 
 
-def _generate(llm: LLM, prompts: list[str], params: SamplingParams, *, as_json: bool) -> None:
+def _generate(llm: LLM, prompts: list[Prompt], params: SamplingParams, *, as_json: bool) -> None:
     if len(prompts) == 1 and params.n == 1 and not as_json:
         for piece in llm.stream(prompts, params):
             typer.echo(piece.text, nl=False)

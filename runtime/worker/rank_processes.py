@@ -26,6 +26,7 @@ from ...comm.handshake import SECRET_VARIABLE, Identity
 from ...comm.step_bus import StepHub
 from ...comm.step_listener import StepListener
 from ...comm.torch_groups import Rendezvous
+from ...comm.wire import BusLimits
 from ...sdk.errors import EngineError
 from ..clock import monotonic_clock
 from ..messages import StepPlan, StepResult
@@ -57,6 +58,8 @@ class RankProcesses:
         self._start_timeout_s = start_timeout_s
         # A rank that is behind the driver's waits for others, at each stage as long as one exchange may take.
         self._patience_s = comm_timeout_s * (setup.pp + 1)
+        # As many steps as there are stages are on their way, and one that is being sent.
+        self._limits = BusLimits(max_ahead=max(BusLimits().max_ahead, setup.pp + 2))
         self._encoder = PlanEncoder(max_slots=setup.max_slots)
         self._on_their_way: deque[int] = deque()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -96,7 +99,11 @@ class RankProcesses:
         identity = Identity(replica=self._replica, secret=self._secret.encode())
         self._hub = self._while_they_live(
             lambda: self._listener.gather(
-                identity, ranks=self._processes, timeout_s=self._start_timeout_s, clock=monotonic_clock
+                identity,
+                ranks=self._processes,
+                timeout_s=self._start_timeout_s,
+                clock=monotonic_clock,
+                limits=self._limits,
             )
         )
 

@@ -15,6 +15,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
+from slipstream.runtime.worker import token_split
 from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import ConfigError
@@ -181,7 +182,7 @@ def test_what_passes_and_exchanges_take_is_the_same_on_all_ranks(
     reference: Callable[[str], Reference], alone: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs: list[PassCost] = []
-    measure = rank_module.measure_split
+    measure = token_split.measure_split
 
     def noted(*given: Any, **options: Any) -> TokenSplit:
         split = measure(*given, **options)
