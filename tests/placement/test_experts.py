@@ -60,7 +60,12 @@ def test_equal_placements_are_equal_and_hash_alike() -> None:
     ],
 )
 def test_a_placement_that_cannot_be_names_the_field(wrong: dict[str, Any], message: str) -> None:
-    fields = {"num_experts": 4, "num_ranks": 4, "ranks_per_host": 2, "physical_to_logical": ((0, 1, 2, 3),)}
+    fields: dict[str, Any] = {
+        "num_experts": 4,
+        "num_ranks": 4,
+        "ranks_per_host": 2,
+        "physical_to_logical": ((0, 1, 2, 3),),
+    }
     with pytest.raises(ValueError, match=message):
         ExpertPlacement(**(fields | wrong))
 
