@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -227,7 +227,11 @@ def main() -> None:
     print()
     groupings = report_groupings(arguments.seed)
     if arguments.json:
-        figures = {"balance": balances, "drift": drifts, "grouping": groupings}
+        figures: dict[str, Sequence[Balance | Drift | Grouping]] = {
+            "balance": balances,
+            "drift": drifts,
+            "grouping": groupings,
+        }
         write_report(
             arguments.json,
             "expert_placement",

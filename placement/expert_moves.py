@@ -74,7 +74,8 @@ def rebalance(
 def moves_between(before: ExpertPlacement, after: ExpertPlacement) -> tuple[Move, ...]:
     """List the experts that ranks lack in ``before`` and hold in ``after``, each with a rank to have it from.
 
-    The source is on the same host where one has the expert; among equals the rank that has sent least so far.
+    Within a layer a move may fill a slot that another one reads, so a layer's experts are received beside the slots
+    first. The source is on the same host where one has the expert; among equals the rank that has sent least so far.
     """
     _check_same_shape(before, after)
     sent = [0] * before.num_ranks

@@ -12,6 +12,7 @@ Reading order of the files on experts: ``experts``, ``expert_routes`` (which rep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -127,20 +128,29 @@ class ExpertPlacement:
 
 
 def round_robin(
-    num_experts: int, num_ranks: int, *, num_layers: int = 1, ranks_per_host: int | None = None
+    num_experts: int,
+    num_ranks: int,
+    *,
+    num_layers: int = 1,
+    ranks_per_host: int | None = None,
+    num_slots: int | None = None,
 ) -> ExpertPlacement:
     """Deal the experts to the ranks in turn: what to start with before anything is known of loads.
 
-    Where the ranks do not divide the experts, the slots left over hold second replicas of the first experts.
+    Slots that are left, because the ranks do not divide the experts or because more are asked for, hold further
+    replicas, again in turn.
     """
-    check_ranks(num_ranks=num_ranks, ranks_per_host=ranks_per_host or num_ranks)
-    slots_per_rank = -(-num_experts // num_ranks)
+    ranks_per_host = num_ranks if ranks_per_host is None else ranks_per_host
+    check_ranks(num_ranks=num_ranks, ranks_per_host=ranks_per_host)
+    num_slots = -(-num_experts // num_ranks) * num_ranks if num_slots is None else num_slots
+    check_slots(num_slots=num_slots, num_experts=num_experts, num_ranks=num_ranks)
+    # After so many cards every expert would come back to a rank that has it: from there on one rank further.
+    period = math.lcm(num_experts, num_ranks)
     ranks = [
-        tuple((rank + turn * num_ranks) % num_experts for turn in range(slots_per_rank)) for rank in range(num_ranks)
+        tuple((first + (rank - first // period) % num_ranks) % num_experts for first in range(0, num_slots, num_ranks))
+        for rank in range(num_ranks)
     ]
-    return ExpertPlacement.of_ranks(
-        [ranks] * num_layers, num_experts=num_experts, ranks_per_host=ranks_per_host or num_ranks
-    )
+    return ExpertPlacement.of_ranks([ranks] * num_layers, num_experts=num_experts, ranks_per_host=ranks_per_host)
 
 
 def check_ranks(*, num_ranks: int, ranks_per_host: int) -> None:

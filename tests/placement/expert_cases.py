@@ -34,7 +34,7 @@ def problems(draw: st.DrawFn) -> Problem:
     experts = hosts * groups_per_host * group_size
     ranks = hosts * ranks_per_host
     slots_per_rank = draw(st.integers(-(-experts // ranks), experts // hosts))
-    load = st.one_of(st.just(0.0), st.floats(0, 1e6), st.integers(0, 20))
+    load = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(0, 20))
     loads = draw(
         st.lists(st.lists(load, min_size=experts, max_size=experts), min_size=1, max_size=3),
     )

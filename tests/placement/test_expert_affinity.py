@@ -166,6 +166,12 @@ def test_tiny_groupings_come_near_the_best_possible(seed: int) -> None:
     ],
 )
 def test_arguments_that_cannot_be_are_named(changed: dict[str, Any], message: str) -> None:
-    fields = {"together": [[[1.0] * 4] * 4], "loads": [[1.0] * 4], "num_slots": 8, "num_ranks": 4, "ranks_per_host": 2}
+    fields: dict[str, Any] = {
+        "together": [[[1.0] * 4] * 4],
+        "loads": [[1.0] * 4],
+        "num_slots": 8,
+        "num_ranks": 4,
+        "ranks_per_host": 2,
+    }
     with pytest.raises(ValueError, match=message):
         place_by_affinity(**(fields | changed))

@@ -195,7 +195,13 @@ def test_tiny_cases_come_near_the_best_possible(experts: int, num_ranks: int, sl
     ],
 )
 def test_arguments_that_cannot_be_are_named(changed: dict[str, Any], message: str) -> None:
-    fields = {"loads": [[1.0] * 8], "num_slots": 8, "num_ranks": 4, "ranks_per_host": 2, "num_groups": 4}
+    fields: dict[str, Any] = {
+        "loads": [[1.0] * 8],
+        "num_slots": 8,
+        "num_ranks": 4,
+        "ranks_per_host": 2,
+        "num_groups": 4,
+    }
     arguments = fields | changed
     with pytest.raises(ValueError, match=message):
         balance_hierarchically(arguments.pop("loads"), **arguments)

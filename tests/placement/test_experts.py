@@ -60,7 +60,12 @@ def test_equal_placements_are_equal_and_hash_alike() -> None:
     ],
 )
 def test_a_placement_that_cannot_be_names_the_field(wrong: dict[str, Any], message: str) -> None:
-    fields = {"num_experts": 4, "num_ranks": 4, "ranks_per_host": 2, "physical_to_logical": ((0, 1, 2, 3),)}
+    fields: dict[str, Any] = {
+        "num_experts": 4,
+        "num_ranks": 4,
+        "ranks_per_host": 2,
+        "physical_to_logical": ((0, 1, 2, 3),),
+    }
     with pytest.raises(ValueError, match=message):
         ExpertPlacement(**(fields | wrong))
 
@@ -100,9 +105,17 @@ def test_round_robin_deals_in_turn(experts: int, ranks: int, held: list[tuple[in
 @pytest.mark.parametrize("experts", range(1, 20))
 def test_round_robin_is_a_placement_for_any_sizes(experts: int) -> None:
     for ranks in range(1, 12):
-        assert round_robin(experts, ranks).num_slots == -(-experts // ranks) * ranks
+        fewest = -(-experts // ranks)
+        assert round_robin(experts, ranks).slots_per_rank == fewest
+        # That no expert is twice on a rank, the value itself refuses.
+        for per_rank in range(fewest, experts + 1):
+            placement = round_robin(experts, ranks, num_slots=per_rank * ranks)
+            counts = {len(slots) for slots in placement.logical_to_physical[0]}
+            assert max(counts) - min(counts) <= 1
     with pytest.raises(ValueError, match="num_ranks"):
         round_robin(experts, 0)
+    with pytest.raises(ValueError, match="num_slots must be at most"):
+        round_robin(experts, 2, num_slots=2 * experts + 2)
 
 
 def test_a_token_takes_the_nearest_replica() -> None:
