@@ -8,7 +8,6 @@ reductions add in the order of ranks (``rank_order``), which gloo's own do not. 
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
@@ -25,8 +24,9 @@ from .rank_order import reduce_in_rank_order
 MAX_IN_FLIGHT = 1024
 """Operations of a group that have been started and not waited for."""
 
-WHOLE_BYTES = 64 * 1024
-"""Up to here ranks send one another the whole of what is reduced: one hop; above, parts and then results: two."""
+SHORT_BYTES = 64 * 1024
+"""Up to here ranks send one another the whole of what is reduced, one hop, and the caller waits for transfers itself.
+Above, ranks send parts and then results, two hops, and works go on by themselves."""
 
 _POLL_S = 0.0002
 
@@ -49,8 +49,6 @@ class GlooGroup:
         self._sent: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
         self._received: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
         self._flying: set[GlooWork] = set()
-        self._driven: queue.SimpleQueue[GlooWork | None] = queue.SimpleQueue()
-        self._driver: threading.Thread | None = None
 
     @property
     def name(self) -> str:
@@ -71,30 +69,31 @@ class GlooGroup:
         """Reduce over the ranks in their order, in place."""
         self._seat.check_reduction("all_reduce", x, op)
         call = self._call("all_reduce", x)
-        if self.size == 2 or x.numel() * x.element_size() <= WHOLE_BYTES:
-            return self._start(call, self._reduce_whole(call, x, op))
-        work = self._start(call, self._reduce_in_parts(call, x, op))
-        self._drive(work)
-        return work
+        # Between two ranks both ways move the same bytes.
+        if self.size == 2 or _bytes(x) <= SHORT_BYTES:
+            return self._start(call, self._reduce_whole(call, x, op), _bytes(x))
+        return self._start(call, self._reduce_in_parts(call, x, op), _bytes(x))
 
     def reduce_scatter(self, x: Tensor) -> Work:
         """Sum over the ranks and keep this rank's part."""
         self._seat.check_parts("reduce_scatter", x)
         self._seat.check_reduction("reduce_scatter", x, "sum")
         call = self._call("reduce_scatter", x)
-        return self._start(call, self._reduce_own_part(call, x))
+        return self._start(call, self._reduce_own_part(call, x), _bytes(x))
 
     def all_gather(self, x: Tensor) -> Work:
         """Put the ranks' tensors one after the other."""
         self._seat.check_rows("all_gather", x)
         call = self._call("all_gather", x)
-        return self._start(call, self._gather(call, x))
+        return self._start(call, self._gather(call, x), _bytes(x))
 
     def all_to_all(self, x: Tensor, *, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Work:
         """Send rows to every rank."""
         self._seat.check_counts("all_to_all", x, send_counts, receive_counts)
         call = self._call("all_to_all", x)
-        return self._start(call, self._spread(call, x, list(send_counts), list(receive_counts)))
+        row_bytes = x.shape[1:].numel() * x.element_size()
+        longest = max(*send_counts, *receive_counts) * row_bytes
+        return self._start(call, self._spread(call, x, list(send_counts), list(receive_counts)), longest)
 
     def broadcast(self, x: Tensor, *, root: int) -> Work:
         """Overwrite ``x`` with the root's."""
@@ -102,34 +101,33 @@ class GlooGroup:
         self._seat.check_contiguous("broadcast", x)
         call = self._call("broadcast", x)
         if root == self.rank:
-            return self._start(call, self._move(call, x, to=self._wire.peers))
-        return self._start(call, self._move(call, x, source=root))
+            return self._start(call, self._move(call, x, to=self._wire.peers), _bytes(x))
+        return self._start(call, self._move(call, x, source=root), _bytes(x))
 
     def send(self, x: Tensor, *, to: int) -> Work:
         """Send a tensor to one rank; complete when it has left and ``x`` may be reused."""
         self._seat.check_peer("send", "to", to)
         self._seat.check_contiguous("send", x)
         call = self._call("send", x, next(self._sent[to]))
-        return self._start(call, self._move(call, x, to=[to]))
+        return self._start(call, self._move(call, x, to=[to]), _bytes(x))
 
     def receive(self, out: Tensor, *, source: int) -> Work:
         """Receive a tensor from one rank."""
         self._seat.check_peer("receive", "source", source)
         self._seat.check_contiguous("receive", out)
         call = self._call("receive", out, next(self._received[source]))
-        return self._start(call, self._move(call, out, source=source))
+        return self._start(call, self._move(call, out, source=source), _bytes(out))
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait until every rank has come here."""
         here = torch.zeros(1, dtype=torch.uint8)
         call = self._call("barrier", here)
-        self._start(call, self._gather(call, here)).wait(timeout_s)
+        self._start(call, self._gather(call, here), _bytes(here)).wait(timeout_s)
 
     def close(self) -> None:
         """End the group here: its connections break, which the other ranks see."""
         self._wire.fail("close", GroupClosed, f"rank {self.rank} closed the group")
         self._flying.clear()
-        self._driven.put(None)
 
     # ------------------------------------------------------------------ what operations are made of
 
@@ -195,27 +193,18 @@ class GlooGroup:
             return Call(operation, "pair", pair_number)
         return Call(operation, operation, next(self._collectives))
 
-    def _start(self, call: Call, steps: _Steps) -> GlooWork:
+    def _start(self, call: Call, steps: _Steps, longest_bytes: int) -> GlooWork:
         work = GlooWork(self._wire, call.operation, steps, self._flying.discard)
         # A transfer must not be dropped while the other side may be at it: gloo would not read on.
         self._flying.add(work)
         work.advance()
+        if longest_bytes > SHORT_BYTES:
+            work.go_on()
         return work
-
-    def _drive(self, work: GlooWork) -> None:
-        """Have a work of several hops go on while its caller computes."""
-        if self._driver is None:
-            self._driver = threading.Thread(target=self._drive_all, name=f"gloo-{self.name}", daemon=True)
-            self._driver.start()
-        self._driven.put(work)
-
-    def _drive_all(self) -> None:
-        while (work := self._driven.get()) is not None and not self._wire.dead:
-            work.settle()
 
 
 class GlooWork:
-    """An operation on its way; whoever waits takes it on, one thread at a time."""
+    """An operation on its way. Its caller takes it on when it waits, or, once it goes on by itself, a waiter does."""
 
     def __init__(self, wire: GlooWire, operation: str, steps: _Steps, landed: Callable[[GlooWork], None]) -> None:
         self._wire = wire
@@ -226,41 +215,36 @@ class GlooWork:
         self._result: Tensor | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._watcher: threading.Thread | None = None
+        self._goes_on = False
 
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Return the operation's result once it is complete."""
-        if self._result is not None:
-            return self._result
-        limit_s = self._wire.timeout_s if timeout_s is None else timeout_s
-        deadline_s = self._wire.clock() + limit_s
-        if not self._lock.acquire(timeout=max(limit_s, 0.0)):
-            raise self._wire.fail(self._operation, CommTimeout, f"not complete within {limit_s} s")
-        try:
-            while self._result is None:
-                if self._error is not None:
-                    raise self._error
-                self._wire.finish(self._operation, self._posted, deadline_s)
-                self.advance()
-            return self._result
-        finally:
-            self._lock.release()
+        limit_s = max(self._wire.timeout_s if timeout_s is None else timeout_s, 0.0)
+        if self._result is None and not self._goes_on and self._lock.acquire(blocking=False):
+            try:
+                return self._take_on(self._wire.clock() + limit_s)
+            finally:
+                self._lock.release()
+        if not self._settled():
+            with self._wire.changed:
+                if not self._wire.changed.wait_for(self._settled, limit_s):
+                    raise self._wire.fail(self._operation, CommTimeout, f"not complete within {limit_s} s")
+        return self._outcome()
 
     def done(self) -> bool:
-        """Return whether ``wait`` would return or raise at once; the first time takes a thread to find out."""
-        if self._watcher is None and self._result is None and not self._wire.dead:
+        """Return whether ``wait`` would return or raise at once; the first time takes a waiter to find out."""
+        if not self._goes_on and not self._settled():
             # Gloo's transfers cannot be asked, only waited for.
-            self._watcher = threading.Thread(target=self.settle, name="gloo-watcher", daemon=True)
-            self._watcher.start()
-            self._watcher.join(_POLL_S)
-        return self._result is not None or self._wire.dead
+            self.go_on()
+            with self._wire.changed:
+                self._wire.changed.wait_for(self._settled, _POLL_S)
+        return self._settled()
 
-    def settle(self) -> None:
-        """Wait, and leave what comes of it to whoever waits next."""
-        try:
-            self.wait()
-        except CommError:
-            assert self._wire.dead
+    def go_on(self) -> None:
+        """Have a waiter take it on, within the group's own deadline."""
+        if self._result is None:
+            self._goes_on = True
+            self._wire.waiters.start(self._settle)
 
     def advance(self) -> None:
         """Go on from where the posted transfers are complete."""
@@ -268,9 +252,43 @@ class GlooWork:
             self._posted = next(self._steps)
         except StopIteration as end:
             self._posted = []
-            self._result = end.value
+            with self._wire.changed:
+                self._result = end.value
+                self._wire.changed.notify_all()
             self._landed(self)
         except BaseException as error:
-            # The steps are over: whoever waits next is told the same.
-            self._error = error
+            # The steps are over: whoever waits is told the same.
+            with self._wire.changed:
+                self._error = error
+                self._wire.changed.notify_all()
             raise
+
+    def _outcome(self) -> Tensor:
+        if self._result is not None:
+            return self._result
+        if self._error is not None and not isinstance(self._error, CommError):
+            raise self._error
+        raise self._wire.error(self._operation)
+
+    def _settled(self) -> bool:
+        return self._result is not None or self._error is not None or self._wire.dead
+
+    def _settle(self) -> None:
+        """Take it on, and leave what comes of it to whoever waits."""
+        with self._lock:
+            try:
+                self._take_on(self._wire.clock() + self._wire.timeout_s)
+            except Exception:
+                assert self._settled()
+
+    def _take_on(self, deadline_s: float) -> Tensor:
+        while self._result is None:
+            if self._error is not None:
+                raise self._error
+            self._wire.finish(self._operation, self._posted, deadline_s)
+            self.advance()
+        return self._result
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -3,6 +3,10 @@
 Owns how gloo is spoken to (tags, its smallest wait, what its errors mean) and the one failure that ends a group. Knows
 nothing of what operations are made of; ``gloo_group`` does.
 
+Gloo ends a wait when its connection breaks, but for transfers that are half-way. So a thread for every other rank waits
+for what is never sent, and is the first to know; and waits for transfers long enough to be caught half-way are left to
+threads that may hang until their deadline, while the caller is told at once.
+
 A transfer's tag says which operation it belongs to and how many bytes it has: ranks that do not agree never meet, which
 ends in CommTimeout. Gloo, given too long a message, would end the process.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,12 +24,14 @@ from torch import Tensor
 
 from .errors import CommError, CommTimeout, PeerLost
 from .operands import Seat
-
-_SHORTEST_WAIT_S = 0.002
-"""Gloo counts milliseconds, and takes none for its own default."""
+from .timeouts import FOR_EVER, Timeout, timeout
+from .waiters import Waiters
 
 _NEVER_SENT = 0x7FFFFFFF
 """A tag that no transfer has."""
+
+_ENDED_HERE = "Application timeout"
+"""What gloo says where this rank broke the connection, by a wait that was not in time."""
 
 _KINDS = {
     "pair": 1,
@@ -41,7 +47,7 @@ _KINDS = {
 class Transfer(Protocol):
     """A send or a receive of gloo's."""
 
-    def wait(self, timeout: timedelta) -> bool:
+    def wait(self, timeout: Timeout) -> bool:
         """Block until it is complete; raise RuntimeError when it cannot be, or is not in time."""
         ...
 
@@ -97,7 +103,11 @@ class GlooWire:
         self.peers = [(seat.rank + step) % seat.size for step in range(1, seat.size)]
         self._gloo: Gloo | None = gloo
         self._failure: tuple[type[CommError], str] | None = None
-        self._lock = threading.Lock()
+        self.changed = threading.Condition()
+        """Held to change what is waited for: works that land, and the end of the group."""
+        self.waiters = Waiters(f"gloo-{seat.group}")
+        for peer in self.peers:
+            self.waiters.start(partial(self._watch, gloo, peer))
 
     @property
     def dead(self) -> bool:
@@ -127,20 +137,22 @@ class GlooWire:
         Raises: PeerLost, CommTimeout, GroupClosed
         """
         for one in posted:
-            left_s = max(deadline_s - self.clock(), _SHORTEST_WAIT_S)
+            left_s = 0.0 if self.dead else deadline_s - self.clock()
             try:
-                one.transfer.wait(timedelta(seconds=left_s))
+                one.transfer.wait(timeout(left_s))
             except RuntimeError as error:
                 raise self._broken(operation, one.peer, error) from error
 
     def fail(self, operation: str, kind: type[CommError], reason: str) -> CommError:
         """Break the connections, unless they are; return what to raise, which is the first reason."""
-        with self._lock:
+        with self.changed:
             if self._failure is None:
                 self._failure = (kind, reason)
+                self.changed.notify_all()
             gloo, self._gloo = self._gloo, None
         if gloo is not None:
             self._break(gloo)
+            self.waiters.end()
         return self.error(operation)
 
     def _post(self, call: Call, peer: int, x: Tensor, hop: int, *, sends: bool) -> Posted:
@@ -153,13 +165,21 @@ class GlooWire:
             raise self._broken(call.operation, peer, error) from error
 
     def _broken(self, operation: str, peer: int, error: RuntimeError) -> CommError:
-        text = str(error)
+        text = str(error).splitlines()[0].partition(". This is typically")[0]
         if "Timed out waiting" in text:
             late = f"rank {peer} did not take part in time, or called another operation"
             return self.fail(operation, CommTimeout, late)
-        if "Application timeout" in text:
+        if _ENDED_HERE in text:
             return self.fail(operation, CommTimeout, "another operation of this rank was not complete in time")
-        return self.fail(operation, PeerLost, f"the connection to rank {peer} broke: {text.splitlines()[0]}")
+        return self.fail(operation, PeerLost, f"the connection to rank {peer} broke: {text}")
+
+    def _watch(self, gloo: Gloo, peer: int) -> None:
+        """Wait for the end of a connection."""
+        try:
+            gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(FOR_EVER)
+        except RuntimeError as error:
+            if _ENDED_HERE not in str(error):
+                self._broken("watch", peer, error)
 
     def _break(self, gloo: Gloo) -> None:
         """Close every connection, so that the other ranks see it at once.
@@ -168,9 +188,7 @@ class GlooWire:
         """
         for peer in self.peers:
             try:
-                gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(
-                    timedelta(seconds=_SHORTEST_WAIT_S)
-                )
+                gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timeout(0.0))
             except RuntimeError:
                 # As wanted: it was not in time, or this connection had been broken before.
                 continue

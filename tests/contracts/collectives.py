@@ -255,8 +255,9 @@ def last_rank_stays_away(group: Collectives, seed: int) -> str | None:
     """The others name it within the deadline, and their group is dead."""
     if group.rank == group.size - 1:
         return None
-    work = group.all_reduce(torch.ones(4))
+    work: Work | None = None
     with pytest.raises(CommError) as first:
+        work = group.all_reduce(torch.ones(4))
         work.wait(0.2)
     assert_dead(group, work)
     return type(first.value).__name__
