@@ -107,7 +107,7 @@ class Bench:
 
 def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
     """Run all arms of a point in turns, ``repeats`` times; return each one's times."""
-    with torch.inference_mode():
+    with torch.no_grad():
         bench = Bench(group, point)
         arms = bench.arms()
         names = list(arms)
