@@ -93,6 +93,8 @@ class EngineOptions:
     - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and
       experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, on this host.
       ``enable_expert_parallel`` spreads experts over the tensor-parallel ranks instead of cutting each of them.
+    - ``enable_eplb``: while serving, every ``eplb_step_interval`` steps, move experts between ranks so that each has as
+      much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
     - ``overlap``: with several ranks, cut a step's tokens in two where one part's exchange hides behind the other's
       arithmetic; what passes and exchanges take is measured at the start.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
@@ -129,6 +131,9 @@ class EngineOptions:
     expert_parallel_size: int = 1
     enable_expert_parallel: bool = False
     overlap: bool = False
+    enable_eplb: bool = False
+    num_redundant_experts: int = 0
+    eplb_step_interval: int = 3000
     trust_remote_code: bool = False
     enforce_eager: bool = True
 
@@ -151,7 +156,15 @@ class EngineOptions:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
             require_positive(name, getattr(self, name))
-        for name in ("enable_expert_parallel", "overlap"):
+        require_positive("eplb_step_interval", self.eplb_step_interval)
+        if isinstance(self.num_redundant_experts, bool) or self.num_redundant_experts < 0:
+            raise ConfigError("num_redundant_experts", f"must be 0 or more, got {self.num_redundant_experts!r}")
+        if (self.enable_eplb or self.num_redundant_experts) and not (
+            self.enable_expert_parallel or self.expert_parallel_size > 1
+        ):
+            field = "enable_eplb" if self.enable_eplb else "num_redundant_experts"
+            raise ConfigError(field, "is for experts over several ranks: see expert_parallel_size")
+        for name in ("enable_expert_parallel", "overlap", "enable_eplb"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
         if self.enable_expert_parallel and self.expert_parallel_size != 1:

@@ -21,10 +21,11 @@ from ...kernels.attention_workspace import AttentionWorkspace
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
+from .expert_ranks import ExpertRanks
 from .forward import ForwardBatch
 from .kv_cache import KvCache
 from .linear_format import choose_format
-from .mlp import Mlp, take_mlp
+from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import summed
 from .parameters import Parameters
@@ -94,6 +95,16 @@ class Decoder:
                 return residual_TH + added_TH
             normed_TH, residual_TH = add_rms_norm(added_TH, residual_TH, next_norm_H, epsilon)
         return normed_TH
+
+    @property
+    def expert_layers(self) -> dict[int, ExpertRanks]:
+        """The layers, as this rank counts them, whose experts are spread over ranks."""
+        mlps = enumerate(layer.mlp for layer in self._layers)
+        return {
+            index: mlp.experts
+            for index, mlp in mlps
+            if isinstance(mlp, MoeMlp) and isinstance(mlp.experts, ExpertRanks)
+        }
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Return the logits of hidden states from the last stage, for this rank's ``vocabulary``.

@@ -77,6 +77,19 @@ def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHO
     return tuple(parameters)
 
 
+def expert_layout(
+    spec: ModelSpec, stored: Container[str], shard: Shard, *, layer: int, expert: int
+) -> tuple[Parameter, Parameter]:
+    """Return gate|up and down of one expert, [1, ...] each; ``layer`` is counted as the rank has them."""
+    global_layer = shard.layers(spec)[layer]
+    mlp = spec.layers[global_layer].mlp
+    assert isinstance(mlp, MoeSpec), f"layer {global_layer} has no experts"
+    _, gate_up, down = _moe(
+        spec, shard, mlp, f"layers.{layer}.mlp", f"model.layers.{global_layer}", stored, experts=(expert,)
+    )
+    return gate_up, down
+
+
 def is_ignorable(tensor: str, spec: ModelSpec) -> bool:
     """Say whether a stored tensor holds nothing of its own: old rotary buffers, the head of a tied model."""
     return tensor.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and tensor == "lm_head.weight")
@@ -156,9 +169,17 @@ def _dense_mlp(spec: ModelSpec, shard: Shard, mlp: DenseMlpSpec, name: str, disk
     return parameters + _column_linear(f"{name}.down", f"{disk}.down_proj", hidden, size, part, bias=bias)
 
 
-def _moe(spec: ModelSpec, shard: Shard, mlp: MoeSpec, name: str, disk: str, stored: Container[str]) -> list[Parameter]:
+def _moe(
+    spec: ModelSpec,
+    shard: Shard,
+    mlp: MoeSpec,
+    name: str,
+    disk: str,
+    stored: Container[str],
+    experts: tuple[int, ...] | None = None,
+) -> list[Parameter]:
     hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.mlp_columns(mlp)
-    experts = shard.experts(mlp.num_experts)
+    experts = shard.experts(mlp.num_experts) if experts is None else experts
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
         router = f"{disk}.mlp.gate.weight"
         pieces = _stacked_experts(f"{disk}.mlp.experts", mlp, hidden, experts, part)
@@ -212,7 +233,7 @@ def _stacked_experts(block: str, mlp: MoeSpec, hidden: int, experts: tuple[int, 
     size, count = mlp.intermediate_size, mlp.num_experts
     gate_up_shape, down_shape = (count, 2 * size, hidden), (count, hidden, size)
     gate_up, down = f"{block}.gate_up_proj", f"{block}.down_proj"
-    if len(part) == size and len(experts) == count:
+    if len(part) == size and experts == tuple(range(count)):
         return (Piece(tensor=gate_up, shape=gate_up_shape),), (Piece(tensor=down, shape=down_shape),)
     gate_up_pieces, down_pieces = [], []
     for local, expert in enumerate(experts):

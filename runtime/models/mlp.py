@@ -14,11 +14,10 @@ from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Parts
 from ...kernels.activation import silu_and_mul
-from ...kernels.moe_gemm import expert_products, moe_mlp
+from ...kernels.moe_gemm import moe_mlp
 from ...kernels.moe_route import route
-from .expert_ranks import ExpertRanks, initial_map
+from .expert_ranks import ExpertRanks, SlotProducts, map_of
 from .linear import Linear
-from .linear_format import Product
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import summed
 from .parameters import Parameters
@@ -42,27 +41,26 @@ class DenseMlp:
 class MoeMlp:
     """A mixture of gated MLPs; gate and up of an expert are one product.
 
-    ``tp``: the ranks that have the experts' other columns; ``ranks``: those that have the other experts.
+    ``experts`` are all experts, of which ``tp`` ranks have the other columns; or those of this rank and how the others
+    are reached.
 
     Shapes: router_EH [experts, hidden] contiguous
     """
 
     router_EH: Tensor
-    gate_up: tuple[Product, ...]
-    down: tuple[Product, ...]
+    experts: tuple[SlotProducts, ...] | ExpertRanks
     top_k: int
     normalize_top_k: bool
     tp: Collectives | None
-    ranks: ExpertRanks | None
 
     def parts(self, x_TH: Tensor) -> Parts:
         """Return [tokens, hidden size]."""
         choose = partial(route, gate_EH=self.router_EH, top_k=self.top_k, normalize=self.normalize_top_k)
-        if self.ranks is not None:
-            products = partial(expert_products, gate_up=self.gate_up, down=self.down)
-            return (yield from self.ranks.mix(x_TH, choose, products))
+        if isinstance(self.experts, ExpertRanks):
+            return (yield from self.experts.mix(x_TH, choose))
         weights_TA, experts_TA = choose(x_TH)
-        return (yield from summed(moe_mlp(x_TH, weights_TA, experts_TA, self.gate_up, self.down), self.tp))
+        gate_up, down = zip(*self.experts, strict=True)
+        return (yield from summed(moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down), self.tp))
 
 
 Mlp = DenseMlp | MoeMlp
@@ -77,18 +75,17 @@ def take_mlp(
             gate_up=parameters.linear(f"{name}.gate_up"), down=parameters.linear(f"{name}.down"), tp=groups.tp
         )
     router_EH = parameters.tensor(f"{name}.router")
+    slots = tuple(zip(parameters.experts(f"{name}.gate_up"), parameters.experts(f"{name}.down"), strict=True))
     over_experts = groups.tp if shard.experts_over_tp else groups.ep
-    ranks = None
+    experts: tuple[SlotProducts, ...] | ExpertRanks = slots
     if over_experts is not None:
-        placed = initial_map(spec.num_experts, shard, ranks=over_experts.size, device=router_EH.device)
+        placed = map_of(shard.expert_placement(spec.num_experts), 0, device=router_EH.device)
         columns_group = None if shard.experts_over_tp else groups.tp
-        ranks = ExpertRanks(over_experts, placed, columns_group=columns_group)
+        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group)
     return MoeMlp(
         router_EH=router_EH,
-        gate_up=parameters.experts(f"{name}.gate_up"),
-        down=parameters.experts(f"{name}.down"),
+        experts=experts,
         top_k=spec.top_k,
         normalize_top_k=spec.normalize_top_k,
         tp=groups.tp,
-        ranks=ranks,
     )

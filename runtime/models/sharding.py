@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...comm.mesh import MeshPlace, MeshShape
+from ...placement.experts import ExpertPlacement, round_robin
 from ...sdk.errors import ConfigError
 from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
 
@@ -21,11 +22,13 @@ class Shard:
     """What the rank at ``place`` holds of a model; ``WHOLE`` is all of it.
 
     ``experts_over_tp``: experts are spread over the tp ranks, each of them whole; otherwise they are spread over ep,
-    and each one's columns over tp.
+    and each one's columns over tp. ``redundant_experts``: slots of a layer, over all ranks, beyond one an expert;
+    filled up so that every rank has as many.
     """
 
     place: MeshPlace
     experts_over_tp: bool = False
+    redundant_experts: int = 0
 
     def layers(self, spec: ModelSpec) -> range:
         """Return the layers of the rank's stage; earlier stages have one more where the number does not divide."""
@@ -56,13 +59,25 @@ class Shard:
         """Return the rank's tokens of the embedding and the head."""
         return _share(size, self.place.tp, self.place.shape.tp)
 
-    def experts(self, count: int) -> tuple[int, ...]:
-        """Return the experts whose weights the rank has, whole or its columns of them."""
-        return self.experts_of(count, self.place.tp if self.experts_over_tp else self.place.ep)
+    @property
+    def expert_ranks(self) -> int:
+        """The ranks that experts are spread over."""
+        return self.place.shape.tp if self.experts_over_tp else self.place.shape.ep
 
-    def experts_of(self, count: int, rank: int) -> tuple[int, ...]:
-        """Return the experts of a rank of the group over which they are spread."""
-        return tuple(_share(count, rank, self.place.shape.tp if self.experts_over_tp else self.place.shape.ep))
+    @property
+    def expert_rank(self) -> int:
+        """This rank's place among them."""
+        return self.place.tp if self.experts_over_tp else self.place.ep
+
+    def expert_placement(self, count: int) -> ExpertPlacement:
+        """Return where a layer's experts are at the start; all its layers are alike."""
+        ranks = self.expert_ranks
+        slots = -(-(count + self.redundant_experts) // ranks) * ranks
+        return round_robin(count, ranks, num_slots=min(slots, count * ranks))
+
+    def experts(self, count: int) -> tuple[int, ...]:
+        """Return the experts whose weights the rank reads, whole or its columns of them, slot by slot."""
+        return self.expert_placement(count).experts_on(0, self.expert_rank)
 
     @property
     def adds_bias(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...sdk.errors import CheckpointError
 from .checkpoint import DTYPE_BYTES, CheckpointReader
-from .layout import Parameter, Piece, is_ignorable, parameter_layout
+from .layout import Parameter, Piece, expert_layout, is_ignorable, parameter_layout
 from .model_spec import ModelSpec
 from .sharding import WHOLE, Shard
 
@@ -33,6 +33,27 @@ def read_parameters(
         check_tensors(directory, reader, parameter_layout(spec, reader.tensors), spec)
         for parameter in parameter_layout(spec, reader.tensors, shard):
             yield parameter, _load(reader, parameter, dtype, device)
+
+
+def read_expert(
+    path: str | Path,
+    spec: ModelSpec,
+    *,
+    layer: int,
+    expert: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard,
+) -> tuple[Tensor, Tensor]:
+    """Read one expert's weights, as much of them as the rank has; ``layer`` is counted as the rank has them.
+
+    Shapes: returns gate_up [2 * own intermediate, hidden], down [hidden, own intermediate]
+    Raises: CheckpointError
+    """
+    with CheckpointReader.open(Path(path)) as reader:
+        parts = expert_layout(spec, reader.tensors, shard, layer=layer, expert=expert)
+        gate_up, down = (_load(reader, part, dtype, device)[0] for part in parts)
+    return gate_up, down
 
 
 def check_tensors(directory: Path, reader: CheckpointReader, layout: tuple[Parameter, ...], spec: ModelSpec) -> None:

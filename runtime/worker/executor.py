@@ -24,6 +24,7 @@ from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
 from ..models.kv_cache import KvCache
+from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
@@ -86,6 +87,7 @@ class ModelExecutor:
         groups: MeshGroups = ALONE,
         deterministic: bool = False,
         split: TokenSplit | None = None,
+        balance: ExpertBalance | None = None,
     ) -> None:
         """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread and the groups."""
         self._model = model
@@ -97,6 +99,7 @@ class ModelExecutor:
         self._vocabulary = VocabularySampler(
             self._sampler, groups.tp, vocabulary=model.vocabulary, vocab_size=model.spec.vocab_size
         )
+        self._balance = balance
         self._grammars = GrammarMasks(grammars)
         self._tokens = np.zeros((max_slots, max_length), dtype=np.int32)
         self._block_table = np.zeros((max_slots, -(-max_length // block_size)), dtype=np.int32)
@@ -115,11 +118,15 @@ class ModelExecutor:
         """Let the thread end after the step it is at. Not waited for: after a time-out that step may never end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
+        if self._balance is not None:
+            self._balance.close()
         self._grammars.close()
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
         start_s = monotonic_clock()
+        if self._balance is not None:
+            self._balance.begin_step()
         self._take_tokens(plan)
         # Copies come first: a source may have been freed and handed out again, and is written by this very step.
         self._cache.copy_blocks(plan.copy_sources, plan.copy_targets)

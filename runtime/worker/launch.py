@@ -68,7 +68,11 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     if options.deterministic and device.type != "cpu":
         raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
     # Rank 0 has as many layers and heads as any.
-    first = Shard(place=mesh.place(0), experts_over_tp=options.enable_expert_parallel)
+    first = Shard(
+        place=mesh.place(0),
+        experts_over_tp=options.enable_expert_parallel,
+        redundant_experts=options.num_redundant_experts,
+    )
     max_model_len, cache_size = size_engine(options, first.local_spec(spec), device, dtype, ranks_on_host=mesh.size)
     config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
@@ -90,6 +94,8 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         tp=mesh.tp,
         experts_over_tp=options.enable_expert_parallel,
         overlap=options.overlap,
+        redundant_experts=options.num_redundant_experts,
+        expert_balance_steps=options.eplb_step_interval if options.enable_eplb else 0,
     )
     rank, executor = _build(setup, start_peers)
     engine = Engine(

@@ -18,13 +18,19 @@ from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
 from ...comm.overlap import run_plain
 from ...comm.overlap_meter import OverlapMeter
+from ...placement.experts import ExpertPlacement
+from ...sdk.errors import ConfigError
 from ..models.decoder import Decoder, load_decoder
 from ..models.forward import build_forward_batch
 from ..models.kv_cache import KvCache
+from ..models.linear_format import choose_format
+from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
+from ..models.weights import read_expert
 from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
+from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
 from .token_split import TokenSplit, measure_split
 
@@ -55,6 +61,8 @@ class RankSetup:
     tp: int = 1
     experts_over_tp: bool = False
     overlap: bool = False
+    redundant_experts: int = 0
+    expert_balance_steps: int = 0
 
     @property
     def mesh(self) -> MeshShape:
@@ -88,7 +96,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
-    shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp)
+    shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp, redundant_experts=setup.redundant_experts)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
@@ -136,8 +144,40 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         groups=groups,
         deterministic=setup.deterministic,
         split=split,
+        balance=_balance(setup, spec, model, shard),
     )
     return Rank(executor=executor, grammars=grammars)
+
+
+def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) -> ExpertBalance | None:
+    """Return what moves experts while they serve, if that was asked for and the rank has any."""
+    layers = model.expert_layers
+    if not setup.expert_balance_steps or not layers:
+        return None
+    counts = {layer.num_experts for layer in layers.values()}
+    if len(counts) > 1:
+        raise ConfigError("enable_eplb", f"needs as many experts in every layer, the model has {sorted(counts)}")
+    first = shard.expert_placement(counts.pop())
+    placement = ExpertPlacement.of_ranks(
+        [first.experts_by_rank(0)] * len(layers), num_experts=first.num_experts, ranks_per_host=first.ranks_per_host
+    )
+    linear_format = choose_format(
+        setup.quantization, dtype=model.dtype, device=model.device, deterministic=setup.deterministic
+    )
+
+    def read(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return read_expert(
+            setup.model, spec, layer=layer, expert=expert, dtype=model.dtype, device=model.device, shard=shard
+        )
+
+    return ExpertBalance(
+        layers,
+        placement,
+        interval=setup.expert_balance_steps,
+        read=read,
+        prepare=linear_format.prepare,
+        device=model.device,
+    )
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
 from slipstream.runtime.worker import token_split
+from slipstream.runtime.worker.expert_balance import ExpertBalance
 from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import ConfigError
@@ -195,6 +196,29 @@ def test_what_passes_and_exchanges_take_is_the_same_on_all_ranks(
     assert len(costs) == 2
     assert costs[0] == costs[1]
     assert costs[0].collectives == 10
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2, "ep": 2}, {"ep": 4, "pp": 2}], ids=str)
+def test_experts_move_while_they_serve(
+    degrees: dict[str, int],
+    reference: Callable[[str], Reference],
+    alone: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[ExpertBalance] = []
+    begin = ExpertBalance.begin_step
+
+    def noted(self: ExpertBalance) -> None:
+        if self not in made:
+            made.append(self)
+        begin(self)
+
+    monkeypatch.setattr(ExpertBalance, "begin_step", noted)
+    options = {"enable_eplb": True, "eplb_step_interval": 5, "num_redundant_experts": 2}
+    found = generate(reference("parallel_experts").path, **options, **options_of(degrees))
+    assert_same(found, alone("parallel_experts"))
+    assert any(balance.switches for balance in made), "no expert has moved"
+    assert all(balance.placement.num_slots >= 10 for balance in made)
 
 
 @pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts"])

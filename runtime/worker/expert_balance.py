@@ -1,0 +1,158 @@
+"""Moves experts between ranks while they serve, so that every rank has about as much to do.
+
+Every ``interval`` steps the ranks of a group add up which experts tokens went to, and all come to the same next
+placement (``placement.expert_balance``, ``expert_moves``), because they compute it from the same numbers. A rank that
+gets an expert reads it from the checkpoint on a thread of its own, and brings at most one a step into the form that it
+multiplies with; when all ranks say that they are ready, all switch before the same step. Nothing waits meanwhile, and
+no request notices: which replica computes changes no bits.
+
+Source: the problem and its two policies are those of EPLB (DeepSeek-V3, arXiv 2412.19437, section 3.4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...comm.collectives import Collectives
+from ...placement.expert_balance import balance_globally
+from ...placement.expert_counts import DecayedCounts
+from ...placement.expert_moves import Rebalance, rebalance
+from ...placement.experts import ExpertPlacement
+from ..models.expert_ranks import ExpertRanks, SlotProducts, map_of
+
+ReadExpert = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Reads (layer, expert): gate|up and down, as much of them as the rank has."""
+
+Prepare = Callable[[Tensor], Callable[[Tensor, Tensor | None], Tensor]]
+"""Brings a weight into the form that the rank multiplies with."""
+
+_ASK_EVERY = 4
+_HALF_LIFE_INTERVALS = 1.0
+
+
+@dataclass(slots=True)
+class _Change:
+    """A placement on its way: planned, then read, then prepared; by layer and slot of this rank."""
+
+    planned: Future[Rebalance]
+    reading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
+    prepared: dict[tuple[int, int], SlotProducts] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank could switch."""
+        return self.reading is not None and not self.reading
+
+
+class ExpertBalance:
+    """The experts of a rank's layers. ``begin_step`` is called before every step, on every rank of the group."""
+
+    def __init__(
+        self,
+        layers: dict[int, ExpertRanks],
+        placement: ExpertPlacement,
+        *,
+        interval: int,
+        read: ReadExpert,
+        prepare: Prepare,
+        device: torch.device,
+    ) -> None:
+        """Take the layers by their number, and the placement they begin with, whose layers are these in order."""
+        self._numbers = tuple(layers)
+        self._layers = tuple(layers.values())
+        self._group: Collectives = self._layers[0].group
+        self._placement = placement
+        self._interval = interval
+        self._read = read
+        self._prepare = prepare
+        self._device = device
+        self._counts = DecayedCounts(
+            len(self._layers), placement.num_experts, half_life_steps=_HALF_LIFE_INTERVALS * interval
+        )
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-experts")
+        self._change: _Change | None = None
+        self._steps = 0
+        self.switches = 0
+        """Placements that have been put into force."""
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The placement in force."""
+        return self._placement
+
+    def begin_step(self) -> None:
+        """Count loads, prepare what has been read, and switch when all ranks are ready."""
+        self._steps += 1
+        if self._change is not None:
+            self._go_on(self._change)
+        elif self._steps % self._interval == 0:
+            self._plan()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _plan(self) -> None:
+        own_LE = torch.stack([layer.load_E for layer in self._layers]).to(self._device)
+        for layer in self._layers:
+            layer.load_E.zero_()
+        # Counts add up exactly, in whatever order.
+        all_LE = self._group.all_reduce(own_LE).wait()
+        self._counts.observe(all_LE.tolist(), steps=self._interval)
+        loads = self._counts.counts
+        if not all(any(layer) for layer in loads):
+            return
+        # Some layers take a while: beside the steps, on every rank for itself.
+        self._change = _Change(planned=self._worker.submit(self._next_placement, loads))
+
+    def _next_placement(self, loads: Sequence[Sequence[float]]) -> Rebalance:
+        present = self._placement
+        wanted = balance_globally(loads, num_slots=present.num_slots, num_ranks=present.num_ranks)
+        return rebalance(present, wanted, loads)
+
+    def _go_on(self, change: _Change) -> None:
+        if change.reading is None:
+            if change.planned.done():
+                change.reading = self._begin_reading(change.planned.result())
+        else:
+            self._prepare_one(change, change.reading)
+        if self._steps % _ASK_EVERY:
+            return
+        missing = torch.tensor([not change.is_ready], dtype=torch.int64, device=self._device)
+        if not int(self._group.all_reduce(missing, op="max").wait()):
+            self._switch(change, change.planned.result().placement)
+
+    def _begin_reading(self, change: Rebalance) -> dict[tuple[int, int], Future[tuple[Tensor, Tensor]]]:
+        rank, per_rank = self._group.rank, self._placement.slots_per_rank
+        return {
+            (move.layer, move.slot - rank * per_rank): self._worker.submit(
+                self._read, self._numbers[move.layer], move.expert
+            )
+            for move in change.moves
+            if move.destination == rank
+        }
+
+    def _prepare_one(self, change: _Change, reading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]]) -> None:
+        for place, weights in list(reading.items()):
+            if weights.done():
+                gate_up, down = weights.result()
+                change.prepared[place] = (self._prepare(gate_up), self._prepare(down))
+                del reading[place]
+                return
+
+    def _switch(self, change: _Change, placement: ExpertPlacement) -> None:
+        rank = self._group.rank
+        for index, layer in enumerate(self._layers):
+            held = dict(zip(self._placement.experts_on(index, rank), layer.slots, strict=True))
+            slots = tuple(
+                change.prepared.get((index, slot)) or held[expert]
+                for slot, expert in enumerate(placement.experts_on(index, rank))
+            )
+            layer.switch(map_of(placement, index, device=self._device), slots)
+        self.switches += placement != self._placement
+        self._placement, self._change = placement, None
