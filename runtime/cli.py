@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,34 +178,32 @@ def serve(
     gpu_memory_utilization: Annotated[float, typer.Option(help="share of free memory to use")] = 0.9,
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority")] = "fcfs",
+    enable_eplb: Annotated[
+        bool, typer.Option(help="move experts between ranks so that all have as much to do")
+    ] = False,
+    num_redundant_experts: Annotated[int, typer.Option(help="slots in every layer for replicas of experts")] = 0,
+    eplb_step_interval: Annotated[int, typer.Option(help="steps between two looks at the experts' loads")] = 3000,
     step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""
+    # The engine's options have the engine's names.
+    given = locals()
     from .config import EngineOptions
     from .gateway.auth import read_api_keys
     from .gateway.main import ServeOptions
     from .gateway.main import serve as serve_gateway
     from .gateway.settings import GatewaySettings, RequestLimits
 
-    engine = EngineOptions(
-        model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
-        num_threads=num_threads, deterministic=deterministic, tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size, expert_parallel_size=expert_parallel_size,
-        enable_expert_parallel=enable_expert_parallel, overlap=overlap, max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
-        scheduling_policy=scheduling_policy, step_timeout_s=step_timeout_s,
-    )  # fmt: skip
+    engine = EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions) if field.name in given})
+    limits = RequestLimits(
+        max_concurrent_requests=max_concurrent_requests,
+        max_body_bytes=max_body_bytes,
+        request_timeout_s=request_timeout_s,
+    )
+    names = tuple(served_model_name or [Path(model).expanduser().resolve().name])
+    keys = () if api_key_file is None else read_api_keys(api_key_file)
     settings = GatewaySettings(
-        served_model_names=tuple(served_model_name or [Path(model).expanduser().resolve().name]),
-        api_keys=() if api_key_file is None else read_api_keys(api_key_file),
-        tool_call_parser=tool_call_parser,
-        limits=RequestLimits(
-            max_concurrent_requests=max_concurrent_requests,
-            max_body_bytes=max_body_bytes,
-            request_timeout_s=request_timeout_s,
-        ),
+        served_model_names=names, api_keys=keys, tool_call_parser=tool_call_parser, limits=limits
     )
     options = ServeOptions(
         host=host, port=port, engine=engine, settings=settings, start_timeout_s=start_timeout_s,
