@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One stack and one step."""
+    """One stack and one step; where experts are ``spread``, a step of each rank."""
 
     name: str
     hidden: int
@@ -20,6 +20,7 @@ class Point:
     layers: int
     experts: int
     tokens: int
+    spread: bool = False
 
     def line(self, *, repeats: int, order: str) -> dict[str, Any]:
         """Return what a rank is asked."""
@@ -32,6 +33,7 @@ POINTS = (
     Point(name="dense-2048", hidden=2048, intermediate=8192, layers=6, experts=0, tokens=128),
     Point(name="moe-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=512),
     Point(name="moe-1024", hidden=1024, intermediate=2048, layers=6, experts=8, tokens=256),
+    Point(name="ep-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=256, spread=True),
     Point(name="dense-512", hidden=512, intermediate=2048, layers=8, experts=0, tokens=64),
     Point(name="dense-512", hidden=512, intermediate=2048, layers=8, experts=0, tokens=4),
     Point(name="moe-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=16),
@@ -39,5 +41,6 @@ POINTS = (
 QUICK = (
     Point(name="dense-512", hidden=512, intermediate=2048, layers=4, experts=0, tokens=256),
     Point(name="moe-512", hidden=512, intermediate=1024, layers=4, experts=8, tokens=256),
+    Point(name="ep-512", hidden=512, intermediate=1024, layers=4, experts=8, tokens=128, spread=True),
     Point(name="dense-512", hidden=512, intermediate=2048, layers=4, experts=0, tokens=4),
 )

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from slipstream.benchmarks.overlap.stack import Order, Stack, StackShape
 from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
-from slipstream.comm.overlap import run_interleaved
+from slipstream.comm.overlap import run_interleaved, run_plain
 from slipstream.comm.overlap_cost import PassCost
 from slipstream.comm.overlap_measure import Clocks, fewest_worth_cutting, measure_pass
 from slipstream.comm.overlap_meter import OverlapMeter
@@ -45,6 +46,7 @@ class Bench:
             intermediate=point["intermediate"],
             layers=point["layers"],
             experts=point["experts"],
+            spread=point["spread"],
         )
         self.group = group
         self.tokens: int = point["tokens"]
@@ -83,12 +85,15 @@ class Bench:
         run_interleaved(self.stack.pieces(group, self.x_TH[:tokens], parts, order), meter=meter)
 
     def _exchange_only(self) -> None:
+        if self.stack.shape.spread:
+            run_plain(self.stack.exchange_only(self.group, self.x_TH))
+            return
         for _ in range(self.cost.collectives):
             self.group.all_reduce(self.zeros_TH).wait()
 
     def _measure_cost(self) -> PassCost:
         quarter = max(1, self.tokens // 4)
-        return measure_pass(
+        cost = measure_pass(
             self.group,
             lambda tokens: self._run(self.alone, tokens, None),
             sorted({1, quarter, 2 * quarter, max(self.tokens - quarter, 1), self.tokens}),
@@ -97,6 +102,12 @@ class Bench:
             clocks=Clocks(wall=time.perf_counter, work=time.process_time),
             device=_CPU,
         )
+        if not self.stack.shape.spread:
+            return cost
+        # Each of ``top_k`` experts is another rank's as often as chance has it; a token's row goes there once, and each
+        # expert's comes back: two exchanges of about so many of an all-reduce's bytes.
+        away = (self.group.size - 1) / self.group.size
+        return replace(cost, bytes_per_token=cost.bytes_per_token * away * self.stack.shape.top_k)
 
     def _choose(self, tokens: int) -> int | None:
         return choose_cut(self.cost, tokens, unit=UNIT)

@@ -1,7 +1,8 @@
-"""A tensor-parallel stack of transformer layers with made-up weights, dense or with experts, in pieces that yield.
+"""A stack of transformer layers over ranks, with made-up weights, dense or with experts, in pieces that yield.
 
-It has the products, norms, attention and expert choice of a model, and no embedding, rotation or head. All weights
-come from a seed, so any number of ranks hold slices of the same model.
+Tensor-parallel: every rank has a slice of each weight and all tokens. Or, with ``spread``, expert-parallel: every rank
+has tokens of its own, whole experts, and all of the rest. It has the products, norms, attention and expert choice of a
+model, and no embedding, rotation or head. All weights come from a seed, so any number of ranks hold the same model.
 
 Shapes: T tokens, H hidden size, I intermediate size, E experts.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,16 +20,18 @@ import torch
 from torch import Tensor
 
 from slipstream.comm.collectives import Collectives
-from slipstream.comm.overlap import Parts
+from slipstream.comm.expert_map import even_map
+from slipstream.comm.experts import mix
+from slipstream.comm.overlap import Parts, Steps
 from slipstream.comm.reduce_norm import own_share, reduce_add_norm
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention import PreparedAttention, paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.attention_workspace import AttentionWorkspace
 from slipstream.kernels.linear_packed import linear_packed, pack_weight
-from slipstream.kernels.moe_gemm import Product, moe_mlp
+from slipstream.kernels.moe_gemm import Product, expert_products, moe_mlp
 from slipstream.kernels.moe_route import route
-from slipstream.kernels.norm import rms_norm
+from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, write_kv
 
 HEAD_SIZE = 64
@@ -42,13 +46,14 @@ Order = Literal["plain", "sharded", "ladder"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackShape:
-    """The sizes of a stack; ``intermediate`` is that of the MLP, or of each of ``experts``."""
+    """The sizes of a stack; ``intermediate`` is that of the MLP, or of each of ``experts``, which may be ``spread``."""
 
     hidden: int
     intermediate: int
     layers: int
     experts: int = 0
     top_k: int = 2
+    spread: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +89,14 @@ class Stack:
         self, shape: StackShape, *, rank: int, ranks: int, seed: int, most_tokens: int, deterministic: bool = False
     ) -> None:
         self.shape = shape
-        self._rank, self._ranks = rank, ranks
-        self._heads = shape.hidden // HEAD_SIZE // ranks
+        self._rank = rank
+        # Those that each weight but the experts' is spread over.
+        self._slices = 1 if shape.spread else ranks
+        self._slots = range(shape.experts)
+        if shape.spread:
+            share = shape.experts // ranks
+            self._slots = range(rank * share, (rank + 1) * share)
+        self._heads = shape.hidden // HEAD_SIZE // self._slices
         self._deterministic = deterministic
         blocks = -(-most_tokens // BLOCK_SIZE)
         self._block_table = np.arange(blocks, dtype=np.int32)[None]
@@ -105,7 +116,7 @@ class Stack:
         self, group: Collectives, x_TH: Tensor, parts: Sequence[TokenRange], order: Order = "plain"
     ) -> list[Parts]:
         """Return the passes of a step's parts, to be run in turns; the results together are [tokens, hidden]."""
-        run = self._run_ladder if order == "ladder" else self._run
+        run = self._run_ladder if order == "ladder" else self._run_spread if self.shape.spread else self._run
         return [run(group, x_TH[part.first : part.first + part.tokens], part, order) for part in parts]
 
     def _run(self, group: Collectives, x_TH: Tensor, part: TokenRange, order: Order) -> Parts:
@@ -124,6 +135,31 @@ class Stack:
                 group, partial_TH, residual, next_norm_H, EPSILON, sharded=sharded
             )
         return normed_TH
+
+    def _run_spread(self, group: Collectives, x_TH: Tensor, part: TokenRange, order: Order) -> Parts:
+        residual_TH = x_TH
+        normed_TH = rms_norm(x_TH, self._layers[0].attention_norm_H, EPSILON)
+        # Alone, a rank stands in for all others: its experts get as many rows as with them, if all are chosen alike.
+        placed = even_map(self.shape.experts if group.size > 1 else len(self._slots), ranks=group.size)
+        for index, layer in enumerate(self._layers):
+            next_norm_H = self._layers[(index + 1) % len(self._layers)].attention_norm_H
+            attended_TH = self._attend(index, normed_TH, part)
+            normed_TH, residual_TH = add_rms_norm(attended_TH, residual_TH, layer.mlp_norm_H, EPSILON)
+            weights_TA, experts_TA = route(normed_TH, layer.router_EH, top_k=self.shape.top_k, normalize=True)
+            products = partial(expert_products, gate_up=layer.gate_up, down=layer.down)
+            mixed = yield from mix(
+                [group], normed_TH, weights_TA, experts_TA % placed.num_experts, placed=placed, products=products
+            )
+            normed_TH, residual_TH = add_rms_norm(mixed.output_TH, residual_TH, next_norm_H, EPSILON)
+        return normed_TH
+
+    def exchange_only(self, group: Collectives, x_TH: Tensor) -> Steps[None]:
+        """Send all tokens to experts that do nothing, and back, once a layer."""
+        placed = even_map(self.shape.experts, ranks=group.size)
+        layer = self._layers[0]
+        weights_TA, experts_TA = route(x_TH, layer.router_EH, top_k=self.shape.top_k, normalize=True)
+        for _ in self._layers:
+            yield from mix([group], x_TH, weights_TA, experts_TA, placed=placed, products=lambda rows, counts: rows)
 
     def _run_ladder(self, group: Collectives, x_TH: Tensor, part: TokenRange, order: Order) -> Parts:
         """Source: Ladder-residual (arXiv 2501.06589), section 3"""
@@ -183,15 +219,16 @@ class Stack:
 
         def by_columns(outputs: int, inputs: int, *, fused: int) -> Product:
             """This rank's outputs of each of ``fused`` products of equal size."""
-            slices = [weight(outputs, inputs).chunk(self._ranks)[self._rank] for _ in range(fused)]
+            slices = [weight(outputs, inputs).chunk(self._slices)[place] for _ in range(fused)]
             return _product(torch.cat(slices))
 
         def by_rows(outputs: int, inputs: int) -> Product:
-            return _product(weight(outputs, inputs).chunk(self._ranks, dim=1)[self._rank])
+            return _product(weight(outputs, inputs).chunk(self._slices, dim=1)[place])
 
+        place = self._rank if self._slices > 1 else 0
         hidden, intermediate = self.shape.hidden, self.shape.intermediate
         mlps = max(1, self.shape.experts)
-        return _Layer(
+        layer = _Layer(
             attention_norm_H=1 + 0.1 * torch.randn(hidden, generator=generator),
             qkv=by_columns(hidden, hidden, fused=3),
             out=by_rows(hidden, hidden),
@@ -200,6 +237,10 @@ class Stack:
             gate_up=tuple(by_columns(intermediate, hidden, fused=2) for _ in range(mlps)),
             down=tuple(by_rows(hidden, intermediate) for _ in range(mlps)),
         )
+        if not self.shape.spread:
+            return layer
+        own = slice(self._slots.start, self._slots.stop)
+        return replace(layer, gate_up=layer.gate_up[own], down=layer.down[own])
 
 
 def _product(weight_OI: Tensor) -> Product:

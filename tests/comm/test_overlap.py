@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,15 @@ def test_norms_in_shares_give_the_bits_of_the_plain_way(tokens: int, ranks: int,
         sharded = _run_stack(DENSE, seed, ranks=ranks, tokens=tokens, cut=cut, order="sharded")
         for rank in range(ranks):
             assert torch.equal(sharded[rank], plain[rank])
+
+
+def test_experts_over_ranks_in_two_batches_give_the_bits_of_the_whole(seed: int) -> None:
+    shape = replace(EXPERTS, spread=True)
+    whole = _run_stack(shape, seed, ranks=2, tokens=48, cut=None)
+    parts = _run_stack(shape, seed, ranks=2, tokens=48, cut=20)
+    assert torch.equal(torch.stack(parts), torch.stack(whole))
+    (alone,) = _run_stack(shape, seed, ranks=1, tokens=48, cut=None)
+    torch.testing.assert_close(whole[0], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_ladder_order_is_the_same_function_on_any_number_of_ranks_and_cuts(seed: int) -> None:
