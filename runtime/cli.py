@@ -48,6 +48,7 @@ PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", 
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
+EvenOption = Annotated[bool, typer.Option(help="with stages: steps that take equally long")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
 
@@ -90,6 +91,7 @@ def generate(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -111,6 +113,7 @@ def generate(
         "expert_parallel_size": expert_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
         "overlap": overlap,
+        "even_chunks": even_chunks,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -170,6 +173,7 @@ def serve(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -192,8 +196,8 @@ def serve(
         model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
         num_threads=num_threads, deterministic=deterministic, tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size, expert_parallel_size=expert_parallel_size,
-        enable_expert_parallel=enable_expert_parallel, overlap=overlap, max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        enable_expert_parallel=enable_expert_parallel, overlap=overlap, even_chunks=even_chunks,
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
         scheduling_policy=scheduling_policy, step_timeout_s=step_timeout_s,
