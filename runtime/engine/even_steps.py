@@ -2,8 +2,9 @@
 
 Stages work on different steps at the same time, and each waits for the longest. Work is counted in units of one token
 without context; attention adds ``attention_ratio`` a position of context, so that later chunks of a prompt are smaller.
-A step gets its share of a round: of all the work that is in the pipeline and that could join it, over as many steps as
-are on their way at once. What a token budget of the same size holds at the start of a prompt is the most.
+A step decodes its share of all sequences that do, and prompts are spread over the next steps: all that wait, and what
+the last steps had, which keeps shares from shrinking as prompts are worked off. What a token budget of the same size
+holds at the start of a prompt is the most.
 
 Pure numbers: it must not know requests, blocks or clocks.
 
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from ..messages import Int32Array
 
 LEAST_WORK = 128.0
-"""Steps are not made smaller than this for evenness: a step reads all weights however few tokens it has."""
+"""Steps are not made smaller than this, or a quarter of the most: a step reads all weights however few its tokens."""
+SPREAD_STEPS = 16
+"""Prompts are spread over so many steps, or as many as are on their way at once if these are more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +54,19 @@ class EvenSteps:
         return self.max_tokens * (1.0 + self.attention_ratio * self.max_tokens / 2.0)
 
     @property
-    def most_of_round(self) -> float:
-        """As much work as a round can take: more need not be counted."""
-        return self.most * self.steps
+    def spread(self) -> int:
+        """Over how many steps prompts are spread."""
+        return max(self.steps, SPREAD_STEPS)
 
-    def share(self, work: float) -> float:
-        """Return a step's part of a round's work: what is on its way and what could join it."""
-        return min(self.most, max(LEAST_WORK, work / self.steps))
+    @property
+    def enough(self) -> float:
+        """As much work of prompts as can be spread: more need not be counted."""
+        return self.most * self.spread
+
+    def share(self, decodes: float, chunks: float) -> float:
+        """Return a step's part of the work of all decodes, and of all chunks of the steps that they are spread over."""
+        least = min(LEAST_WORK, self.most / 4.0)
+        return min(self.most, max(least, decodes / self.steps + chunks / self.spread))
 
     def chunk(self, start: int, lacking: int, *, work: float) -> int:
         """Return how many tokens of a prompt fit into some work; 0 when less than to the next block's end does.

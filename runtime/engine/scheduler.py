@@ -321,7 +321,6 @@ class Scheduler:
         """Take in a step's result: append the drawn tokens, end what has ended, publish full blocks."""
         outputs = StepOutputs()
         table = self.table
-        self._budget.done(plan)
         self._fail_invalid(plan, result, outputs)
         rows = np.flatnonzero(plan.samples)
         current = table.still_there(plan)[rows]

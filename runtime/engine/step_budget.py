@@ -5,6 +5,7 @@ What it has taken already stands in the slot table, so that a preempted row give
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,7 @@ from .slots import SlotTable
 class StepBudget:
     """Budgets of the steps that are planned one after the other.
 
-    ``begin`` comes before a step is planned, ``planned`` after it, and ``done`` when its result is there.
+    ``begin`` comes before a step is planned, ``planned`` after it.
     """
 
     def __init__(self, config: SchedulerConfig, table: SlotTable) -> None:
@@ -35,7 +36,7 @@ class StepBudget:
             )
         self._work = 0.0
         self._has_chunk = False
-        self._on_its_way: dict[int, float] = {}
+        self._chunks: deque[float] = deque(maxlen=0 if self._even is None else self._even.spread - 1)
 
     def begin(self, order: Int32Array, lacking: Int32Array, waiting: Iterable[int]) -> None:
         """Work out a step's share of what could join the pipeline now.
@@ -47,18 +48,14 @@ class StepBudget:
             return
         self._has_chunk = False
         table = self._table
-        # A token that the last stage has not drawn yet is work that is on its way.
-        ready = (lacking > 1) | (table.pending[order] == 0)
-        work = float(self._even.work(table.computed[order][ready], lacking[ready]).sum())
-        work += sum(self._on_its_way.values())
-        self._work = self._even.share(work + self._waiting_work(waiting, self._even.most_of_round - work))
-
-    def _waiting_work(self, waiting: Iterable[int], enough: float) -> float:
-        total, tokens = 0.0, iter(waiting)
-        assert self._even is not None
-        while total < enough and (count := next(tokens, 0)):
-            total += count * (1.0 + self._even.attention_ratio * count / 2.0)
-        return total
+        if not len(order):
+            self._chunks.clear()
+        work = self._even.work(table.computed[order], lacking)
+        chunks = float(work[lacking > 1].sum()) + sum(self._chunks)
+        tokens = iter(waiting)
+        while chunks < self._even.enough and (count := next(tokens, 0)):
+            chunks += count * (1.0 + self._even.attention_ratio * count / 2.0)
+        self._work = self._even.share(float(work[lacking == 1].sum()), chunks)
 
     def is_full(self) -> bool:
         """Whether the step has no token left for anything."""
@@ -84,10 +81,7 @@ class StepBudget:
         return count
 
     def planned(self, plan: StepPlan) -> None:
-        """Note that a step is on its way."""
+        """Note what a step has taken of prompts."""
         if self._even is not None:
-            self._on_its_way[plan.step] = float(self._even.work(plan.starts, plan.counts).sum())
-
-    def done(self, plan: StepPlan) -> None:
-        """Note that a step's result is there."""
-        self._on_its_way.pop(plan.step, None)
+            chunks = plan.counts > 1
+            self._chunks.append(float(self._even.work(plan.starts[chunks], plan.counts[chunks]).sum()))
