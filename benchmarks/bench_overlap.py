@@ -7,7 +7,9 @@ model says, or not at all), the ideal max(C, M), and the share of min(C, M) that
 a run; each time is the slower rank's, each figure a median.
 
 A link's bytes are copied by the core that computes: ``work`` is the share of M that this takes, and what cannot be
-hidden. Needs root, for the namespaces.
+hidden. ``core`` is the share of its core that a rank got while it computed: below 1, others used the machine, and the
+figures of that line say little. ``halves`` is what a cut in the middle would have brought where none was made. Needs
+root, for the namespaces.
 
     python -P benchmarks/bench_overlap.py --json benchmarks/results/overlap.json
 """
@@ -15,6 +17,7 @@ hidden. Needs root, for the namespaces.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,6 +32,8 @@ from slipstream.tests.multinode.namespaces import hosts, missing
 
 LINKS_MBIT_PER_S = (300, 1000, 3000)
 POINT_TIMEOUT_S = 600.0
+QUIET_CORE = 0.95
+"""The share of its core that a rank must have for its times to mean anything."""
 COVERED = (0.3, 1.0)
 """Shares of C in which M must be for the overlap to be held to the ideal."""
 
@@ -47,6 +52,7 @@ class Figures:
     overlapped_s: float
     halves_s: float | None
     wire_work: float
+    had_core: float
     metered_hidden_s: float
     expected_overlapped_s: float | None
 
@@ -79,26 +85,28 @@ class Figures:
         """Return the line of the table."""
         cells = [self.compute_s, self.wire_s, self.serial_s, self.overlapped_s, self.ideal_s]
         times = "".join(f"{1e3 * cell:9.1f}" for cell in cells)
+        halves = f"{self.halves_s / self.serial_s - 1:+.1%}" if self.halves_s else ""
         return (
             f"{self.point:11}{self.tokens:6}{self.link_mbit_per_s:6}{self.wire_s / self.compute_s:7.2f}"
             f"{self.cut or '-':>6}{times}{self.over_ideal:+9.1%}{self.over_serial:+9.1%}{self.hidden:8.0%}"
-            f"{self.wire_work:6.2f}{f'{self.halves_s / self.serial_s - 1:+.1%}' if self.halves_s else '':>9}"
+            f"{self.wire_work:6.2f}{self.had_core:6.2f}{halves:>9}"
         )
 
 
 HEADER = (
     f"{'stack':11}{'tokens':>6}{'Mb/s':>6}{'M/C':>7}{'cut':>6}{'C ms':>9}{'M ms':>9}{'serial':>9}{'overlap':>9}"
-    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'halves':>9}"
+    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'core':>6}{'halves':>9}"
 )
 
 
 def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, order: str) -> Figures:
     """Have the ranks measure one point."""
     answers = ask_all(ranks, point.line(repeats=repeats, order=order), POINT_TIMEOUT_S)
-    times_s = [answer["times_s"] for answer in answers]
+    times_s: list[dict[str, list[float]]] = [answer["times_s"] for answer in answers]
 
     def median_s(arm: str) -> float:
-        return statistics.median(max(both) for both in zip(*(times[arm] for times in times_s), strict=True))
+        slower_s: list[float] = [max(both) for both in zip(*(times[arm] for times in times_s), strict=True)]
+        return statistics.median(slower_s)
 
     first = answers[0]
     return Figures(
@@ -112,6 +120,7 @@ def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, ord
         overlapped_s=median_s("overlapped"),
         halves_s=median_s("halves") if "halves" in times_s[0] else None,
         wire_work=first["wire_work"],
+        had_core=min(statistics.median(answer["had_core"]) for answer in answers),
         metered_hidden_s=statistics.mean(answer["metered_hidden_s"] for answer in answers),
         expected_overlapped_s=first["expected_overlapped_s"],
     )
@@ -123,11 +132,13 @@ def verdict(figures: Sequence[Figures]) -> list[str]:
     near = [line for line in covered if line.over_ideal <= 0.1]
     slower = [line for line in figures if line.over_serial > 0.02]
     worst = max(figures, key=lambda line: line.over_serial)
+    disturbed = sum(line.had_core < QUIET_CORE for line in figures)
     return [
         f"M between {COVERED[0]} C and {COVERED[1]} C: {len(near)} of {len(covered)} within 10 % of ideal"
         + (f", the worst {max(line.over_ideal for line in covered):+.1%}" if covered else ""),
         f"slower than serial by more than 2 %: {len(slower)} of {len(figures)}, the worst {worst.over_serial:+.1%} "
         f"({worst.point}, {worst.tokens} tokens, {worst.link_mbit_per_s} Mb/s)",
+        *([f"{disturbed} of {len(figures)} lines were disturbed: others used the ranks' cores"] if disturbed else []),
     ]
 
 
@@ -146,6 +157,8 @@ def main() -> None:
     parser.add_argument("--links", type=int, nargs="+", default=LINKS_MBIT_PER_S, metavar="MBIT_PER_S")
     parser.add_argument("--order", choices=("plain", "sharded", "ladder"), default="plain")
     options = parser.parse_args()
+    # Asked to end, it still ends the ranks and removes their hosts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if (reason := missing()) is not None:
         sys.exit(f"bench_overlap: {reason}")
     repeats = options.repeats or (5 if options.quick else 15)

@@ -1,9 +1,11 @@
 """The one protocol through which ranks exchange tensors, whatever carries them.
 
-An operation is started by its call and returns a ``Work``; nothing may touch its tensors until ``wait`` has returned.
-Every rank of a group calls the same operations in the same order. Every wait has a deadline, the group's own unless
-another is given, and ends in a result or in one of ``errors``; after an error the group is dead on every rank within
-that deadline. Any dtype can be moved; types that a backend does not know (float8) travel as bytes.
+An operation is started by its call and returns a ``Work``, which is to be waited for; nothing may touch its tensors
+until ``wait`` has returned. Every rank of a group calls the same operations in the same order, from one thread; sends
+and receives need only keep their order between the two ranks. Works may be waited for in any order, from any thread.
+Every wait has a deadline, the group's own unless another is given, and ends in a result or in one of ``errors``; after
+an error the group is dead on every rank within that deadline, and a rank that fails tells the others, where it can, by
+breaking its connections to them. Any dtype can be moved; types that a backend does not know (float8) travel as bytes.
 
 Implementations: ``torch_groups`` (NCCL, gloo), ``local_groups`` (threads of one process, for tests).
 

@@ -13,9 +13,10 @@
     ├── RankFailed      a rank could not carry out a step, and says why       blame: that rank
     └── TooFarAhead     a rank is too many steps behind; nothing was sent     blame: nobody: collect results first
 
-After any of the first three a group is dead: every later operation raises, and the ranks build a new one. A step bus is
-dead after any but CommMisuse, RankFailed, TooFarAhead and a CommTimeout of one of its two waits (``result``,
-``next_step``), which may be called again.
+After any of the first three a group is dead: every later operation raises, and the ranks build a new one. So it is
+after CommMisuse where ranks did not agree with one another, which only ``local_groups`` can see; what one rank sees
+alone is refused before anything is sent, and the group lives on. A step bus is dead after any but CommMisuse,
+RankFailed, TooFarAhead and a CommTimeout of one of its waits (``result``, ``next_step``), which may be called again.
 """
 
 from __future__ import annotations

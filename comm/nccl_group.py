@@ -16,7 +16,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, distributed
 from .collectives import Work
 from .errors import CommError, CommMisuse, CommTimeout, GroupClosed, PeerLost
 from .operands import Seat
+from .timeouts import timeout
 
 MAX_IN_FLIGHT = 1024
 """Operations of a group that the device has not come to the end of."""
@@ -44,6 +44,9 @@ _AS_THEY_ARE = frozenset(
         torch.uint8,
     }
 )
+
+# torch's stubs know its process groups in part only.
+_torch: Any = distributed
 
 _REDUCE_OPS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}
 
@@ -79,7 +82,7 @@ class NcclGroup:
     @classmethod
     def open(
         cls,
-        store: distributed.Store,
+        store: Any,
         device: torch.device,
         *,
         name: str,
@@ -92,9 +95,9 @@ class NcclGroup:
         # torch's own watchdog ends the process when an operation fails; the guard does what a living process needs.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
-        options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        nccl = distributed.ProcessGroupNCCL(store, rank, size, options)
+        options = _torch.ProcessGroupNCCL.Options()
+        options._timeout = timeout(timeout_s)
+        nccl = _torch.ProcessGroupNCCL(store, rank, size, options)
         nccl.eager_connect_single_device(device)
         return cls(nccl, device, name=name, rank=rank, size=size, timeout_s=timeout_s, clock=clock)
 
@@ -119,7 +122,7 @@ class NcclGroup:
         """Reduce over the ranks, in place."""
         self._seat.check_reduction("all_reduce", x, op)
         self._check_known("all_reduce", x)
-        options = distributed.AllreduceOptions()
+        options = _torch.AllreduceOptions()
         options.reduceOp = _REDUCE_OPS[op]
         return self._start("all_reduce", x, x, lambda: self._nccl.allreduce([x], options))
 
@@ -129,7 +132,7 @@ class NcclGroup:
         self._seat.check_reduction("reduce_scatter", x, "sum")
         self._check_known("reduce_scatter", x)
         result = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        options = distributed.ReduceScatterOptions()
+        options = _torch.ReduceScatterOptions()
         options.reduceOp = _REDUCE_OPS["sum"]
         return self._start("reduce_scatter", x, result, lambda: self._nccl._reduce_scatter_base(result, x, options))
 
@@ -150,7 +153,7 @@ class NcclGroup:
             x,
             result,
             lambda: self._nccl.alltoall_base(
-                out, sent, list(receive_counts), list(send_counts), distributed.AllToAllOptions()
+                out, sent, list(receive_counts), list(send_counts), _torch.AllToAllOptions()
             ),
         )
 
@@ -158,7 +161,7 @@ class NcclGroup:
         """Overwrite ``x`` with the root's."""
         self._seat.check_rank("broadcast", "root", root)
         self._seat.check_contiguous("broadcast", x)
-        options = distributed.BroadcastOptions()
+        options = _torch.BroadcastOptions()
         options.rootRank = root
         return self._start("broadcast", x, x, lambda: self._nccl.broadcast([_movable(x)], options))
 
@@ -177,7 +180,7 @@ class NcclGroup:
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait, on the host, until every rank has come here and its earlier operations have ended on the device."""
         here = torch.zeros(1, dtype=torch.int32, device=self._device)
-        options = distributed.AllreduceOptions()
+        options = _torch.AllreduceOptions()
         work = self._start("barrier", here, here, lambda: self._nccl.allreduce([here], options))
         work.wait_on_host(timeout_s)
 

@@ -79,10 +79,10 @@ def run_interleaved(
         if meter is not None:
             meter.forget()
         with ExitStack() as endings:
-            # Runs the last one first: all are closed, then what is in flight is waited for.
-            for lane in lanes:
+            # Runs the last one first: all are closed, then what is in flight is waited for, in order.
+            for lane in reversed(lanes):
                 endings.callback(lane.settle)
-            for lane in lanes:
+            for lane in reversed(lanes):
                 endings.callback(lane.close)
         raise
     return [lane.results[0] for lane in lanes]

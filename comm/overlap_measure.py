@@ -1,18 +1,108 @@
-"""Measures at start-up what ``overlap_cost`` needs, such that every rank ends with the same figures.
+"""Measures at start-up what the choice of a cut needs, such that every rank ends with the same figures.
 
-Knows a group and a clock; what a pass computes is its caller's.
+``measure_pass`` feeds the cost model, which says where to cut; ``fewest_worth_cutting`` tries both ways, and says from
+how many tokens on the model is to be asked at all. Knows a group and clocks; what a pass computes is its caller's.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .collectives import Collectives, Work
-from .overlap_cost import Curve
+from .overlap_cost import Curve, PassCost
+
+_BYTES = 4
+"""Of a float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clocks:
+    """Seconds of the world, and seconds that this process' threads have worked."""
+
+    wall: Callable[[], float]
+    work: Callable[[], float]
+
+
+def measure_pass(
+    group: Collectives,
+    compute: Callable[[int], None],
+    sizes: Sequence[int],
+    *,
+    collectives: int,
+    bytes_per_token: int,
+    clocks: Clocks,
+    device: torch.device,
+    repeats: int = 7,
+) -> PassCost:
+    """Measure what a pass costs at some numbers of tokens, for the choice of a cut; all ranks call it at once.
+
+    ``compute`` runs a pass of so many tokens as one rank alone would: with nothing sent. Its last size should be the
+    largest step there is, and half and a quarter of it among the others.
+    """
+    group.barrier()
+    compute_s = measure_curve(compute, sizes, clock=clocks.wall, repeats=repeats)
+    compute_s = agree(group, compute_s, device=device)
+    began_s, began_work_s = clocks.wall(), clocks.work()
+    collective_s = measure_collective(
+        group,
+        group.all_reduce,
+        [size * bytes_per_token for size in sizes],
+        clock=clocks.wall,
+        device=device,
+        repeats=repeats,
+    )
+    passed_s = clocks.wall() - began_s
+    share = min((clocks.work() - began_work_s) / passed_s, 1.0) if passed_s else 0.0
+    return PassCost(
+        compute_s=compute_s,
+        collective_s=collective_s,
+        collectives=collectives,
+        bytes_per_token=bytes_per_token,
+        # On a device that moves bytes by itself, what the host does meanwhile is not taken from anyone.
+        wire_work=agree(group, Curve((1.0,), (share,)), device=device)(1.0) if device.type == "cpu" else 0.0,
+    )
+
+
+def fewest_worth_cutting(
+    group: Collectives,
+    run: Callable[[int, int | None], None],
+    sizes: Sequence[int],
+    choose: Callable[[int], int | None],
+    *,
+    clock: Callable[[], float],
+    device: torch.device,
+    repeats: int = 7,
+    margin: float = 0.02,
+) -> int | None:
+    """Return the smallest of ``sizes`` from which on all were faster cut than whole by ``margin``, or None.
+
+    ``run(tokens, cut)`` runs a pass for real, cut or whole; ``choose`` says where. All ranks call it at once, and the
+    slowest rank's medians count.
+    """
+    fewest = None
+    for tokens in sorted(sizes, reverse=True):
+        cut = choose(tokens)
+        if cut is None:
+            break
+        times_s: dict[int | None, list[float]] = {None: [], cut: []}
+        for round_ in range(repeats + 1):
+            for way in (None, cut) if round_ % 2 else (cut, None):
+                group.barrier()
+                began_s = clock()
+                run(tokens, way)
+                times_s[way].append(clock() - began_s)
+        # The first round does not count.
+        medians_s = [statistics.median(times_s[way][1:]) for way in (None, cut)]
+        whole_s, cut_s = _slowest(group, medians_s, device=device)
+        if cut_s > whole_s * (1 - margin):
+            break
+        fewest = tokens
+    return fewest
 
 
 def measure_curve(
@@ -45,9 +135,11 @@ def measure_collective(
     ``start`` begins the collective on a tensor [float32 values] whose count divides by the group's size.
     """
 
+    counts = {nbytes: max(nbytes // _BYTES // group.size, 1) * group.size for nbytes in sizes}
+    tensors = {nbytes: torch.zeros(count, dtype=torch.float32, device=device) for nbytes, count in counts.items()}
+
     def run(nbytes: int) -> None:
-        values = max(nbytes // 4 // group.size, 1) * group.size
-        start(torch.zeros(values, dtype=torch.float32, device=device)).wait()
+        start(tensors[nbytes]).wait()
 
     group.barrier()
     return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device)
@@ -55,6 +147,10 @@ def measure_collective(
 
 def agree(group: Collectives, curve: Curve, *, device: torch.device) -> Curve:
     """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes."""
-    seconds = torch.tensor(curve.seconds, dtype=torch.float64, device=device)
-    slowest = group.all_reduce(seconds, op="max").wait()
-    return Curve.rising(zip(curve.sizes, slowest.tolist(), strict=True))
+    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device), strict=True))
+
+
+def _slowest(group: Collectives, seconds: Sequence[float], *, device: torch.device) -> list[float]:
+    own = torch.tensor(seconds, dtype=torch.float64, device=device)
+    slowest: list[float] = group.all_reduce(own, op="max").wait().tolist()
+    return slowest

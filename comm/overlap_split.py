@@ -30,16 +30,15 @@ def choose_cut(
 ) -> int | None:
     """Return how many tokens the first part has, or None where the whole is expected to be as fast.
 
-    ``unit``: cuts are multiples of it, because the rows of products are filled up to it anyway. ``margin``: the gain
-    that is expected at least, as a share of the uncut time, for what the cost model does not know.
+    ``unit``: cuts are multiples of it, because the rows of products are filled up to it anyway, and both parts have as
+    many tokens at least. ``margin``: the gain that is expected at least, as a share of the uncut time, for what the
+    cost model does not know.
     """
-    if tokens < max(fewest_tokens, 2):
+    if tokens < max(fewest_tokens, 2 * unit):
         return None
     middle = round(tokens / 2 / unit)
     cuts = [unit * count for count in range(max(1, middle - _NEAR_HALF), middle + _NEAR_HALF + 1)]
-    cuts = [cut for cut in cuts if cut < tokens]
-    if not cuts:
-        return None
+    cuts = [cut for cut in cuts if cut <= tokens - unit]
     # Of equal ones, the nearest to the middle.
     best_s, _, best = min((cost.overlapped_s(cut, tokens - cut), abs(2 * cut - tokens), cut) for cut in cuts)
     return best if best_s < cost.serial_s(tokens) * (1 - margin) else None

@@ -4,8 +4,8 @@ Two ways, in the style of ``overlap``. Plain: every rank sums, adds and normaliz
 does so for its share of the tokens, and the normalized ones are gathered; the residual stays in shares, which no rank
 needs whole. Both move the same bytes; the second has one more latency and a fraction of the additions and norms.
 
-The bits are the same, because groups add in the order of ranks wherever a row lies (``rank_order``), and each row's
-norm is its own.
+The bits are the same where groups add in the order of ranks wherever a row lies (``rank_order``: on CPUs, and for any
+two ranks), because each row's norm is its own. NCCL's sums of more ranks are as near, but not the same.
 
 Shapes: T tokens, H hidden size, S a rank's share of the tokens, filled up so that all are equal.
 """

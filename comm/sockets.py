@@ -18,8 +18,9 @@ _BACKLOG = 128
 # unix sockets alone: those of TCP grow by themselves, unless somebody sets them.
 _UNIX_BUFFER_BYTES = 1 << 20
 
-# A host that is gone says nothing. The kernel asks after 5 s of silence, three times, 2 s apart; and gives up on bytes
-# that nobody took for 30 s. That needs no thread and no message of ours.
+# A host that is gone says nothing. The kernel asks after 5 s of silence, then every 2 s, and gives up when nothing was
+# answered, or none of our bytes taken, for 30 s (without that option, after three questions). That needs no thread and
+# no message of ours.
 _KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000))
 
 

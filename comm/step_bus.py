@@ -195,7 +195,7 @@ class StepHub:
                 while (frame := wire.take()) is not None:
                     self._take(rank, frame)
             except CommError as error:
-                self._fail(error, lost=rank)
+                self._fail(error)
         return bool(ready)
 
     def _take(self, rank: int, frame: Frame) -> None:
@@ -248,7 +248,7 @@ class StepHub:
                 # Whoever sends or waits next is told.
                 self._fail(error)
 
-    def _fail(self, error: CommError, *, lost: int | None = None) -> CommError:
+    def _fail(self, error: CommError) -> CommError:
         """End the bus with an error, the first one counts; return it, to be raised."""
         with self._sending:
             with self._state:
@@ -258,14 +258,14 @@ class StepHub:
                 failure = self._failure
             assert failure is not None
             if first:
-                for rank, wire in self._wires.items():
-                    self._say_goodbye(wire, "" if rank == lost else str(error))
+                for wire in self._wires.values():
+                    self._say_goodbye(wire, str(error))
         return _named("", failure)
 
     def _say_goodbye(self, wire: Wire, reason: str) -> None:
         # After bytes of a step that are still to be sent nothing else makes sense to the rank.
-        if reason and not wire.unsent_bytes:
-            # It may be gone as well; that one rank was lost is enough to say.
+        if not wire.unsent_bytes:
+            # It may be gone, or be what was lost.
             with suppress(PeerLost):
                 wire.send(FrameKind.CLOSE, 0, text_payload(reason))
         wire.end()

@@ -5,32 +5,36 @@ of its own over a part of that store; torch's global group is not used. So group
 living processes, with other ranks in the place of lost ones: under the next generation's number, which everybody who
 takes part has been told. The store is needed only while groups are opened.
 
-Reading order: this, then ``gloo_group``, ``nccl_group``.
+Reading order: this, then ``gloo_group`` and ``gloo_wire``, ``nccl_group``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import cast
+from typing import Any
 
 import torch
 from torch import distributed
 
 from .collectives import Collectives
 from .errors import CommError, CommMisuse, CommTimeout, PeerLost
-from .gloo_group import GlooGroup, Wire
+from .gloo_group import GlooGroup
 from .local_groups import local_group
 from .mesh import MeshPlace
 from .nccl_group import NcclGroup
+from .timeouts import timeout
+
+# torch's stubs know its stores and process groups in part only; they pass through here as they are.
+_torch: Any = distributed
+Store = Any
 
 
 class Rendezvous:
     """A store in which ranks find one another."""
 
-    def __init__(self, store: distributed.TCPStore) -> None:
-        self._store: distributed.TCPStore | None = store
+    def __init__(self, store: Store) -> None:
+        self._store: Store = store
         self.address = store.host
         self.port = store.port
 
@@ -42,9 +46,7 @@ class Rendezvous:
         """
         try:
             return cls(
-                distributed.TCPStore(
-                    address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-                )
+                _torch.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout(timeout_s))
             )
         except RuntimeError as error:
             raise CommMisuse(f"rendezvous: cannot listen on {address}:{port}: {_first_line(error)}") from error
@@ -57,24 +59,22 @@ class Rendezvous:
         """
         try:
             return cls(
-                distributed.TCPStore(
-                    address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-                )
+                _torch.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout(timeout_s))
             )
         except RuntimeError as error:
             raise CommTimeout(
                 f"rendezvous: nobody answered at {address}:{port} within {timeout_s} s: {_first_line(error)}"
             ) from error
 
-    def store(self, prefix: str, *, timeout_s: float) -> distributed.Store:
+    def store(self, prefix: str, *, timeout_s: float) -> Store:
         """Return a part of the store.
 
         Units: timeout_s, how long a look-up waits for what it looks for
         """
         if self._store is None:
             raise CommMisuse("rendezvous: it was closed; open another")
-        part = distributed.PrefixStore(prefix, self._store)
-        part.set_timeout(timedelta(seconds=timeout_s))
+        part = _torch.PrefixStore(prefix, self._store)
+        part.set_timeout(timeout(timeout_s))
         return part
 
     def close(self) -> None:
@@ -159,24 +159,29 @@ def open_group(
     store = rendezvous.store(prefix, timeout_s=settings.open_timeout_s)
     try:
         if settings.device.type == "cuda":
-            return NcclGroup.open(store, settings.device, name=name, rank=rank, size=size, timeout_s=settings.timeout_s)
+            return NcclGroup.open(
+                store,
+                settings.device,
+                name=name,
+                rank=rank,
+                size=size,
+                timeout_s=settings.timeout_s,
+                clock=settings.clock,
+            )
         return _open_gloo(store, settings, name=name, rank=rank, size=size)
     except RuntimeError as error:
         raise _opening_failed(error, name=name, rank=rank, size=size, timeout_s=settings.open_timeout_s) from error
 
 
-def _open_gloo(store: distributed.Store, settings: GroupSettings, *, name: str, rank: int, size: int) -> GlooGroup:
+def _open_gloo(store: Store, settings: GroupSettings, *, name: str, rank: int, size: int) -> GlooGroup:
     # A device of its own for every group: a thread that carries its bytes, beside those of other groups.
-    options = distributed.ProcessGroupGloo._Options()
-    options._devices = [distributed.ProcessGroupGloo.create_device(hostname=settings.host_address)]
-    options._timeout = timedelta(seconds=settings.open_timeout_s)
+    options = _torch.ProcessGroupGloo._Options()
+    options._devices = [_torch.ProcessGroupGloo.create_device(hostname=settings.host_address)]
+    options._timeout = timeout(settings.open_timeout_s)
     # Gloo's workers carry its own collectives, which are not used.
     options._threads = 1
-    gloo = distributed.ProcessGroupGloo(store, rank, size, options)
-    # torch's stubs leave out what its process groups can do.
-    return GlooGroup(
-        cast(Wire, gloo), name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock
-    )
+    gloo = _torch.ProcessGroupGloo(store, rank, size, options)
+    return GlooGroup(gloo, name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock)
 
 
 def _opening_failed(error: RuntimeError, *, name: str, rank: int, size: int, timeout_s: float) -> CommError:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .row_buckets import in_buckets
 
 GROUP = 32
-MANY_ROWS = 32
+MANY_ROWS = 96
 """Rows from which unpacking the weight first is faster, measured."""
 _OFFSET = 8
 _LARGEST = 7.0

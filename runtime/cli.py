@@ -11,7 +11,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,11 @@ from rich.markup import escape
 from .. import __version__
 from ..sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..sdk.results import RequestOutput
+
+if TYPE_CHECKING:
+    from ..sdk.params import SamplingParams
+    from .llm import LLM
+    from .prompts import Prompt
 
 app = typer.Typer(
     name="slipstream",
@@ -120,29 +125,23 @@ def generate(
         "block_size": block_size,
         "enable_prefix_caching": enable_prefix_caching,
     }
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
     with LLM(model, **options) as llm:
-        given: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "seed": seed,
-        }
-        params = replace(
-            llm.get_default_sampling_params(),
-            max_tokens=max_tokens,
-            n=n,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        prompts = [llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts]
-        if len(prompts) == 1 and n == 1 and not as_json:
-            for piece in llm.stream(prompts, params):
-                typer.echo(piece.text, nl=False)
-            typer.echo()
-        else:
-            _print_outputs(llm.generate(prompts, params), as_json=as_json)
+        prompts: list[Prompt] = [
+            llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts
+        ]
+        _generate(llm, prompts, replace(llm.get_default_sampling_params(), **chosen), as_json=as_json)
+
+
+def _generate(llm: LLM, prompts: list[Prompt], params: SamplingParams, *, as_json: bool) -> None:
+    if len(prompts) == 1 and params.n == 1 and not as_json:
+        for piece in llm.stream(prompts, params):
+            typer.echo(piece.text, nl=False)
+        typer.echo()
+    else:
+        _print_outputs(llm.generate(prompts, params), as_json=as_json)
 
 
 @app.command()
@@ -195,23 +194,21 @@ def serve(
     engine = EngineOptions(
         model=model, tokenizer=tokenizer, seed=seed, dtype=dtype, device=device, quantization=quantization,
         num_threads=num_threads, deterministic=deterministic, tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size, expert_parallel_size=expert_parallel_size,
-        enable_expert_parallel=enable_expert_parallel, overlap=overlap, even_chunks=even_chunks,
-        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        max_queued_requests=max_queued_requests, block_size=block_size, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        pipeline_parallel_size=pipeline_parallel_size, expert_parallel_size=expert_parallel_size, overlap=overlap,
+        enable_expert_parallel=enable_expert_parallel, even_chunks=even_chunks, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, block_size=block_size,
+        max_queued_requests=max_queued_requests, kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
         scheduling_policy=scheduling_policy, step_timeout_s=step_timeout_s,
     )  # fmt: skip
     settings = GatewaySettings(
         served_model_names=tuple(served_model_name or [Path(model).expanduser().resolve().name]),
-        api_keys=() if api_key_file is None else read_api_keys(api_key_file),
-        tool_call_parser=tool_call_parser,
+        api_keys=() if api_key_file is None else read_api_keys(api_key_file), tool_call_parser=tool_call_parser,
         limits=RequestLimits(
-            max_concurrent_requests=max_concurrent_requests,
-            max_body_bytes=max_body_bytes,
+            max_concurrent_requests=max_concurrent_requests, max_body_bytes=max_body_bytes,
             request_timeout_s=request_timeout_s,
         ),
-    )
+    )  # fmt: skip
     options = ServeOptions(
         host=host, port=port, engine=engine, settings=settings, start_timeout_s=start_timeout_s,
         drain_timeout_s=drain_timeout_s, log_level=log_level,

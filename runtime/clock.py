@@ -11,6 +11,9 @@ Clock = Callable[[], float]
 
 monotonic_clock: Clock = time.monotonic
 
+processor_clock: Clock = time.process_time
+"""Seconds that processors have worked for this process."""
+
 wall_clock: Clock = time.time
 """Seconds since 1970: for dates that people and other programs read, never for durations."""
 

@@ -22,8 +22,8 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved
-from slipstream.comm.overlap_cost import Curve, PassCost
-from slipstream.comm.overlap_measure import agree, measure_collective, measure_curve
+from slipstream.comm.overlap_cost import PassCost
+from slipstream.comm.overlap_measure import Clocks, fewest_worth_cutting, measure_pass
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import choose_cut
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
@@ -52,8 +52,17 @@ class Bench:
         (self.alone,) = local_group(1)
         self.stack = Stack(shape, rank=group.rank, ranks=group.size, seed=5, most_tokens=self.tokens)
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
+        self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
-        self.cut = choose_cut(self.cost, self.tokens, unit=UNIT)
+        fewest = fewest_worth_cutting(
+            group,
+            lambda tokens, cut: self._run(group, tokens, cut),
+            [self.tokens],
+            self._choose,
+            clock=time.perf_counter,
+            device=_CPU,
+        )
+        self.cut = self._choose(self.tokens) if fewest is not None else None
         self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
 
     def arms(self) -> dict[str, Callable[[], None]]:
@@ -75,30 +84,22 @@ class Bench:
 
     def _exchange_only(self) -> None:
         for _ in range(self.cost.collectives):
-            self.group.all_reduce(torch.zeros_like(self.x_TH)).wait()
+            self.group.all_reduce(self.zeros_TH).wait()
 
     def _measure_cost(self) -> PassCost:
-        """Measure what the choice of a cut needs; the ranks take turns at nothing, so each sees the other's noise."""
-        hidden = self.x_TH.shape[1]
         quarter = max(1, self.tokens // 4)
-        sizes = sorted({1, quarter, self.tokens // 2 or 1, self.tokens - quarter or 1, self.tokens})
-        self.group.barrier()
-        compute_s = measure_curve(
-            lambda tokens: self._run(self.alone, tokens, None), sizes, clock=time.perf_counter, repeats=5
-        )
-        nbytes = [size * hidden * _BYTES for size in sizes]
-        began_s, began_work_s = time.perf_counter(), time.process_time()
-        collective_s = measure_collective(
-            self.group, self.group.all_reduce, nbytes, clock=time.perf_counter, device=_CPU, repeats=9
-        )
-        work = (time.process_time() - began_work_s) / (time.perf_counter() - began_s)
-        return PassCost(
-            compute_s=agree(self.group, compute_s, device=_CPU),
-            collective_s=collective_s,
+        return measure_pass(
+            self.group,
+            lambda tokens: self._run(self.alone, tokens, None),
+            sorted({1, quarter, 2 * quarter, max(self.tokens - quarter, 1), self.tokens}),
             collectives=2 * self.stack.shape.layers,
-            bytes_per_token=hidden * _BYTES,
-            wire_work=agree(self.group, Curve((1.0,), (min(work, 1.0),)), device=_CPU)(1.0),
+            bytes_per_token=self.x_TH.shape[1] * _BYTES,
+            clocks=Clocks(wall=time.perf_counter, work=time.process_time),
+            device=_CPU,
         )
+
+    def _choose(self, tokens: int) -> int | None:
+        return choose_cut(self.cost, tokens, unit=UNIT)
 
     def _expected_s(self, result: Tensor) -> float:
         return self.cost.collective_s(result.numel() * _BYTES)
@@ -106,24 +107,28 @@ class Bench:
 
 def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
     """Run all arms of a point in turns, ``repeats`` times; return each one's times."""
-    with torch.inference_mode():
+    with torch.no_grad():
         bench = Bench(group, point)
         arms = bench.arms()
         names = list(arms)
         times_s: dict[str, list[float]] = {name: [] for name in names}
+        had_core: list[float] = []
         for round_ in range(point["repeats"] + 1):
             for place in range(len(names)):
                 # Every arm follows every other as often.
                 name = names[(round_ + place) % len(names)]
                 group.barrier()
-                began_s = time.perf_counter()
+                began_s, began_work_s = time.perf_counter(), time.process_time()
                 arms[name]()
                 times_s[name].append(time.perf_counter() - began_s)
+                if name == "compute":
+                    had_core.append((time.process_time() - began_work_s) / times_s[name][-1])
     rounds = point["repeats"] + 1
     totals = bench.meter.totals
     return {
         "cut": bench.cut,
         "times_s": {name: times[1:] for name, times in times_s.items()},
+        "had_core": had_core[1:],
         "wire_work": bench.cost.wire_work,
         "expected_serial_s": bench.cost.serial_s(bench.tokens),
         "expected_overlapped_s": bench.cost.overlapped_s(bench.cut, bench.tokens - bench.cut) if bench.cut else None,

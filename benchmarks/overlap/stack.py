@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,7 +179,7 @@ class Stack:
         generator = torch.Generator().manual_seed(seed)
 
         def weight(outputs: int, inputs: int) -> Tensor:
-            return torch.randn((outputs, inputs), generator=generator) * inputs**-0.5
+            return torch.randn((outputs, inputs), generator=generator) / math.sqrt(inputs)
 
         def by_columns(outputs: int, inputs: int, *, fused: int) -> Product:
             """This rank's outputs of each of ``fused`` products of equal size."""
@@ -203,4 +204,8 @@ class Stack:
 
 def _product(weight_OI: Tensor) -> Product:
     packed = pack_weight(weight_OI)
-    return lambda x_TI, bias_O: linear_packed(x_TI, packed, bias_O)
+
+    def multiply(x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return linear_packed(x_TI, packed, bias_O)
+
+    return multiply

@@ -103,6 +103,8 @@ class Engine:
         except TimeoutError as error:
             problem = f"step {plan.step} took longer than {self._step_timeout_s} s"
             raise self._fail(EngineError(problem), error) from error
+        except EngineError as error:
+            raise self._fail(EngineError(f"step {plan.step} failed: {error}"), error) from error
         except Exception as error:
             raise self._fail(EngineError(f"step {plan.step} failed: {error!r}"), error) from error
         for time in result.stages:

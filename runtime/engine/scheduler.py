@@ -185,7 +185,7 @@ class Scheduler:
         """Return what one of several steps in flight may decode: its share of all that do, and none whose token is
         still on its way from the last stage, which the first one would have to wait for.
         """
-        ready = slots[self.table.pending[slots] == 0]
+        ready: Int32Array = slots[self.table.pending[slots] == 0]
         return ready[: -(-len(slots) // self.config.micro_batches)]
 
     def _plan_decodes(self, builder: StepBuilder, slots: Int32Array) -> None:

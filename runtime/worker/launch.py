@@ -161,7 +161,7 @@ def check_devices(device: torch.device, mesh: MeshShape) -> None:
     """Refuse more ranks than there are GPUs. Raises: ConfigError"""
     if device.type != "cuda" or mesh.size == 1:
         return
-    if device.index is not None:
+    if str(device) != "cuda":
         raise ConfigError("device", f"{device} is one GPU; {mesh.size} ranks take one each: say cuda")
     if mesh.size > torch.cuda.device_count():
         raise ConfigError(

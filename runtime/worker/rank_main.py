@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
-from ...comm.errors import CommError, GroupClosed
+from ...comm.errors import CommError, CommTimeout, GroupClosed
 from ...comm.groups import MeshGroups
 from ...comm.handshake import Identity, secret_from
 from ...comm.open_mesh import open_mesh_groups
@@ -128,9 +128,10 @@ class _Steps:
         answering.start()
         try:
             while True:
-                if (step := self._endpoint.next_step(_IDLE_S)) is None:
+                try:
+                    seq, payload = self._endpoint.next_step(_IDLE_S)
+                except CommTimeout:
                     continue
-                seq, payload = step
                 future = self._executor.submit(self._decoder.decode(payload))
                 with self._changed:
                     # The bus lets the driver be only a few steps ahead: that bounds this queue.

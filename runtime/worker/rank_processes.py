@@ -20,12 +20,13 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import TypeVar
 
-from ...comm.errors import CommError, CommTimeout
+from ...comm.errors import CommError, CommTimeout, PeerLost
 from ...comm.groups import MeshGroups
 from ...comm.handshake import SECRET_VARIABLE, Identity
 from ...comm.step_bus import StepHub
 from ...comm.step_listener import StepListener
 from ...comm.torch_groups import Rendezvous
+from ...comm.wire import BusLimits
 from ...sdk.errors import EngineError
 from ..clock import monotonic_clock
 from ..messages import StepPlan, StepResult
@@ -38,6 +39,7 @@ COMM_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _CHECK_PERIOD_S = 0.2
 _REASON_TIMEOUT_S = 2.0
+_END_TIMEOUT_S = 0.3
 _MODULE = "slipstream.runtime.worker.rank_main"
 
 _T = TypeVar("_T")
@@ -56,6 +58,8 @@ class RankProcesses:
         self._start_timeout_s = start_timeout_s
         # A rank that is behind the driver's waits for others, at each stage as long as one exchange may take.
         self._patience_s = comm_timeout_s * (setup.pp + 1)
+        # As many steps as there are stages are on their way, and one that is being sent.
+        self._limits = BusLimits(max_ahead=max(BusLimits().max_ahead, setup.pp + 2))
         self._encoder = PlanEncoder(max_slots=setup.max_slots)
         self._on_their_way: deque[int] = deque()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -95,7 +99,11 @@ class RankProcesses:
         identity = Identity(replica=self._replica, secret=self._secret.encode())
         self._hub = self._while_they_live(
             lambda: self._listener.gather(
-                identity, ranks=self._processes, timeout_s=self._start_timeout_s, clock=monotonic_clock
+                identity,
+                ranks=self._processes,
+                timeout_s=self._start_timeout_s,
+                clock=monotonic_clock,
+                limits=self._limits,
             )
         )
 
@@ -188,11 +196,14 @@ class RankProcesses:
                 raise self._failed(error) from error
 
     def _failed(self, error: CommError) -> EngineError:
-        ended = self._ended()
+        # A socket ends a moment before its process has.
+        ended = self._ended(wait_s=_END_TIMEOUT_S if isinstance(error, PeerLost) else 0.0)
         return EngineError(f"{error}; {ended}" if ended else str(error))
 
-    def _ended(self) -> str | None:
+    def _ended(self, *, wait_s: float = 0.0) -> str | None:
+        """Return which rank has ended, if any; each is waited for."""
         for rank, process in self._processes.items():
-            if (status := process.poll()) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(wait_s)
                 return f"rank {rank} (process {process.pid}) ended with status {status}"
         return None

@@ -43,13 +43,16 @@ def unpack_array(
     """
     if not isinstance(data, bytes):
         raise StepCodecError(field, f"must be bytes, got {type(data).__name__}")
+    if not data and not length:
+        # Most arrays of most steps.
+        return np.empty(0, dtype=dtype)
     wire = np.dtype(dtype).newbyteorder("<")
     if len(data) % wire.itemsize:
         raise StepCodecError(field, f"{len(data)} bytes are no whole number of {wire.itemsize}")
     if length is not None and len(data) != length * wire.itemsize:
         raise StepCodecError(field, f"has {len(data) // wire.itemsize} entries, due are {length}")
     array = np.frombuffer(data, dtype=wire).astype(dtype)
-    if minimum is not None and len(array) and array.min() < minimum:  # type: ignore[operator]  # numbers, all of them
+    if minimum is not None and len(array) and array.min() < minimum:
         raise StepCodecError(field, f"must be at least {minimum}, got {array.min()}")
     return array
 

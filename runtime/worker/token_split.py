@@ -6,7 +6,6 @@ token. Where the wire is fast, or moving bytes takes the processors that compute
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,7 @@ from ...comm.overlap_cost import Curve, PassCost
 from ...comm.overlap_measure import agree, measure_collective
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import choose_cut
-from ..clock import monotonic_clock
+from ..clock import monotonic_clock, processor_clock
 
 _SIZES = (16, 64, 256, 1024)
 _REPEATS = 3
@@ -56,10 +55,10 @@ def measure_split(
     """
     sizes = sorted({min(size, most_tokens) for size in _SIZES})
     compute_s = Curve.rising((float(size), _compute_s(run, size)) for size in sizes)
-    before_s, before_work_s = time.perf_counter(), time.process_time()
+    before_s, before_work_s = monotonic_clock(), processor_clock()
     nbytes = [size * bytes_per_token for size in sizes]
     collective_s = measure_collective(group, group.all_reduce, nbytes, clock=monotonic_clock, device=device)
-    work = (time.process_time() - before_work_s) / max(time.perf_counter() - before_s, 1e-9)
+    work = (processor_clock() - before_work_s) / max(monotonic_clock() - before_s, 1e-9)
     cost = PassCost(
         compute_s=agree(group, compute_s, device=device),
         collective_s=collective_s,

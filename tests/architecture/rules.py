@@ -104,7 +104,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "typer": ("runtime/cli.py",),
     "rich": ("runtime/cli.py", "runtime/demo/", "runtime/llm.py", "runtime/load_test/"),
     "time": ("runtime/clock.py",),
-    "datetime": ("runtime/clock.py",),
+    # comm/timeouts.py says how long to wait in torch's terms; it asks no clock.
+    "datetime": ("runtime/clock.py", "comm/timeouts.py"),
 }
 """Dependency → the files, or folders ending in a slash, that may import it."""
 

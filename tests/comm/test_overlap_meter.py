@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+from torch import Tensor
 
 from slipstream.comm.overlap import Steps, run_interleaved, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
@@ -13,6 +16,10 @@ def _part(clock: HandClock, *, rounds: int, compute_s: float, wire_s: float) -> 
     for _ in range(rounds):
         clock.advance(compute_s)
         yield ScriptedWork(clock, wire_s)
+
+
+def _always(seconds: float, result: Tensor) -> float:
+    return seconds
 
 
 def test_a_plain_run_hides_nothing() -> None:
@@ -39,7 +46,7 @@ def test_a_work_that_ended_unseen_counts_by_its_estimate_and_never_more_than_the
     # Each work ends while the other part computes: only the last is waited for, for its whole second.
     for estimate_s, hidden_s in ((0.5, 1.5), (1.0, 3.0), (3.0, 6.0)):
         clock = HandClock()
-        meter = OverlapMeter(clock, wire_s=lambda _, seconds=estimate_s: seconds)
+        meter = OverlapMeter(clock, wire_s=partial(_always, estimate_s))
         run_interleaved([_part(clock, rounds=2, compute_s=2.0, wire_s=1.0) for _ in range(2)], meter=meter)
         totals = meter.totals
         assert (totals.compute_s, totals.exposed_s) == (8.0, 1.0)

@@ -93,7 +93,7 @@ def test_a_cut_leaves_both_parts_something_and_never_comes_below_the_threshold(
 ) -> None:
     cut = choose_cut(COST, tokens, unit=unit, fewest_tokens=fewest)
     if cut is not None:
-        assert 0 < cut < tokens
+        assert unit <= cut <= tokens - unit
         assert cut % unit == 0
         assert tokens >= fewest
         assert COST.overlapped_s(cut, tokens - cut) < COST.serial_s(tokens)
@@ -114,13 +114,14 @@ def test_what_is_cut_is_cut_with_more_tokens_too(
         collectives=16,
         bytes_per_token=2048,
     )
-    if choose_cut(cost, tokens, unit=1) is not None:
-        assert choose_cut(cost, 2 * tokens, unit=1) is not None
+    # A margin that is a share of the time asks for more with more tokens.
+    if choose_cut(cost, tokens, unit=1, margin=0.0) is not None:
+        assert choose_cut(cost, 2 * tokens, unit=1, margin=0.0) is not None
 
 
 def test_few_tokens_a_dear_second_pass_or_a_wire_without_bytes_are_not_cut() -> None:
     assert choose_cut(COST, 1024) is not None
-    assert choose_cut(COST, 16) is None, "less than a unit"
+    assert choose_cut(COST, 63) is None, "less than two units"
     assert choose_cut(COST, 1, unit=1) is None
     assert choose_cut(replace(COST, compute_s=Curve.line(fixed_s=1.0, per_unit_s=2e-4)), 1024) is None
     assert choose_cut(replace(COST, collective_s=Curve.line(fixed_s=0.0, per_unit_s=0.0)), 1024) is None

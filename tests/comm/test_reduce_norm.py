@@ -11,10 +11,8 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap import run_plain
 from slipstream.comm.overlap_cost import Curve
-from slipstream.comm.overlap_measure import measure_collective, measure_curve
 from slipstream.comm.reduce_norm import NormCost, own_share, reduce_add_norm, share_of
 from slipstream.kernels.norm import add_rms_norm
-from slipstream.tests.fakes.scripted_work import HandClock
 
 COST = NormCost(
     ranks=4,
@@ -85,28 +83,3 @@ def test_shares_win_where_the_norms_outweigh_a_latency() -> None:
     assert not replace(COST, norm_s=Curve.line(fixed_s=0.0, per_unit_s=0.0)).sharding_wins(3999)
     slow = Curve.line(fixed_s=1e-3, per_unit_s=2e-9)
     assert not replace(COST, reduce_scatter_s=slow).sharding_wins(3999), "where it is an all-reduce in disguise"
-
-
-def test_what_is_measured_is_the_median_after_a_first_run() -> None:
-    clock = HandClock()
-    durations = iter([100.0, 1.0, 9.0, 2.0, 100.0, 5.0, 5.0, 4.0])
-
-    def run(size: int) -> None:
-        clock.advance(next(durations))
-
-    assert measure_curve(run, [10, 20], clock=clock, repeats=3) == Curve((10.0, 20.0), (2.0, 5.0))
-
-
-def test_all_ranks_measure_the_slowest_ones_times() -> None:
-    steps_s = [1.0, 3.0]
-
-    def run(group: Collectives) -> Curve:
-        clock = HandClock()
-
-        def read() -> float:
-            clock.advance(steps_s[group.rank])
-            return clock()
-
-        return measure_collective(group, group.all_reduce, [8, 64], clock=read, device=torch.device("cpu"), repeats=3)
-
-    assert run_ranks(local_group(2), run) == [Curve((8.0, 64.0), (3.0, 3.0))] * 2

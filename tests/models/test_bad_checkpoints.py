@@ -369,11 +369,11 @@ def test_files_are_closed_when_reading_fails(copy_of: Callable[[str], Path], mon
     readers: list[CheckpointReader] = []
     read_into = CheckpointReader.read_into
 
-    def fail_late(reader: CheckpointReader, name: str, target: torch.Tensor) -> None:
+    def fail_late(reader: CheckpointReader, name: str, target: torch.Tensor, *, region: tuple[slice, ...]) -> None:
         readers.append(reader)
         if len(readers) > 5:
             raise CheckpointError("shard", "the disk is gone", tensor=name)
-        read_into(reader, name, target)
+        read_into(reader, name, target, region=region)
 
     monkeypatch.setattr(CheckpointReader, "read_into", fail_late)
     assert "the disk is gone" in failure(directory).problem

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -50,7 +51,10 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def int32s(length: int | st.SearchStrategy[int] = st.integers(0, 6), low: int = 0) -> st.SearchStrategy[Any]:
+few = st.integers(0, 6)
+
+
+def int32s(length: int | st.SearchStrategy[int] = few, low: int = 0) -> st.SearchStrategy[Any]:
     return hnp.arrays(np.int32, length, elements=st.integers(low, INT32_MAX))
 
 
@@ -98,11 +102,11 @@ def admissions(draw: st.DrawFn) -> AdmittedSequence:
 
 
 @st.composite
-def plans(draw: st.DrawFn, max_slot: int = INT32_MAX) -> StepPlan:
+def plans(draw: st.DrawFn, max_slot: int = INT32_MAX, max_admitted: int = 2) -> StepPlan:
     rows, blocks, copies = (draw(st.integers(0, 6)) for _ in range(3))
     return StepPlan(
         step=draw(st.integers(0, 2**63 - 1)),
-        admitted=tuple(draw(st.lists(admissions(), max_size=2))),
+        admitted=tuple(draw(st.lists(admissions(), max_size=max_admitted))),
         slots=draw(hnp.arrays(np.int32, rows, elements=st.integers(0, max_slot))),
         sequence_ids=draw(hnp.arrays(np.int64, rows)),
         starts=draw(int32s(rows)),
@@ -146,6 +150,7 @@ def results(draw: st.DrawFn) -> StepResult:
     )
 
 
+@settings(max_examples=60)
 @given(plans())
 def test_any_plan_comes_out_as_it_went_in(plan: StepPlan) -> None:
     assert same(decode_plan(encode_plan(plan)), plan)
@@ -160,9 +165,9 @@ def test_any_result_comes_out_as_it_went_in(result: StepResult) -> None:
 def continued(draw: st.DrawFn) -> list[StepPlan]:
     """Plans that follow each other as a scheduler's do, and now and then not at all."""
     series: list[StepPlan] = []
-    for _ in range(draw(st.integers(1, 8))):
-        plan = draw(plans(max_slot=MAX_SLOTS - 1))
-        if series and draw(st.integers(0, 3)):
+    for follows in draw(st.lists(st.integers(0, 3).map(bool), min_size=1, max_size=5)):
+        plan = draw(plans(max_slot=MAX_SLOTS - 1, max_admitted=0))
+        if series and follows:
             last = series[-1]
             kept = draw(hnp.arrays(np.bool_, len(last.slots), elements=st.integers(0, 4).map(bool)))
             joined = draw(st.integers(0, len(plan.slots)))
@@ -179,6 +184,7 @@ def continued(draw: st.DrawFn) -> list[StepPlan]:
     return series
 
 
+@settings(max_examples=60)
 @given(continued(), st.data())
 def test_a_link_carries_any_plans_in_a_row(series: list[StepPlan], data: st.DataObject) -> None:
     encoder, decoder = PlanEncoder(max_slots=MAX_SLOTS), PlanDecoder(max_slots=MAX_SLOTS)
@@ -207,8 +213,10 @@ def decode_step(step: int, rows: int, *, start: int = 100) -> StepPlan:
 
 
 def without(plan: StepPlan, row: int) -> StepPlan:
-    columns = ("slots", "sequence_ids", "starts", "counts", "samples")
-    return replace(plan, **{name: np.delete(getattr(plan, name), row) for name in columns})
+    columns: dict[str, Any] = {
+        name: np.delete(getattr(plan, name), row) for name in ("slots", "sequence_ids", "starts", "counts", "samples")
+    }
+    return replace(plan, **columns)
 
 
 def test_a_step_that_only_goes_on_is_a_few_bytes() -> None:
@@ -338,9 +346,10 @@ def damage(message: Any, path: tuple[Any, ...], value: Any) -> Any:
     return message
 
 
-full_plan = plans(max_slot=MAX_SLOTS - 1).filter(lambda plan: len(plan.slots) > 1)
+full_plan = plans(max_slot=MAX_SLOTS - 1, max_admitted=1).filter(lambda plan: len(plan.slots) > 1)
 
 
+@settings(max_examples=50)
 @given(full_plan, results(), st.data())
 def test_damaged_messages_are_refused_by_name_or_mean_something_else(
     plan: StepPlan, result: StepResult, data: st.DataObject
@@ -366,6 +375,22 @@ def test_damaged_messages_are_refused_by_name_or_mean_something_else(
         encode: Any = encode_result if kind == "result" else encode_plan
         decode = decode_result if kind == "result" else decode_plan
         assert same(decode(encode(decoded)), decoded), "what is believed is a message like any other"
+
+
+def test_messages_with_any_bytes_flipped_are_refused_by_name_or_mean_something_else(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    encoder = PlanEncoder(max_slots=8)
+    first, changed = encoder.encode(admitting()), encoder.encode(replace(admitting(), samples=np.array([True, False])))
+    for _ in range(1000):
+        for kind, data in (("plan", first), ("link", changed), ("result", encode_result(result_of(2)))):
+            broken = np.frombuffer(data, dtype=np.uint8).copy()
+            at = draw.integers(len(broken), size=draw.integers(1, 4))
+            broken[at] = draw.integers(256, size=len(at), dtype=np.uint8)
+            link = PlanDecoder(max_slots=8)
+            link.decode(first)
+            decode: Any = {"plan": decode_plan, "link": link.decode, "result": decode_result}[kind]
+            with suppress(StepCodecError):
+                decode(broken.tobytes())
 
 
 def with_field(data: bytes, *path: Any, value: Any) -> bytes:

@@ -1,0 +1,54 @@
+"""What rank processes do in tests of meshes and of faults: functions of a rank, named to it by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from slipstream.comm.collectives import Collectives, Work
+from slipstream.tests.comm.rank_process import Rank
+
+
+def all_axes(rank: Rank) -> dict[str, list[int]]:
+    """Return which ranks of the world are in each group, as the groups themselves say."""
+    assert rank.mesh is not None
+    groups = rank.mesh
+    me = torch.tensor([groups.world.rank])
+    return {axis: getattr(groups, axis).all_gather(me).wait().tolist() for axis in ("world", "stage", "pp", "ep", "tp")}
+
+
+def start_and_wait(rank: Rank, *, operation: str, numbers: int) -> None:
+    """Start an operation, tell of it, and wait for its end."""
+    works = OPERATIONS[operation](rank.groups["group"], numbers)
+    rank.tell("started")
+    for work in works:
+        work.wait()
+
+
+def start_when_told(rank: Rank, *, operation: str, numbers: int) -> None:
+    """As ``start_and_wait``, from a rank that has nothing to tell."""
+    for work in OPERATIONS[operation](rank.groups["group"], numbers):
+        work.wait()
+
+
+def _all_reduce(group: Collectives, numbers: int) -> Sequence[Work]:
+    return [group.all_reduce(torch.ones(numbers))]
+
+
+def _all_to_all(group: Collectives, numbers: int) -> Sequence[Work]:
+    counts = [numbers // group.size] * group.size
+    return [group.all_to_all(torch.ones(sum(counts)), send_counts=counts, receive_counts=counts)]
+
+
+def _round(group: Collectives, numbers: int) -> Sequence[Work]:
+    """Every rank sends to the next one and receives from the one before."""
+    right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    return [group.receive(torch.empty(numbers), source=left), group.send(torch.ones(numbers), to=right)]
+
+
+OPERATIONS: dict[str, Callable[[Collectives, int], Sequence[Work]]] = {
+    "all_reduce": _all_reduce,
+    "all_to_all": _all_to_all,
+    "point_to_point": _round,
+}
