@@ -44,6 +44,18 @@ class ModelFacts:
         if len(self.windows) != self.num_layers:
             raise ValueError(f"{self.num_layers} layers need as many windows, got {len(self.windows)}")
 
+    def attention_ratio(self) -> float:
+        """Return attention's multiplications per token and position of context, over the token's others.
+
+        A layer with a window counts with the window: what it adds no longer grows after a few tokens.
+        """
+        per_position = 2 * self.num_heads * self.head_dim
+        windowed = sum(window for window in self.windows if window is not None)
+        growing = sum(window is None for window in self.windows)
+        # The head is computed for the tokens that are drawn, few of a chunk's.
+        linear = max(1, self.active_parameters - self.vocab_size * self.hidden_size)
+        return per_position * growing / (linear + per_position * windowed)
+
     def weight_bytes(self, dtype_bytes: int) -> int:
         """Return the bytes of all weights at ``dtype_bytes`` each."""
         return self.parameters * dtype_bytes

@@ -53,6 +53,7 @@ PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", 
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
+EvenOption = Annotated[bool, typer.Option(help="with stages: steps that take equally long")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
 
@@ -95,6 +96,7 @@ def generate(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,
@@ -116,6 +118,7 @@ def generate(
         "expert_parallel_size": expert_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
         "overlap": overlap,
+        "even_chunks": even_chunks,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -169,6 +172,7 @@ def serve(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="token budget of a step")] = 2048,

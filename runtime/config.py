@@ -5,6 +5,7 @@ Owns the options' names, defaults and limits. Names follow vLLM's where the mean
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..sdk.errors import ConfigError
@@ -22,6 +23,8 @@ class SchedulerConfig:
     - ``max_queued_requests``: requests that may wait; one more is refused as ``Overloaded``.
     - ``micro_batches``: steps on their way at once, each with other sequences: as many as pipeline stages. With 1, a
       sequence's next token is planned before its last one is known.
+    - ``even_chunks``: make steps equally long rather than full, by what their tokens take; ``attention_ratio`` of the
+      model (``ModelFacts``) says by how much that grows with context.
 
     Raises: ConfigError, naming the option.
     """
@@ -36,12 +39,16 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     micro_batches: int = 1
+    even_chunks: bool = False
+    attention_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             require_positive(name, getattr(self, name))
         require_positive("micro_batches", self.micro_batches)
         require_positive("max_queued_requests", self.max_queued_requests)
+        if not 0.0 <= self.attention_ratio < math.inf:
+            raise ConfigError("attention_ratio", f"must be a finite number of at least 0, got {self.attention_ratio!r}")
         if self.long_prefill_token_threshold != 0:
             require_positive("long_prefill_token_threshold", self.long_prefill_token_threshold)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -97,6 +104,8 @@ class EngineOptions:
       much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
     - ``overlap``: with several ranks, cut a step's tokens in two where one part's exchange hides behind the other's
       arithmetic; what passes and exchanges take is measured at the start.
+    - ``even_chunks``: with several stages, cut prompts so that steps are equally long and stages do not wait for one
+      another; false fills each step to ``max_num_batched_tokens``.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
       is refused when true, because code from a checkpoint is never run.
 
@@ -134,6 +143,7 @@ class EngineOptions:
     enable_eplb: bool = False
     num_redundant_experts: int = 0
     eplb_step_interval: int = 3000
+    even_chunks: bool = True
     trust_remote_code: bool = False
     enforce_eager: bool = True
 
@@ -154,6 +164,16 @@ class EngineOptions:
                 raise ConfigError(name, f"must be a number above 0, got {value!r}")
         if self.gpu_memory_utilization > 1:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
+        self._check_ranks()
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code", "must be false: code that comes with a checkpoint is never run")
+        # The scheduler's options are checked here too, so that a bad one is refused before the model is read.
+        length = self.max_model_len or 1
+        self.scheduler_config(max_model_len=length, num_blocks=length)
+
+    def _check_ranks(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
             require_positive(name, getattr(self, name))
         require_positive("eplb_step_interval", self.eplb_step_interval)
@@ -164,20 +184,13 @@ class EngineOptions:
         ):
             field = "enable_eplb" if self.enable_eplb else "num_redundant_experts"
             raise ConfigError(field, "is for experts over several ranks: see expert_parallel_size")
-        for name in ("enable_expert_parallel", "overlap", "enable_eplb"):
+        for name in ("enable_expert_parallel", "overlap", "even_chunks", "enable_eplb"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
         if self.enable_expert_parallel and self.expert_parallel_size != 1:
             raise ConfigError("expert_parallel_size", "give this or enable_expert_parallel, not both")
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
-        if self.trust_remote_code:
-            raise ConfigError("trust_remote_code", "must be false: code that comes with a checkpoint is never run")
-        # The scheduler's options are checked here too, so that a bad one is refused before the model is read.
-        length = self.max_model_len or 1
-        self.scheduler_config(max_model_len=length, num_blocks=length)
 
-    def scheduler_config(self, *, max_model_len: int, num_blocks: int) -> SchedulerConfig:
+    def scheduler_config(self, *, max_model_len: int, num_blocks: int, attention_ratio: float = 0.0) -> SchedulerConfig:
         """Return the scheduler's part, with what was worked out from model and device."""
         return SchedulerConfig(
             max_model_len=max_model_len,
@@ -190,4 +203,6 @@ class EngineOptions:
             enable_prefix_caching=self.enable_prefix_caching,
             scheduling_policy=self.scheduling_policy,
             micro_batches=self.pipeline_parallel_size,
+            even_chunks=self.even_chunks and self.pipeline_parallel_size > 1,
+            attention_ratio=attention_ratio,
         )

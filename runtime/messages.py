@@ -116,13 +116,23 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """What a pipeline stage spent on steps: in ``waiting_s`` other stages' hidden states and tokens were not there."""
+
+    stage: int
+    busy_s: float
+    waiting_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step produced.
 
     Shapes: token_ids [rows of the plan] int32, -1 where nothing was drawn
     ``logprobs`` by row; ``prompt_logprobs`` by row: entry ``i`` belongs to position ``starts[row] + 1 + i``.
     ``invalid_rows`` had logits that no token can be drawn from (NaN, infinities), and the grammars of ``grammar_rows``
-    no longer said which tokens may be: their sequences fail.
+    no longer said which tokens may be: their sequences fail. ``stages``: of a pipeline, a rank's own time, and of a
+    replica's result that of each stage's first rank.
     Units: execute_s, seconds the executor worked
     """
 
@@ -133,3 +143,4 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     invalid_rows: tuple[int, ...] = ()
     grammar_rows: tuple[int, ...] = ()
+    stages: tuple[StageTime, ...] = ()

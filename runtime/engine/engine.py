@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ...sdk.errors import EngineError
 from ..clock import Clock
-from ..messages import EngineRequest, StepPlan, StepResult
+from ..messages import EngineRequest, StageTime, StepPlan, StepResult
 from .outputs import StepOutputs
 from .scheduler import Scheduler
 from .sequence import Sequence
@@ -57,6 +57,7 @@ class Engine:
         # As many steps on their way as micro-batches, the one that is waited for included.
         self._depth = max(int(ahead), scheduler.config.micro_batches - 1)
         self._step_timeout_s = step_timeout_s
+        self._stages: dict[int, StageTime] = {}
         self._failure: EngineError | None = None
         self._closed = False
 
@@ -74,6 +75,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether another ``step`` can bring anything."""
         return self.scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def stage_times(self) -> tuple[StageTime, ...]:
+        """What each stage of a pipeline has spent on all steps so far; empty where there is none."""
+        return tuple(self._stages[stage] for stage in sorted(self._stages))
 
     def step(self) -> StepOutputs:
         """Plan and start a step, take in the oldest result that is due, and return what came out.
@@ -101,6 +107,10 @@ class Engine:
             raise self._fail(EngineError(f"step {plan.step} failed: {error}"), error) from error
         except Exception as error:
             raise self._fail(EngineError(f"step {plan.step} failed: {error!r}"), error) from error
+        for time in result.stages:
+            before = self._stages.get(time.stage, StageTime(stage=time.stage, busy_s=0.0, waiting_s=0.0))
+            busy_s, waiting_s = before.busy_s + time.busy_s, before.waiting_s + time.waiting_s
+            self._stages[time.stage] = StageTime(stage=time.stage, busy_s=busy_s, waiting_s=waiting_s)
         return self.scheduler.update(plan, result)
 
     def _fail(self, failure: EngineError, cause: BaseException | None) -> EngineError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class WaitingQueue:
         if len(self._heap) > 2 * self._live + _MIN_STALE:
             self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
             heapq.heapify(self._heap)
+
+    def lengths(self) -> Iterator[int]:
+        """Return the known tokens of the waiting sequences, one by one in no particular order."""
+        return (len(sequence.tokens) for _, sequence in self._heap if sequence.state is SequenceState.WAITING)
 
     def live(self) -> list[Sequence]:
         """Return the waiting sequences in no particular order."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from .prefix import Reuse, extend_digests, find_cached_prefix, reuse_up_to
 from .queues import RunningOrder, WaitingQueue
 from .sequence import Sequence, SequenceState, make_sequences
 from .slots import SlotTable
+from .step_budget import StepBudget
 from .step_builder import StepBuilder
 
 _STORY_EVENTS = 20_000
@@ -60,6 +62,7 @@ class Scheduler:
         self.table = SlotTable(
             max_slots=config.max_num_seqs, max_length=config.max_model_len, block_size=config.block_size
         )
+        self._budget = StepBudget(config, self.table)
         policy = POLICIES[config.scheduling_policy]()
         self._prefix_key = prefix_key
         self._requests: dict[str, list[Sequence]] = {}
@@ -159,32 +162,31 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """Plan the next step, or return None when nothing can be computed before a result comes in."""
         builder = StepBuilder(self.table)
-        budget = self.config.max_num_batched_tokens
-        order = self._running.slots
+        order, table = self._running.slots, self.table
+        target = table.known[order] + table.pending[order]
+        lacking = np.where(target < table.max_length[order], target - table.computed[order], 0)
+        self._budget.begin(order, lacking, islice(self._waiting.lengths(), table.free_slots))
         if len(order):
-            table = self.table
-            target = table.known[order] + table.pending[order]
-            lacking = np.where(target < table.max_length[order], target - table.computed[order], 0)
             decodes = order[lacking == 1]
             if self.config.micro_batches > 1:
                 decodes = self._share_of_pipeline(decodes)
             self._plan_decodes(builder, decodes)
             self._plan_chunks(builder, order[lacking > 1])
-            budget -= int(table.planned.sum())
         if not builder.preempted:
-            self._admit_waiting(builder, budget, now_s)
+            self._admit_waiting(builder, now_s)
         plan = builder.finish(self._step + 1, self._running.slots)
         if plan is not None:
             self._step = plan.step
+            self._budget.planned(plan)
             self._release_held()
         return plan
 
     def _share_of_pipeline(self, slots: Int32Array) -> Int32Array:
-        """Return what one of several steps in flight may decode: its share of all that run, and none whose token is
+        """Return what one of several steps in flight may decode: its share of all that do, and none whose token is
         still on its way from the last stage, which the first one would have to wait for.
         """
         ready: Int32Array = slots[self.table.pending[slots] == 0]
-        return ready[: -(-len(self._running) // self.config.micro_batches)]
+        return ready[: -(-len(slots) // self.config.micro_batches)]
 
     def _plan_decodes(self, builder: StepBuilder, slots: Int32Array) -> None:
         table = self.table
@@ -198,17 +200,12 @@ class Scheduler:
     def _plan_chunks(self, builder: StepBuilder, slots: Int32Array) -> None:
         table = self.table
         for slot in slots.tolist():
-            budget = self.config.max_num_batched_tokens - int(table.planned.sum())
-            lacking = int(table.known[slot]) + int(table.pending[slot]) - int(table.computed[slot])
-            count = self._chunk(lacking, budget)
+            start = int(table.computed[slot])
+            count = self._budget.chunk(start, int(table.known[slot]) + int(table.pending[slot]) - start)
             # The slot is empty when a better sequence of this loop has preempted it.
             if count > 0 and table.sequences[slot] is not None:
                 table.planned[slot] = count
                 self._grow(builder, slot, count)
-
-    def _chunk(self, lacking: int, budget: int) -> int:
-        threshold = self.config.long_prefill_token_threshold
-        return min(lacking, budget, threshold) if threshold else min(lacking, budget)
 
     def _grow(self, builder: StepBuilder, slot: int, count: int) -> None:
         """Give a slot the blocks for ``count`` more tokens, preempting from the end of the order until they are there.
@@ -248,24 +245,24 @@ class Scheduler:
 
     # ------------------------------------------------------------------ admission
 
-    def _admit_waiting(self, builder: StepBuilder, budget: int, now_s: float) -> None:
-        while budget > 0 and self.table.free_slots and (sequence := self._waiting.peek()) is not None:
+    def _admit_waiting(self, builder: StepBuilder, now_s: float) -> None:
+        while self.table.free_slots and (sequence := self._waiting.peek()) is not None:
             # A token of a preempted sequence is still on its way; it is needed to recompute.
-            count = 0 if sequence.pending else self._admit(builder, sequence, budget)
-            if not count:
+            if sequence.pending or self._budget.is_full() or not self._admit(builder, sequence):
                 return
             self._waiting.pop()
             sequence.state = SequenceState.RUNNING
-            budget -= count
             if sequence.first_scheduled_time_s is None:
                 sequence.first_scheduled_time_s = now_s
 
-    def _admit(self, builder: StepBuilder, sequence: Sequence, budget: int) -> int:
-        """Start a waiting sequence if its blocks are there; return how many tokens it computes, 0 if it must wait."""
+    def _admit(self, builder: StepBuilder, sequence: Sequence) -> bool:
+        """Start a waiting sequence if the step has room and its blocks are there; return whether it runs."""
         owner, block_size = Owner(sequence.sequence_id), self.config.block_size
         known = len(sequence.tokens)
         reuse = self._find_reuse(sequence)
-        count = self._chunk(known - reuse.computed, budget)
+        count = self._budget.chunk(reuse.computed, known - reuse.computed)
+        if not count:
+            return False
         held = [*reuse.shared, reuse.partial] if reuse.partial is not None else list(reuse.shared)
         self.pool.share(held, owner)
         total = -(-(known + 1) // block_size) - len(reuse.shared)
@@ -275,13 +272,13 @@ class Scheduler:
         fresh = self.pool.allocate(needed, owner) if total <= self.pool.available or not self._running else None
         if fresh is None:
             self.pool.release(held, owner)
-            return 0
+            return False
         if reuse.partial is not None:
             builder.copy(reuse.partial, fresh[0])
             self.pool.release([reuse.partial], owner)
         self._occupy(builder, sequence, [*reuse.shared, *fresh], reuse.computed)
         self.table.planned[sequence.slot] = count
-        return count
+        return True
 
     def _find_reuse(self, sequence: Sequence) -> Reuse:
         if sequence.prompt_logprobs_due:
@@ -296,7 +293,7 @@ class Scheduler:
         return find_cached_prefix(sequence, self.pool, block_size)
 
     def _occupy(self, builder: StepBuilder, sequence: Sequence, blocks: list[int], computed: int) -> None:
-        slot = self.table.occupy(sequence, computed=computed)
+        slot = self.table.occupy(sequence, computed=computed, step=self._step + 1)
         self.table.append_blocks(slot, blocks)
         self.table.published[slot] = computed // self.config.block_size
         sequence.slot, sequence.blocks = slot, blocks
@@ -326,7 +323,7 @@ class Scheduler:
         table = self.table
         self._fail_invalid(plan, result, outputs)
         rows = np.flatnonzero(plan.samples)
-        current = table.sequence_id[plan.slots[rows]] == plan.sequence_ids[rows]
+        current = table.still_there(plan)[rows]
         if not current.all():
             self._update_departed(plan, result, rows[~current], outputs)
             rows = rows[current]
@@ -395,7 +392,7 @@ class Scheduler:
         if not self.config.enable_prefix_caching:
             return
         table, block_size = self.table, self.config.block_size
-        current = table.sequence_id[plan.slots] == plan.sequence_ids
+        current = table.still_there(plan)
         slots = plan.slots[current]
         full = np.minimum(plan.starts[current] + plan.counts[current], table.known[slots]) // block_size
         newly = full > table.published[slots]

@@ -17,7 +17,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from ..messages import Int32Array
+from ..messages import BoolArray, Int32Array, StepPlan
 from .sequence import Sequence
 
 _NO_SEQUENCE = -1
@@ -40,6 +40,7 @@ class SlotTable:
         self.block_table = np.zeros((max_slots, self.max_blocks), dtype=np.int32)
         self.stop_ids = np.full((max_slots, 1), _NO_TOKEN, dtype=np.int32)
         self.sequence_id = np.full(max_slots, _NO_SEQUENCE, dtype=np.int64)
+        self.first_step = np.zeros(max_slots, dtype=np.int64)
         self.known, self.pending, self.computed = (np.zeros(max_slots, dtype=np.int32) for _ in range(3))
         self.prompt_length, self.max_length = (np.zeros(max_slots, dtype=np.int32) for _ in range(2))
         self.num_blocks, self.published = (np.zeros(max_slots, dtype=np.int32) for _ in range(2))
@@ -53,15 +54,15 @@ class SlotTable:
         """How many more sequences can run."""
         return len(self._free)
 
-    def occupy(self, sequence: Sequence, *, computed: int) -> int:
-        """Move a sequence's tokens and counters into a free slot and return the slot."""
+    def occupy(self, sequence: Sequence, *, computed: int, step: int) -> int:
+        """Move a sequence's tokens and counters into a free slot, from a step on, and return the slot."""
         slot = heapq.heappop(self._free)
         known = len(sequence.tokens)
         self.tokens[slot, :known] = sequence.tokens
         self.known[slot], self.pending[slot], self.computed[slot] = known, 0, computed
         self.prompt_length[slot], self.max_length[slot] = sequence.prompt_length, sequence.max_length
         self.num_blocks[slot], self.published[slot], self.planned[slot] = 0, 0, 0
-        self.sequence_id[slot] = sequence.sequence_id
+        self.sequence_id[slot], self.first_step[slot] = sequence.sequence_id, step
         self.sequences[slot] = sequence
         self._set_stop_ids(slot, sequence.request.stop_ids)
         return slot
@@ -74,6 +75,15 @@ class SlotTable:
         self.planned[slot] = 0
         heapq.heappush(self._free, slot)
         return tokens
+
+    def still_there(self, plan: StepPlan) -> BoolArray:
+        """Return which rows of a plan belong to the sequences that are in their slots now.
+
+        Shapes: returns [rows]
+        """
+        # A sequence that was preempted may be back in the same slot, with other blocks and less that is computed.
+        same: BoolArray = self.sequence_id[plan.slots] == plan.sequence_ids
+        return same & (self.first_step[plan.slots] <= plan.step)
 
     def append_blocks(self, slot: int, blocks: list[int]) -> int:
         """Add blocks at the end of a slot's table; return the index of the first."""

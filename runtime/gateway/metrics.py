@@ -49,6 +49,13 @@ class _Gauges(Collector):
             ("engine_draining", int(load.draining), "whether the engine takes no more requests"),
         ):
             yield GaugeMetricFamily(f"slipstream_{name}", text, value=value)
+        busy = CounterMetricFamily("slipstream_stage_busy_seconds", "a pipeline stage's work", labels=["stage"])
+        text = "a pipeline stage's waiting for other stages during its steps"
+        waiting = CounterMetricFamily("slipstream_stage_waiting_seconds", text, labels=["stage"])
+        for time in load.stages:
+            busy.add_metric([str(time.stage)], time.busy_s)
+            waiting.add_metric([str(time.stage)], time.waiting_s)
+        yield from (busy, waiting)
 
 
 class TokenTally(Collector):

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from ...sdk.errors import InvalidRequest
 from ...sdk.params import MAX_LOGPROBS, MAX_N
-from ..messages import FinishReason, TokenLogprobs
+from ..messages import FinishReason, StageTime, TokenLogprobs
 from .codec import MAX_MESSAGE_BYTES
 from .engine_client import EngineFacts, EngineLoadReport, PromptScores
 from .errors import error_from_wire, error_to_wire
@@ -227,6 +227,7 @@ def _load_to_wire(load: EngineLoadReport) -> pb.Load:
         prefix_hits=load.prefix_hits,
         prefix_misses=load.prefix_misses,
         draining=load.draining,
+        stages=[pb.StageTime(stage=t.stage, busy_s=t.busy_s, waiting_s=t.waiting_s) for t in load.stages],
     )
 
 
@@ -241,4 +242,5 @@ def _load_from_wire(message: pb.Load) -> EngineLoadReport:
         prefix_hits=message.prefix_hits,
         prefix_misses=message.prefix_misses,
         draining=message.draining,
+        stages=tuple(StageTime(stage=t.stage, busy_s=t.busy_s, waiting_s=t.waiting_s) for t in message.stages),
     )

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..messages import EngineRequest, FinishReason, TokenLogprobs
+from ..messages import EngineRequest, FinishReason, StageTime, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,10 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoadReport:
-    """How busy a replica is; sent with steps, and on a timer while there are none."""
+    """How busy a replica is; sent with steps, and on a timer while there are none.
+
+    ``stages``: what each stage of a pipeline has spent on steps since the engine started.
+    """
 
     running: int
     waiting: int
@@ -43,6 +46,7 @@ class EngineLoadReport:
     prefix_hits: int
     prefix_misses: int
     draining: bool
+    stages: tuple[StageTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -317,6 +317,7 @@ class EngineLoop:
             prefix_hits=cache.hits,
             prefix_misses=cache.misses,
             draining=draining,
+            stages=self._engine.stage_times,
         )
 
     def _end_all(self, failure: SlipstreamError) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...comm.groups import ALONE, MeshGroups
 from ..clock import monotonic_clock
-from ..messages import AdmittedSequence, Int32Array, StepPlan, StepResult, TokenLogprobs
+from ..messages import AdmittedSequence, Int32Array, StageTime, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
 from ..models.kv_cache import KvCache
 from .expert_balance import ExpertBalance
@@ -127,6 +127,7 @@ class ModelExecutor:
         start_s = monotonic_clock()
         if self._balance is not None:
             self._balance.begin_step()
+        waited_s = 0.0 if self._link is None else self._link.waited_s
         self._take_tokens(plan)
         # Copies come first: a source may have been freed and handed out again, and is written by this very step.
         self._cache.copy_blocks(plan.copy_sources, plan.copy_targets)
@@ -136,25 +137,35 @@ class ModelExecutor:
         rows = _lay_out(plan)
         if not self._groups.place.is_last_stage:
             self._pass_on(plan, rows)
+            execute_s = monotonic_clock() - start_s
             return StepResult(
                 step=plan.step,
                 token_ids=np.full(len(plan.slots), -1, dtype=np.int32),
-                execute_s=monotonic_clock() - start_s,
+                execute_s=execute_s,
+                stages=self._stage_time(execute_s, waited_s),
             )
         # Before the model runs, so that the two go on side by side.
         masks = self._begin_masks(plan)
         hidden_TH = self._forward(plan, rows)
         prompt_logprobs = self._score_prompts(plan, rows, hidden_TH)
         drawn = self._sample(plan, rows, hidden_TH, masks)
+        execute_s = monotonic_clock() - start_s
         return StepResult(
             step=plan.step,
             token_ids=drawn.token_ids,
-            execute_s=monotonic_clock() - start_s,
+            execute_s=execute_s,
             logprobs=drawn.logprobs,
             prompt_logprobs=prompt_logprobs,
             invalid_rows=drawn.invalid_rows,
             grammar_rows=drawn.grammar_rows,
+            stages=self._stage_time(execute_s, waited_s),
         )
+
+    def _stage_time(self, execute_s: float, waited_before_s: float) -> tuple[StageTime, ...]:
+        if self._link is None:
+            return ()
+        waiting_s = self._link.waited_s - waited_before_s
+        return (StageTime(stage=self._groups.place.pp, busy_s=execute_s - waiting_s, waiting_s=waiting_s),)
 
     def _pass_on(self, plan: StepPlan, rows: _Rows) -> None:
         """Compute a stage that is not the last, and be ready for the tokens that the last one draws."""

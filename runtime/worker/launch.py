@@ -74,7 +74,11 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         redundant_experts=options.num_redundant_experts,
     )
     max_model_len, cache_size = size_engine(options, first.local_spec(spec), device, dtype, ranks_on_host=mesh.size)
-    config = options.scheduler_config(max_model_len=max_model_len, num_blocks=cache_size.num_blocks)
+    config = options.scheduler_config(
+        max_model_len=max_model_len,
+        num_blocks=cache_size.num_blocks,
+        attention_ratio=spec.facts().attention_ratio(),
+    )
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
     setup = RankSetup(
         model=str(path),

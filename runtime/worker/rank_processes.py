@@ -68,7 +68,7 @@ class RankProcesses:
         self._secret = secrets.token_hex(32)
         self._replica = f"replica-{os.getpid()}-{secrets.token_hex(4)}"
         shape = setup.mesh
-        self._speaker = next(rank for rank in range(shape.size) if shape.place(rank).is_last_stage)
+        self._speakers = shape.place(0).pp_ranks[1:]
         try:
             folder = self._opened.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-"))
             self._listener = self._opened.enter_context(StepListener(f"unix:{Path(folder) / 'steps'}"))
@@ -115,7 +115,7 @@ class RankProcesses:
         except CommError as error:
             raise self._failed(error) from error
 
-    def result(self, plan: StepPlan) -> StepResult | None:
+    def result(self, plan: StepPlan) -> list[StepResult]:
         """Wait until every rank has carried out the oldest step."""
         assert self._hub is not None, "wait_ready comes first"
         seq = self._on_their_way.popleft()
@@ -123,7 +123,7 @@ class RankProcesses:
             answers = self._hub.result(seq, self._patience_s)
         except CommError as error:
             raise self._failed(error) from error
-        return None if self._speaker == 0 else decode_result(answers[self._speaker])
+        return [decode_result(answers[rank]) for rank in self._speakers]
 
     def why(self) -> str | None:
         """Return what the other ranks say of a failure."""

@@ -6,9 +6,9 @@ the last stage, says what was drawn. How the others are reached is a ``Peers``' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ...comm.errors import CommError
@@ -38,9 +38,9 @@ class Peers(Protocol):
         """Give a step to every rank. Raises: EngineError when one is lost, or too far behind."""
         ...
 
-    def result(self, plan: StepPlan) -> StepResult | None:
-        """Wait until every rank has carried out the oldest step, which the driver's own has; return what the last
-        stage's first rank says, None if that is the driver's own.
+    def result(self, plan: StepPlan) -> Sequence[StepResult]:
+        """Wait until every rank has carried out the oldest step, which the driver's own has; return what the first rank
+        of each stage but the driver's says, in the stages' order.
 
         Raises: EngineError naming the rank that failed, or is behind by more than ranks wait for one another
         """
@@ -73,8 +73,9 @@ class _ReplicaStep:
             own = self.own.result(timeout)
         except CommError as error:
             raise EngineError(self.peers.why() or str(error)) from error
-        drawn = self.peers.result(self.plan)
-        return own if drawn is None else drawn
+        # What was drawn is known at the last stage.
+        results = (own, *self.peers.result(self.plan))
+        return replace(results[-1], stages=tuple(time for result in results for time in result.stages))
 
 
 class ReplicaExecutor:

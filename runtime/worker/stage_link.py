@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...comm.collectives import Collectives, Work
+from ..clock import monotonic_clock
 from ..messages import Int32Array
 
 _MOST_SENDS = 64
@@ -50,6 +51,8 @@ class StageLink:
         self._device = device
         self._sends: deque[Work] = deque()
         self._expected: deque[_Expected] = deque()
+        self.waited_s = 0.0
+        """How long this rank has waited for other stages in all."""
 
     def receive_hidden(self, tokens: int) -> Tensor:
         """Return the hidden states of a step from the stage before.
@@ -57,7 +60,7 @@ class StageLink:
         Shapes: returns [tokens, hidden size]
         """
         out_TH = torch.empty((tokens, self._hidden_size), dtype=self._dtype, device=self._device)
-        return self._group.receive(out_TH, source=self._group.rank - 1).wait()
+        return self._wait(self._group.receive(out_TH, source=self._group.rank - 1))
 
     def send_hidden(self, hidden_TH: Tensor) -> None:
         """Send a step's hidden states to the next stage."""
@@ -83,10 +86,17 @@ class StageLink:
                 needed = place + 1
         for _ in range(needed):
             expected = self._expected.popleft()
-            token_ids = expected.work.wait().cpu().numpy()
+            token_ids = self._wait(expected.work).cpu().numpy()
             yield DrawnRows(slots=expected.slots, positions=expected.positions, token_ids=token_ids)
 
     def _keep(self, work: Work) -> None:
         self._sends.append(work)
         while self._sends and (self._sends[0].done() or len(self._sends) > _MOST_SENDS):
-            self._sends.popleft().wait()
+            self._wait(self._sends.popleft())
+
+    def _wait(self, work: Work) -> Tensor:
+        start_s = monotonic_clock()
+        try:
+            return work.wait()
+        finally:
+            self.waited_s += monotonic_clock() - start_s

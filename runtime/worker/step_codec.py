@@ -11,14 +11,15 @@ itself. ``encode_plan`` and ``decode_plan`` know no link. Nothing here knows how
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from ..messages import AdmittedSequence, SequenceId, StepPlan, StepResult, TokenLogprobs
-from .step_fields import Fields, StepCodecError, pack_array
+from ..messages import AdmittedSequence, SequenceId, StageTime, StepPlan, StepResult, TokenLogprobs
+from .step_fields import Fields, StepCodecError, pack_array, shown
 from .step_params import params_from_wire, params_to_wire
 from .step_rows import MAX_ROWS, Rows, RowTable, changes_to_wire, rows_from_changes, rows_from_wire, rows_to_wire
 
@@ -30,6 +31,7 @@ A list's memory is allocated when its length is read, and lists may be nested: t
 """
 
 _MAX_FIELDS = 64
+_MAX_STAGES = 1024
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 _BLOCKS = ("block_slots", "block_indices", "block_ids")
@@ -140,6 +142,8 @@ def encode_result(result: StepResult) -> bytes:
     for name in ("invalid_rows", "grammar_rows"):
         if rows := getattr(result, name):
             wire[name] = _integers(name, rows)
+    if result.stages:
+        wire["stages"] = [[int(time.stage), float(time.busy_s), float(time.waiting_s)] for time in result.stages]
     return _pack(wire)
 
 
@@ -173,9 +177,18 @@ def decode_result(data: bytes) -> StepResult:
         prompt_logprobs=prompt_logprobs,
         invalid_rows=_row_set(fields, "invalid_rows", len(token_ids)),
         grammar_rows=_row_set(fields, "grammar_rows", len(token_ids)),
+        stages=tuple(_stage_time(item) for item in fields.items("stages", at_most=_MAX_STAGES)),
     )
     fields.end()
     return result
+
+
+def _stage_time(item: object) -> StageTime:
+    match item:
+        case (int(stage), float(busy_s), float(waiting_s)) if not isinstance(stage, bool):
+            if 0 <= stage < _MAX_STAGES and math.isfinite(busy_s) and math.isfinite(waiting_s):
+                return StageTime(stage=stage, busy_s=busy_s, waiting_s=waiting_s)
+    raise StepCodecError("result.stages", f"must be a stage and two numbers of seconds, got {shown(item)}")
 
 
 def _rows_of(plan: StepPlan) -> Rows:

@@ -1,8 +1,8 @@
 """Random traffic against the oracle executor: right tokens, intact books, nothing left behind.
 
-Every run draws a configuration (block size, cache size, batch limits, policy, prefix cache, running ahead) and traffic
-(shared prefixes, several samples, stop ids, priorities, aborts). The oracle's tokens depend on what each position's KV
-really was, so a wrong block, copy, prefix or order of steps shows up as a wrong token.
+Every run draws a configuration (block size, cache size, batch limits, policy, prefix cache, steps on their way, even
+chunks) and traffic (shared prefixes, several samples, stop ids, priorities, aborts). The oracle's tokens depend on what
+each position's KV really was, so a wrong block, copy, prefix or order of steps shows up as a wrong token.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def draw_bench(draw: random.Random) -> Bench:
         long_prefill_token_threshold=draw.choice([0, 1, 3, 7]),
         enable_prefix_caching=draw.random() < 0.7,
         scheduling_policy=draw.choice(["fcfs", "priority"]),
+        micro_batches=draw.choice([1, 1, 2, 4]),
+        even_chunks=draw.random() < 0.5,
+        attention_ratio=draw.choice([0.0, 0.01, 1.0]),
     )
     return bench(settings, ahead=draw.random() < 0.5)
 

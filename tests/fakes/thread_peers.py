@@ -50,8 +50,7 @@ class ThreadPeers:
         self._loading = [self._loader.submit(build_rank, setup, groups) for groups in all_groups[1:]]
         self._ranks: list[Rank] = []
         self._steps: deque[list[Future[StepResult]]] = deque()
-        last_stage = [rank for rank in range(shape.size) if shape.place(rank).is_last_stage]
-        self._speaker = last_stage[0]
+        self._speakers = shape.place(0).pp_ranks[1:]
 
     def wait_ready(self) -> None:
         self._ranks = [loading.result(LOAD_TIMEOUT_S) for loading in self._loading]
@@ -59,10 +58,10 @@ class ThreadPeers:
     def send(self, plan: StepPlan) -> None:
         self._steps.append([rank.executor.submit(plan) for rank in self._ranks])
 
-    def result(self, plan: StepPlan) -> StepResult | None:
+    def result(self, plan: StepPlan) -> list[StepResult]:
         results = [step.result(STEP_TIMEOUT_S) for step in self._steps.popleft()]
         assert all(result.step == plan.step for result in results)
-        return None if self._speaker == 0 else results[self._speaker - 1]
+        return [results[rank - 1] for rank in self._speakers]
 
     def why(self) -> str | None:
         errors = [step.exception(0.0) for step in (self._steps[0] if self._steps else []) if step.done()]

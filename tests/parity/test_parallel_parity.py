@@ -131,6 +131,17 @@ def test_other_models(
     assert_same(generate(reference(name).path, **options), alone(name))
 
 
+@pytest.mark.parametrize("even_chunks", [True, False])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_even_and_full_steps_give_the_same(
+    stages: int, even_chunks: bool, reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    # A budget that prompts do not fit into.
+    small = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "even_chunks": even_chunks}
+    found = generate(reference("parallel_dense").path, pipeline_parallel_size=stages, **small)
+    assert_same(found, alone("parallel_dense"))
+
+
 @pytest.mark.parametrize(
     ("name", "degrees"),
     [

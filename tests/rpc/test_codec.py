@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.runtime.messages import EngineRequest, FinishReason, TokenLogprobs
+from slipstream.runtime.messages import EngineRequest, FinishReason, StageTime, TokenLogprobs
 from slipstream.runtime.rpc import codec, codec_events
 from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport, PromptScores
 from slipstream.runtime.rpc.generated import engine_pb2 as pb
@@ -278,10 +278,13 @@ def test_what_cannot_travel_is_refused_before_it_is_sent(field: str, request_: E
 # ------------------------------------------------------------------ events
 
 counts = st.integers(0, 2**32 - 1)
+seconds = st.floats(0, 1e9)
+stage_times = st.builds(StageTime, stage=counts, busy_s=seconds, waiting_s=seconds)
 loads = st.builds(
     EngineLoadReport,
     **dict.fromkeys(("running", "waiting", "queue_room", "blocks_total", "blocks_available"), counts),
     **dict.fromkeys(("preemptions", "prefix_hits", "prefix_misses"), st.integers(0, 2**64 - 1)),
+    stages=st.lists(stage_times, max_size=3).map(tuple),
     draining=st.booleans(),
 )
 errors = st.builds(InvalidRequest, texts, texts) | st.one_of(

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from slipstream.runtime.config import SchedulerConfig
 from slipstream.runtime.engine.engine import Engine
 from slipstream.runtime.engine.scheduler import Scheduler
-from slipstream.runtime.messages import AdmittedSequence, SequenceId, StepPlan, StepResult, TokenLogprobs
+from slipstream.runtime.messages import AdmittedSequence, SequenceId, StageTime, StepPlan, StepResult, TokenLogprobs
 from slipstream.runtime.worker import step_codec
 from slipstream.runtime.worker.null_executor import NullExecutor
 from slipstream.runtime.worker.step_codec import (
@@ -130,6 +130,10 @@ def token_logprobs(draw: st.DrawFn) -> TokenLogprobs:
     )
 
 
+seconds = st.floats(allow_nan=False, allow_infinity=False)
+stage_times = st.builds(StageTime, stage=st.integers(0, 1023), busy_s=seconds, waiting_s=seconds)
+
+
 @st.composite
 def results(draw: st.DrawFn) -> StepResult:
     rows = draw(st.integers(0, 6))
@@ -142,6 +146,7 @@ def results(draw: st.DrawFn) -> StepResult:
         prompt_logprobs={row: tuple(draw(st.lists(token_logprobs(), max_size=3))) for row in draw(some)},
         invalid_rows=draw(some),
         grammar_rows=draw(some),
+        stages=tuple(draw(st.lists(stage_times, max_size=3))),
     )
 
 
@@ -456,6 +461,8 @@ def result_of(rows: int) -> StepResult:
         (("token_ids",), np.array([-2, 0], "<i4").tobytes(), "result.token_ids: must be at least -1, got -2"),
         (("invalid_rows",), np.array([1, 1], "<i4").tobytes(), "result.invalid_rows: must name each of 2 rows"),
         (("invalid_rows",), np.array([2], "<i4").tobytes(), "result.invalid_rows: must name each of 2 rows"),
+        (("stages",), ((0, 0.5, float("nan")),), "result.stages: must be a stage and two numbers of seconds"),
+        (("stages",), ((-1, 0.5, 0.5),), "result.stages: must be a stage and two numbers of seconds"),
         (("logprobs", "rows"), b"", "result.logprobs.lengths: has 1 entries, due are 0"),
         (
             ("logprobs", "lengths"),

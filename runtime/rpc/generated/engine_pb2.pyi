@@ -288,7 +288,7 @@ class Rejected(_message.Message):
     def __init__(self, key: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queue_room", "blocks_total", "blocks_available", "preemptions", "prefix_hits", "prefix_misses", "draining")
+    __slots__ = ("running", "waiting", "queue_room", "blocks_total", "blocks_available", "preemptions", "prefix_hits", "prefix_misses", "draining", "stages")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUE_ROOM_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +298,7 @@ class Load(_message.Message):
     PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_MISSES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queue_room: int
@@ -307,7 +308,18 @@ class Load(_message.Message):
     prefix_hits: int
     prefix_misses: int
     draining: bool
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_room: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_available: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_misses: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[StageTime]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_room: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_available: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_misses: _Optional[int] = ..., draining: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ...) -> None: ...
+
+class StageTime(_message.Message):
+    __slots__ = ("stage", "busy_s", "waiting_s")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    busy_s: float
+    waiting_s: float
+    def __init__(self, stage: _Optional[int] = ..., busy_s: _Optional[float] = ..., waiting_s: _Optional[float] = ...) -> None: ...
 
 class Drained(_message.Message):
     __slots__ = ()
