@@ -93,7 +93,7 @@ class NcclGroup:
         clock: Callable[[], float],
     ) -> NcclGroup:
         """Open a communicator; NCCL connects the ranks in here, not in the first operation."""
-        if device.index is None:
+        if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())
         # torch's own watchdog ends the process when an operation fails; the guard does what a living process needs.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
