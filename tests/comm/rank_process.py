@@ -76,11 +76,11 @@ class Rank:
         self.mesh = open_groups(place, self.rendezvous, _settings(address, 20.0, 20.0), generation=generation)
 
     def run(self, *, name: str, scenario: str, seed: int) -> object:
-        return _find(scenario)(self.groups[name], seed)
+        return find(scenario)(self.groups[name], seed)
 
     def act(self, *, act: str, **arguments: Any) -> object:
         """Run a function that takes this rank: what no scenario of one group is."""
-        return _find(act)(self, **arguments)
+        return find(act)(self, **arguments)
 
     def tell(self, event: str) -> None:
         """Tell the test where this rank is."""
@@ -106,7 +106,8 @@ def _settings(address: str, timeout_s: float, open_timeout_s: float) -> GroupSet
     )
 
 
-def _find(name: str) -> Any:
+def find(name: str) -> Any:
+    """Return a function by its module and name."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
