@@ -25,7 +25,7 @@ FIGURES = Figures(
     overlapped_s=1.05,
     halves_s=None,
     wire_work=0.1,
-    had_core=0.99,
+    others=0.01,
     metered_hidden_s=0.4,
     expected_overlapped_s=1.0,
 )
@@ -42,7 +42,7 @@ def test_what_follows_from_the_times() -> None:
 def test_the_verdict_counts_only_points_that_are_held_to_it() -> None:
     far = replace(FIGURES, overlapped_s=1.2)
     slow = replace(FIGURES, point="slow", wire_s=2.0, serial_s=3.0, overlapped_s=3.3)
-    near, slower, disturbed = verdict([FIGURES, far, replace(slow, had_core=0.5)])
+    near, slower, disturbed = verdict([FIGURES, far, replace(slow, others=0.5)])
     assert "1 of 2 within 10 % of ideal, the worst +20.0%" in near
     assert "1 of 3, the worst +10.0% (slow, 256 tokens, 1000 Mb/s)" in slower
     assert disturbed.startswith("1 of 3 lines were disturbed")
