@@ -7,7 +7,8 @@ Every wait has a deadline, the group's own unless another is given, and ends in 
 an error the group is dead on every rank within that deadline, and a rank that fails tells the others, where it can, by
 breaking its connections to them. Any dtype can be moved; types that a backend does not know (float8) travel as bytes.
 
-Implementations: ``torch_groups`` (NCCL, gloo), ``local_groups`` (threads of one process, for tests).
+Implementations: ``torch_groups`` opens those on torch.distributed, ``gloo_group`` for CPUs and ``nccl_group`` for GPUs;
+``local_groups`` has threads of one process, for tests and groups of one.
 
 Shapes: n = size of the group.
 """
@@ -26,7 +27,7 @@ class Work(Protocol):
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Return the operation's result once it is complete; again, the same.
 
-        Units: timeout_s, seconds from now; None is the group's
+        Units: timeout_s, seconds from now; None is the group's, which may also end a work that is given longer
         Raises: PeerLost, CommTimeout, GroupClosed
         """
         ...

@@ -28,6 +28,9 @@ SHORT_BYTES = 64 * 1024
 """Up to here ranks send one another the whole of what is reduced, one hop, and the caller waits for transfers itself.
 Above, ranks send parts and then results, two hops, and works go on by themselves."""
 
+SEGMENT_BYTES = 512 * 1024
+"""What is added while more is on its way."""
+
 _POLL_S = 0.0002
 
 _Steps = Generator[list[Posted], None, Tensor]
@@ -70,7 +73,7 @@ class GlooGroup:
         self._seat.check_reduction("all_reduce", x, op)
         call = self._call("all_reduce", x)
         # Between two ranks both ways move the same bytes.
-        if self.size == 2 or _bytes(x) <= SHORT_BYTES:
+        if _bytes(x) <= (SEGMENT_BYTES if self.size == 2 else SHORT_BYTES):
             return self._start(call, self._reduce_whole(call, x, op), _bytes(x))
         return self._start(call, self._reduce_in_parts(call, x, op), _bytes(x))
 
@@ -137,15 +140,26 @@ class GlooGroup:
         return reduce_in_rank_order(parts, op, x)
 
     def _reduce_in_parts(self, call: Call, x: Tensor, op: str) -> _Steps:
+        """Gather what all have of this rank's piece, reduce it, and send it round, one segment after the other."""
         pieces = x.view(-1).tensor_split(self.size)
-        mine = pieces[self.rank]
-        parts = self._parts(mine)
-        # The result of a piece lands where the piece is sent from: it can only be on its way once its owner has all
-        # that this rank had there.
-        results = self._wire.exchange(call, [], self._from(pieces), hop=1)
-        yield self._wire.exchange(call, self._from(pieces), self._from(parts))
-        reduce_in_rank_order(parts, op, mine)
-        yield [*results, *self._wire.exchange(call, [(peer, mine) for peer in self._wire.peers], [], hop=1)]
+        parts = self._parts(pieces[self.rank])
+        step = SEGMENT_BYTES // x.element_size()
+        segments = [slice(start, start + step) for start in range(0, pieces[0].numel(), step)]
+        results: list[Posted] = []
+        gathered: list[list[Posted]] = []
+        for segment in segments:
+            leaving = [piece[segment] for piece in pieces]
+            # A result lands where the piece is sent from: it can only be on its way once its owner has all that this
+            # rank had there.
+            results += self._wire.exchange(call, [], self._from(leaving), hop=1)
+            gathered.append(
+                self._wire.exchange(call, self._from(leaving), self._from([part[segment] for part in parts]))
+            )
+        for segment, posted in zip(segments, gathered, strict=True):
+            yield posted
+            mine = reduce_in_rank_order([part[segment] for part in parts], op, pieces[self.rank][segment])
+            results += self._wire.exchange(call, [(peer, mine) for peer in self._wire.peers], [], hop=1)
+        yield results
         return x
 
     def _reduce_own_part(self, call: Call, x: Tensor) -> _Steps:

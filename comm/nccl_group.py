@@ -75,6 +75,7 @@ class NcclGroup:
         self.clock = clock
         self._failure: tuple[type[CommError], str] | None = None
         self._changed = threading.Condition()
+        self._ended = threading.Event()
         self._flying: deque[NcclWork] = deque()
         self._guard = threading.Thread(target=self._watch, name=f"nccl-{name}", daemon=True)
         self._guard.start()
@@ -92,6 +93,8 @@ class NcclGroup:
         clock: Callable[[], float],
     ) -> NcclGroup:
         """Open a communicator; NCCL connects the ranks in here, not in the first operation."""
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
         # torch's own watchdog ends the process when an operation fails; the guard does what a living process needs.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
@@ -208,6 +211,7 @@ class NcclGroup:
                 self._failure = (kind, reason)
             self._changed.notify_all()
         if ends:
+            self._ended.set()
             # Waits for no kernel: it makes those that hang return.
             self._nccl.abort()
         return self.error(operation)
@@ -236,18 +240,20 @@ class NcclGroup:
 
     def _watch(self) -> None:
         """Look after operations in flight, in the order of their calls, until the group ends."""
-        with self._changed:
-            while self._failure is None:
-                if not self._flying:
-                    self._changed.wait()
-                    continue
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._flying or self._failure is not None)
+                if self._failure is not None:
+                    self._flying.clear()
+                    return
                 work = self._flying[0]
-                if work.look():
+            # The lock is free meanwhile: ending a communicator may take its time, starting operations must not.
+            if work.look():
+                with self._changed:
                     self._flying.popleft()
                     self._changed.notify_all()
-                    continue
-                self._changed.wait(_LOOK_S)
-            self._flying.clear()
+            else:
+                self._ended.wait(_LOOK_S)
 
     def watched(self, work: NcclWork, limit_s: float) -> bool:
         """Block the host until the device has come to the end of a work; return whether it did in time."""
@@ -292,14 +298,22 @@ class NcclWork:
     def look(self) -> bool:
         """Return whether the operation has ended; end the group when it failed or is late. For the guard."""
         if self._native.is_completed():
-            failed = self._native.exception()
-            if failed is not None:
+            if (failed := _what_failed(self._native)) is not None:
                 self._group.fail(self._operation, PeerLost, f"NCCL: {failed}")
                 return False
             self.landed = True
         elif self._group.clock() > self._deadline_s:
             self._group.fail(self._operation, CommTimeout, "some rank did not take part in time")
         return self.landed
+
+
+def _what_failed(native: Any) -> str | None:
+    """Return what an operation of NCCL's that has ended failed with."""
+    try:
+        error = native.exception()
+    except Exception as raised:  # torch hands out some of its errors by raising them
+        error = raised
+    return None if error is None else str(error)
 
 
 def _movable(x: Tensor) -> Tensor:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import distributed
 
 from slipstream.comm.collectives import Collectives, Work
-from slipstream.tests.comm.rank_process import Rank
+from slipstream.comm.nccl_group import NcclGroup
+from slipstream.comm.timeouts import timeout
+from slipstream.runtime.clock import monotonic_clock
+from slipstream.tests.comm.rank_process import Rank, find
 
 
 def all_axes(rank: Rank) -> dict[str, list[int]]:
@@ -16,6 +21,20 @@ def all_axes(rank: Rank) -> dict[str, list[int]]:
     groups = rank.mesh
     me = torch.tensor([groups.world.rank])
     return {axis: getattr(groups, axis).all_gather(me).wait().tolist() for axis in ("world", "stage", "pp", "ep", "tp")}
+
+
+def as_if_over_nccl(rank: Rank, *, scenarios: list[str], seed: int, place: int, size: int, generation: int) -> None:
+    """Run scenarios on a group over NCCL whose process group is gloo's: torch gives both the same calls."""
+    assert rank.rendezvous is not None
+    store = rank.rendezvous.store(f"as-if-nccl/{generation}", timeout_s=20.0)
+    process_group: Any = distributed.ProcessGroupGloo
+    gloo = process_group(store, place, size, timeout(20.0))
+    group = NcclGroup(
+        gloo, torch.device("cpu"), name="nccl", rank=place, size=size, timeout_s=20.0, clock=monotonic_clock
+    )
+    for scenario in scenarios:
+        find(scenario)(group, seed)
+    group.close()
 
 
 def start_and_wait(rank: Rank, *, operation: str, numbers: int) -> None:

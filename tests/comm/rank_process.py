@@ -1,4 +1,4 @@
-"""A process that is a rank: it opens groups and runs scenarios as it is told, over a socket that it was started with.
+"""A process that is a rank: it opens groups and runs scenarios as it is told, over a socket that it was given.
 
 Commands and answers are lines of JSON. A scenario is named ``module:function``; what it raises is answered, and the
 process lives on.
@@ -6,9 +6,9 @@ process lives on.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import os
 import socket
 import traceback
 from typing import IO, Any
@@ -19,6 +19,7 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.torch_groups import GroupSettings, RankGroups, Rendezvous, open_group, open_groups
 from slipstream.runtime.clock import monotonic_clock
+from slipstream.tests.multinode.namespaces import Host
 
 
 class Line:
@@ -75,11 +76,11 @@ class Rank:
         self.mesh = open_groups(place, self.rendezvous, _settings(address, 20.0, 20.0), generation=generation)
 
     def run(self, *, name: str, scenario: str, seed: int) -> object:
-        return _find(scenario)(self.groups[name], seed)
+        return find(scenario)(self.groups[name], seed)
 
     def act(self, *, act: str, **arguments: Any) -> object:
         """Run a function that takes this rank: what no scenario of one group is."""
-        return _find(act)(self, **arguments)
+        return find(act)(self, **arguments)
 
     def tell(self, event: str) -> None:
         """Tell the test where this rank is."""
@@ -105,7 +106,8 @@ def _settings(address: str, timeout_s: float, open_timeout_s: float) -> GroupSet
     )
 
 
-def _find(name: str) -> Any:
+def find(name: str) -> Any:
+    """Return a function by its module and name."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
@@ -124,16 +126,15 @@ def _answer(rank: Rank, command: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--socket", type=int, required=True)
+def serve(end: socket.socket, host: Host | None) -> None:
+    """Be a rank, on a host of its own if one is given, until the other end of the socket is closed."""
+    if host is not None:
+        host.enter()
+    # Gloo writes a line about every connection to the standard output.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
-    line = Line(socket.socket(fileno=parser.parse_args().socket))
+    line = Line(end)
     rank = Rank(line)
     line.put({"event": "ready"})
     while (command := line.get()) is not None:
         line.put(_answer(rank, command))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slipstream.tests.comm.rank_process import Line
+from slipstream.tests.comm.rank_process import Line, serve
+from slipstream.tests.multinode.namespaces import Host
 
 PATIENCE_S = 60.0
 """How long a test waits for anything before it calls it a hang."""
@@ -34,20 +34,21 @@ class Answer:
     took_s: float
 
 
-class RankProcess:
-    """One process that is a rank, on this host or on one of ``hosts``."""
+# One process loads torch, once, and every rank is a copy of it.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["slipstream.tests.comm.rank_acts", "slipstream.tests.contracts.collectives"])
 
-    def __init__(self, address: str = LOOPBACK, *, wrap: Callable[..., list[str]] | None = None) -> None:
-        self.address = address
+
+class RankProcess:
+    """One process that is a rank, on this machine's network or on a host of its own."""
+
+    def __init__(self, host: Host | None = None) -> None:
+        self.address = LOOPBACK if host is None else host.address
         self.port = 0  # where it hosts a rendezvous, once it does
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = ["-P", "-m", "slipstream.tests.comm.rank_process", "--socket", str(theirs.fileno())]
-            command = [sys.executable, *arguments]
-            # Gloo writes a line about every connection to its standard output.
-            self._process = subprocess.Popen(
-                wrap(*command) if wrap else command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL
-            )
+            self._process = _forks.Process(target=serve, args=(theirs, host), daemon=True)
+            self._process.start()
         ours.settimeout(PATIENCE_S)
         self._line = Line(ours)
 
@@ -79,17 +80,21 @@ class RankProcess:
 
     def stop(self) -> None:
         """Freeze the process where it is."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let a frozen process go on."""
-        os.kill(self._process.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End the process at once, frozen or not; its connections break."""
         self._process.kill()
-        self._process.wait(PATIENCE_S)
+        self._process.join(PATIENCE_S)
         self._line.socket.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
 
 def name_of(function: Callable[..., object]) -> str:

@@ -11,6 +11,7 @@ removed by the next. Needs root and Linux: ``missing()`` says what is not there.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
@@ -23,6 +24,9 @@ from pathlib import Path
 
 INTERFACE = "eth0"
 """What every host calls its end of the link."""
+
+_NETWORK = 0x40000000
+"""CLONE_NEWNET: what kind of namespace is entered."""
 
 _PREFIX = "slipstream"
 _numbers = itertools.count()
@@ -54,6 +58,14 @@ class Host:
     def command(self, *arguments: str) -> list[str]:
         """Return the command line that runs a command on this host; the process is the command's own."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
+
+    def enter(self) -> None:
+        """Move this process to the host; threads that it has already stay where they are."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.namespace}", "rb") as namespace:
+            # os.setns is there from Python 3.12 on.
+            if libc.setns(namespace.fileno(), _NETWORK):
+                raise OSError(ctypes.get_errno(), f"cannot enter the namespace {self.namespace}")
 
     def shape(self, *, mbit_per_s: float | None) -> None:
         """Limit what the link carries, in each direction; None lifts the limit."""

@@ -1,4 +1,8 @@
-"""Ranks on hosts of their own, whose links are cut: nobody hears of it, so the deadline must."""
+"""Ranks on hosts of their own, with slow links, so that what happens does so in the middle of a transfer.
+
+Of a cut link nobody hears, so the deadline must end the wait; of a killed rank all hear, though the transfers that wait
+for it are half-way.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,9 @@ from slipstream.tests.multinode.namespaces import Host, hosts, missing
 DEADLINE_S = 1.0
 
 LOADED_S = 10.0
-"""What a loaded machine may take beyond a deadline."""
+"""What a loaded machine may take beyond a deadline, or over what is seen at once."""
+
+NEVER_S = 120.0
 
 NUMBERS = 16_000_000
 """64 MB: more than the links carry within the deadline."""
@@ -31,7 +37,7 @@ def network() -> Iterator[tuple[tuple[Host, ...], list[RankProcess]]]:
     if (reason := missing()) is not None:
         pytest.skip(reason)
     with hosts(3, mbit_per_s=MBIT_PER_S) as made:
-        ranks = [RankProcess(host.address, wrap=host.command) for host in made]
+        ranks = [RankProcess(host) for host in made]
         try:
             for rank in ranks:
                 rank.hear("ready")
@@ -42,14 +48,29 @@ def network() -> Iterator[tuple[tuple[Host, ...], list[RankProcess]]]:
                 rank.kill()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_cut_link(network: tuple[tuple[Host, ...], list[RankProcess]], operation: str, seed: int) -> None:
-    made, ranks = network
-    open_together(ranks, generation=next(_generations), timeout_s=DEADLINE_S)
+def start(ranks: list[RankProcess], operation: str, *, timeout_s: float) -> None:
+    """Have ranks open a group and start what takes long; return when all have."""
+    open_together(ranks, generation=next(_generations), timeout_s=timeout_s)
     for rank in ranks:
         rank.tell("act", act=name_of(start_and_wait), operation=operation, numbers=NUMBERS)
     for rank in ranks:
         rank.hear("started")
+
+
+def works(ranks: list[RankProcess], seed: int) -> None:
+    """Have ranks close what they have, open a group and use it."""
+    together(ranks, "close", lambda _: {})
+    open_together(ranks, generation=next(_generations))
+    arguments = {"name": "group", "scenario": name_of(anything_in_any_order), "seed": seed}
+    for answer in together(ranks, "run", lambda _: arguments):
+        result_of(answer)
+    together(ranks, "close", lambda _: {})
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_cut_link(network: tuple[tuple[Host, ...], list[RankProcess]], operation: str, seed: int) -> None:
+    made, ranks = network
+    start(ranks, operation, timeout_s=DEADLINE_S)
     made[2].cut()
     try:
         answers = [rank.answer() for rank in ranks]
@@ -60,13 +81,23 @@ def test_a_cut_link(network: tuple[tuple[Host, ...], list[RankProcess]], operati
         assert f"at rank {place} of 3" in answer.message
         assert answer.took_s < DEADLINE_S + LOADED_S, f"{answer.message}, after {answer.took_s:.1f} s"
     assert answers[2].error == "CommTimeout", "who is cut off hears nothing of the others"
-    together(ranks, "close", lambda _: {})
+    works(ranks, seed)
 
-    open_together(ranks, generation=next(_generations))
-    arguments = {"name": "group", "scenario": name_of(anything_in_any_order), "seed": seed}
-    for answer in together(ranks, "run", lambda _: arguments):
-        result_of(answer)
-    together(ranks, "close", lambda _: {})
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_rank_killed_half_way(network: tuple[tuple[Host, ...], list[RankProcess]], operation: str, seed: int) -> None:
+    made, ranks = network
+    start(ranks, operation, timeout_s=NEVER_S)
+    ranks[2].kill()
+    ranks[2] = RankProcess(made[2])
+    for place, rank in enumerate(ranks[:2]):
+        answer = rank.answer()
+        assert answer.error == "PeerLost", answer.traceback
+        assert f"at rank {place} of 3" in answer.message
+        assert answer.took_s < LOADED_S, f"{answer.message}, after {answer.took_s:.1f} s"
+    ranks[2].hear("ready")
+    ranks[2].do("join", address=ranks[0].address, port=ranks[0].port)
+    works(ranks, seed)
 
 
 def test_links_are_shaped_and_healed_as_asked(network: tuple[tuple[Host, ...], list[RankProcess]]) -> None:
