@@ -122,7 +122,7 @@ class Bench:
 def measure(group: Collectives, point: dict[str, Any], core: int) -> dict[str, Any]:
     """Run all arms of a point in turns; return each one's times in the calmest ``repeats`` rounds."""
     repeats: int = point["repeats"]
-    with torch.no_grad():
+    with torch.inference_mode():
         bench = Bench(group, point)
         rounds = list(_rounds(group, bench.arms(), CoreWatch(core), repeats=repeats))
     totals = bench.meter.totals
