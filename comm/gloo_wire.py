@@ -165,7 +165,7 @@ class GlooWire:
             raise self._broken(call.operation, peer, error) from error
 
     def _broken(self, operation: str, peer: int, error: RuntimeError) -> CommError:
-        text = str(error).splitlines()[0].partition(". This is typically")[0]
+        text = str(error).partition("\n")[0].partition(". This is typically")[0]
         if "Timed out waiting" in text:
             late = f"rank {peer} did not take part in time, or called another operation"
             return self.fail(operation, CommTimeout, late)

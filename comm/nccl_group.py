@@ -226,7 +226,8 @@ class NcclGroup:
         try:
             native = None if _empty_everywhere(operation, x) else call()
         except RuntimeError as error:
-            raise self.fail(operation, PeerLost, f"NCCL: {str(error).splitlines()[0]}") from error
+            reason, _, _ = str(error).partition("\n")
+            raise self.fail(operation, PeerLost, f"NCCL: {reason}") from error
         work = NcclWork(self, operation, native, x, result)
         if native is not None:
             with self._changed:

@@ -194,4 +194,4 @@ def _opening_failed(error: RuntimeError, *, name: str, rank: int, size: int, tim
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -44,8 +44,10 @@ def test_hosts_reach_one_another_and_leave_nothing() -> None:
         names = {one.namespace, other.namespace, one.switch}
         assert names <= {path.name for path in NAMESPACES.iterdir()}
         # Ended with its host, though nobody else ends it.
-        left = subprocess.Popen(one.command("sleep", "1000"))
+        left = subprocess.Popen(one.command("sh", "-c", "echo up; exec sleep 1000"), stdout=subprocess.PIPE, text=True)
+        assert left.stdout is not None and left.stdout.readline() == "up\n"
     assert left.wait(30) != 0
+    left.stdout.close()
     assert not names & {path.name for path in NAMESPACES.iterdir()}
 
 
