@@ -7,9 +7,9 @@ model says, or not at all), the ideal max(C, M), and the share of min(C, M) that
 a run; each time is the slower rank's, each figure a median.
 
 A link's bytes are copied by the core that computes: ``work`` is the share of M that this takes, and what cannot be
-hidden. ``core`` is the share of its core that a rank got while it computed: below 1, others used the machine, and the
-figures of that line say little. ``halves`` is what a cut in the middle would have brought where none was made. Needs
-root, for the namespaces.
+hidden. ``others`` is the share of a core that other processes used in the worst round that counts: each line is made of
+its calmest rounds, and where even they were not calm it says little. ``halves`` is what a cut in the middle would have
+brought where none was made. Needs root, for the namespaces.
 
     python -P benchmarks/bench_overlap.py --json benchmarks/results/overlap.json
 """
@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slipstream.benchmarks.overlap.core_watch import CALM
 from slipstream.benchmarks.overlap.points import POINTS, QUICK, Point
 from slipstream.benchmarks.overlap.ranks import Rank, ask_all, ranks_on
 from slipstream.benchmarks.report import write_report
@@ -32,8 +33,6 @@ from slipstream.tests.multinode.namespaces import hosts, missing
 
 LINKS_MBIT_PER_S = (300, 1000, 3000)
 POINT_TIMEOUT_S = 600.0
-QUIET_CORE = 0.95
-"""The share of its core that a rank must have for its times to mean anything."""
 COVERED = (0.3, 1.0)
 """Shares of C in which M must be for the overlap to be held to the ideal."""
 
@@ -52,7 +51,7 @@ class Figures:
     overlapped_s: float
     halves_s: float | None
     wire_work: float
-    had_core: float
+    others: float
     metered_hidden_s: float
     expected_overlapped_s: float | None
 
@@ -89,13 +88,13 @@ class Figures:
         return (
             f"{self.point:11}{self.tokens:6}{self.link_mbit_per_s:6}{self.wire_s / self.compute_s:7.2f}"
             f"{self.cut or '-':>6}{times}{self.over_ideal:+9.1%}{self.over_serial:+9.1%}{self.hidden:8.0%}"
-            f"{self.wire_work:6.2f}{self.had_core:6.2f}{halves:>9}"
+            f"{self.wire_work:6.2f}{self.others:7.0%}{halves:>9}"
         )
 
 
 HEADER = (
     f"{'stack':11}{'tokens':>6}{'Mb/s':>6}{'M/C':>7}{'cut':>6}{'C ms':>9}{'M ms':>9}{'serial':>9}{'overlap':>9}"
-    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'core':>6}{'halves':>9}"
+    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'others':>7}{'halves':>9}"
 )
 
 
@@ -120,7 +119,7 @@ def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, ord
         overlapped_s=median_s("overlapped"),
         halves_s=median_s("halves") if "halves" in times_s[0] else None,
         wire_work=first["wire_work"],
-        had_core=min(statistics.median(answer["had_core"]) for answer in answers),
+        others=first["others"],
         metered_hidden_s=statistics.mean(answer["metered_hidden_s"] for answer in answers),
         expected_overlapped_s=first["expected_overlapped_s"],
     )
@@ -132,7 +131,7 @@ def verdict(figures: Sequence[Figures]) -> list[str]:
     near = [line for line in covered if line.over_ideal <= 0.1]
     slower = [line for line in figures if line.over_serial > 0.02]
     worst = max(figures, key=lambda line: line.over_serial)
-    disturbed = sum(line.had_core < QUIET_CORE for line in figures)
+    disturbed = sum(line.others > CALM for line in figures)
     return [
         f"M between {COVERED[0]} C and {COVERED[1]} C: {len(near)} of {len(covered)} within 10 % of ideal"
         + (f", the worst {max(line.over_ideal for line in covered):+.1%}" if covered else ""),

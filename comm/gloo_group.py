@@ -230,6 +230,8 @@ class GlooWork:
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._goes_on = False
+        # Belongs to a thread, and so does what may be written to: a waiter takes on its caller's.
+        self._inference_mode = torch.is_inference_mode_enabled()
 
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Return the operation's result once it is complete."""
@@ -289,7 +291,7 @@ class GlooWork:
 
     def _settle(self) -> None:
         """Take it on, and leave what comes of it to whoever waits."""
-        with self._lock:
+        with self._lock, torch.inference_mode(self._inference_mode):
             try:
                 self._take_on(self._wire.clock() + self._wire.timeout_s)
             except Exception:

@@ -11,13 +11,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slipstream.benchmarks.overlap.core_watch import CALM, CoreWatch
 from slipstream.benchmarks.overlap.stack import Order, Stack, StackShape
 from slipstream.comm.collectives import Collectives
 from slipstream.comm.local_groups import local_group
@@ -34,6 +35,8 @@ _BYTES = 4
 """The bytes of a float32."""
 UNIT = 32
 """Rows that products are filled up to."""
+_MOST_ROUNDS = 4
+"""Rounds that are run for each that is wanted, where they are not calm."""
 _TIMEOUT_S = 120.0
 
 
@@ -116,36 +119,58 @@ class Bench:
         return self.cost.collective_s(result.numel() * _BYTES)
 
 
-def measure(group: Collectives, point: dict[str, Any]) -> dict[str, Any]:
-    """Run all arms of a point in turns, ``repeats`` times; return each one's times."""
-    with torch.no_grad():
+def measure(group: Collectives, point: dict[str, Any], core: int) -> dict[str, Any]:
+    """Run all arms of a point in turns; return each one's times in the calmest ``repeats`` rounds."""
+    repeats: int = point["repeats"]
+    with torch.inference_mode():
         bench = Bench(group, point)
-        arms = bench.arms()
-        names = list(arms)
-        times_s: dict[str, list[float]] = {name: [] for name in names}
-        had_core: list[float] = []
-        for round_ in range(point["repeats"] + 1):
-            for place in range(len(names)):
-                # Every arm follows every other as often.
-                name = names[(round_ + place) % len(names)]
-                group.barrier()
-                began_s, began_work_s = time.perf_counter(), time.process_time()
-                arms[name]()
-                times_s[name].append(time.perf_counter() - began_s)
-                if name == "compute":
-                    had_core.append((time.process_time() - began_work_s) / times_s[name][-1])
-    rounds = point["repeats"] + 1
+        rounds = list(_rounds(group, bench.arms(), CoreWatch(core), repeats=repeats))
     totals = bench.meter.totals
+    calmest = sorted(rounds, key=lambda round_: round_.disturbance)[:repeats]
     return {
         "cut": bench.cut,
-        "times_s": {name: times[1:] for name, times in times_s.items()},
-        "had_core": had_core[1:],
+        "times_s": {name: [round_.times_s[name] for round_ in calmest] for name in calmest[0].times_s},
+        "others": calmest[-1].disturbance,
+        "rounds": len(rounds),
         "wire_work": bench.cost.wire_work,
         "expected_serial_s": bench.cost.serial_s(bench.tokens),
         "expected_overlapped_s": bench.cost.overlapped_s(bench.cut, bench.tokens - bench.cut) if bench.cut else None,
-        "metered_hidden_s": totals.hidden_s / rounds,
-        "metered_wire_s": totals.wire_s / rounds,
+        "metered_hidden_s": totals.hidden_s / (len(rounds) + 1),
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One run of each arm; ``disturbance``, of any of them on any rank: the share of its core that others used."""
+
+    times_s: dict[str, float]
+    disturbance: float
+
+
+def _rounds(
+    group: Collectives, arms: dict[str, Callable[[], None]], watch: CoreWatch, *, repeats: int
+) -> Iterator[Round]:
+    """Run rounds until there are ``repeats`` calm ones, or too many; every rank sees the same."""
+    names = list(arms)
+    calm = 0
+    for number in range(_MOST_ROUNDS * repeats + 1):
+        times_s, others = {}, 0.0
+        for place in range(len(names)):
+            # Every arm comes first, and follows the others, as often.
+            name = names[(number + place) % len(names)]
+            group.barrier()
+            watch.start()
+            began_s = time.perf_counter()
+            arms[name]()
+            times_s[name] = time.perf_counter() - began_s
+            others = max(others, watch.others_share())
+        (disturbance,) = group.all_reduce(torch.tensor([others]), op="max").wait().tolist()
+        # The first one warms up.
+        if number:
+            calm += disturbance <= CALM
+            yield Round(times_s=times_s, disturbance=disturbance)
+        if calm == repeats:
+            return
 
 
 def _connect(options: argparse.Namespace) -> Collectives:
@@ -171,12 +196,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host-address", required=True, help="of this rank")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[options.rank % len(os.sched_getaffinity(0))]})
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[options.rank % len(cores)]
+    os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     group = _connect(options)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(measure(group, json.loads(line))), flush=True)
+        print(json.dumps(measure(group, json.loads(line), core)), flush=True)
     group.close()
 
 

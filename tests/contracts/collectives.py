@@ -112,6 +112,19 @@ def scatter_and_gather(group: Collectives, seed: int) -> None:
             assert same_bits(group.all_gather(part).wait(), total)
 
 
+def inference_mode_is_the_callers(group: Collectives, seed: int) -> None:
+    """Tensors made under inference mode may only be written to under it, whichever thread of the group does so."""
+    for length in (5, 300_000):
+        with torch.inference_mode():
+            brought = of_ranks(group, torch.float32, (length * group.size,), seed + length)
+            total = reduce_in_rank_order(brought, "sum", torch.empty_like(brought[0]))
+            assert same_bits(group.all_reduce(brought[group.rank].clone()).wait(), total)
+            part = group.reduce_scatter(brought[group.rank].clone()).wait()
+            assert same_bits(group.all_gather(part).wait(), total)
+        outside = group.all_reduce(torch.ones(length)).wait()
+        outside += 1
+
+
 def move_everything(group: Collectives, seed: int) -> None:
     """Any type travels, bit for bit, by every operation that moves."""
     for dtype in (*FLOATS, *WHOLE, *ONLY_MOVED):
@@ -302,6 +315,7 @@ EVERYWHERE: tuple[Scenario, ...] = (
     move_everything,
     spread_rows_unevenly,
     many_in_flight,
+    inference_mode_is_the_callers,
     pairs_keep_their_order,
     done_comes_true_without_waiting,
     misuse_is_named_and_harmless,
