@@ -1,5 +1,8 @@
 """How long the stages of a pipeline stand idle, with prompts whole, in full chunks and in even steps.
 
+Full chunks fill each step's token budget. Even steps share tokens out evenly, without a thought of attention (``even
+tokens``) or with it (``even steps``: what ``even_chunks`` does).
+
 The real scheduler and engine drive stages in virtual time (``pipeline/virtual_stages.py``): nothing is computed and
 nothing sleeps, so the same command prints the same figures. Requests are those of Azure's conversation trace, all at
 once (saturation) and at a share of what full chunks then answer. Costs are a dense 8B model's, each stage on one A100:
@@ -58,11 +61,12 @@ SARATHI_FEWER_BUBBLES = 6.29
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """A way to cut prompts."""
+    """A way to cut prompts. ``attention_ratio``: what the scheduler is told, not what steps take."""
 
     name: str
     max_tokens: int
     even: bool
+    attention_ratio: float = 0.0
 
 
 def arms(longest: int, budgets: list[int]) -> Iterator[Arm]:
@@ -70,7 +74,9 @@ def arms(longest: int, budgets: list[int]) -> Iterator[Arm]:
     yield Arm(name="whole prompts", max_tokens=longest, even=False)
     for budget in budgets:
         yield Arm(name=f"full chunks, {budget}", max_tokens=budget, even=False)
-        yield Arm(name=f"even steps, {budget}", max_tokens=budget, even=True)
+        yield Arm(name=f"even tokens, {budget}", max_tokens=budget, even=True)
+        ratio = MODEL.attention_ratio()
+        yield Arm(name=f"even steps, {budget}", max_tokens=budget, even=True, attention_ratio=ratio)
 
 
 def run_arm(arm: Arm, conversations: list[Conversation], stages: int, rate: float | None, stretch: int) -> Figures:
@@ -86,7 +92,7 @@ def run_arm(arm: Arm, conversations: list[Conversation], stages: int, rate: floa
         enable_prefix_caching=False,
         micro_batches=stages,
         even_chunks=arm.even,
-        attention_ratio=MODEL.attention_ratio(),
+        attention_ratio=arm.attention_ratio,
     )
     return Run(conversations, config, COST, stages=stages, planning_s=PLANNING_S, rate=rate).figures()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...sdk.errors import InvalidRequest, Overloaded
 from ..config import SchedulerConfig
@@ -356,7 +357,9 @@ class Scheduler:
                 self._finish(sequence, reason)
                 outputs.finished.append(sequence)
 
-    def _update_departed(self, plan: StepPlan, result: StepResult, rows: Int32Array, outputs: StepOutputs) -> None:
+    def _update_departed(
+        self, plan: StepPlan, result: StepResult, rows: NDArray[np.intp], outputs: StepOutputs
+    ) -> None:
         """Take in tokens of sequences that were preempted while the step ran; those that have ended are dropped."""
         for row in rows.tolist():
             sequence = self._sequences.get(SequenceId(int(plan.sequence_ids[row])))

@@ -78,7 +78,10 @@ def test_tensor_and_pipeline_parallel_processes_give_the_same(dense: Path, start
     with LLM(str(dense), **OPTIONS, tensor_parallel_size=2, pipeline_parallel_size=2) as llm:
         found = tokens(llm)
         assert len(started[0].process_ids) == 3
+        stages = llm._engine.stage_times
     assert found == alone(dense)
+    assert [time.stage for time in stages] == [0, 1]
+    assert all(time.busy_s > 0.0 for time in stages) and stages[1].waiting_s > 0.0
     assert gone(started[0])
 
 
