@@ -16,12 +16,10 @@ import torch
 from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
-from ...comm.overlap import run_plain
 from ...comm.overlap_meter import OverlapMeter
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import ConfigError
 from ..models.decoder import Decoder, load_decoder
-from ..models.forward import build_forward_batch
 from ..models.kv_cache import KvCache
 from ..models.linear_format import choose_format
 from ..models.model_spec import ModelSpec
@@ -32,6 +30,7 @@ from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
+from .step_forward import StepForward, StepRows
 from .token_split import TokenSplit, measure_split
 
 
@@ -184,21 +183,18 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
 def _measure(setup: RankSetup, model: Decoder, cache: KvCache, group: Collectives) -> TokenSplit:
     """Measure, with the other ranks, what passes and collectives take; the cache's first block is written to."""
     spec = model.spec
+    layers = StepForward(model, cache, block_size=setup.block_size, deterministic=setup.deterministic)
 
-    def run(tokens: int, meter: OverlapMeter) -> None:
-        batch = build_forward_batch(
-            token_ids=torch.zeros(tokens, dtype=torch.int64, device=model.device),
+    def run(tokens: int, cut: int | None, meter: OverlapMeter) -> None:
+        rows = StepRows(
+            token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=model.device),
             starts=np.zeros(1, np.int32),
             counts=np.full(1, tokens, np.int32),
             prompt_lengths=np.full(1, tokens, np.int32),
             block_tables=np.zeros((1, -(-tokens // setup.block_size)), np.int32),
-            block_size=setup.block_size,
-            spec=spec,
-            dtype=model.dtype,
-            device=model.device,
         )
         hidden_TH = torch.zeros((tokens, spec.hidden_size), dtype=model.dtype, device=model.device)
-        run_plain(model.forward_parts(batch, cache, hidden_TH), meter=meter)
+        layers.run_cut(rows, hidden_TH, cut, meter)
 
     return measure_split(
         group,

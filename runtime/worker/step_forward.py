@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...comm.overlap import run_interleaved, run_plain
+from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import cut_rows
 from ..messages import Int32Array
 from ..models.decoder import Decoder
@@ -54,18 +55,21 @@ class StepForward:
 
         Shapes: hidden_TH, and what is returned, [tokens, hidden size]
         """
-        cut = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
+        if self._split is None:
+            return self.run_cut(rows, hidden_TH, None, None)
+        return self.run_cut(rows, hidden_TH, self._split.cut(rows.token_ids_T.shape[0]), self._split.meter)
+
+    def run_cut(self, rows: StepRows, hidden_TH: Tensor | None, cut: int | None, meter: OverlapMeter | None) -> Tensor:
+        """As ``run``, with the tokens cut after ``cut`` of them, or not at all."""
         if cut is None:
-            meter = None if self._split is None else self._split.meter
             return run_plain(self._model.forward_parts(self._batch(rows), self._cache, hidden_TH), meter=meter)
-        assert self._split is not None
         pieces = cut_rows(rows.counts.tolist(), cut)
         parts = []
         for tokens, part in zip((slice(0, cut), slice(cut, None)), pieces, strict=True):
             batch = self._batch(_part_of(rows, [(piece.row, piece.first, piece.tokens) for piece in part], tokens))
             hidden = None if hidden_TH is None else hidden_TH[tokens]
             parts.append(self._model.forward_parts(batch, self._cache, hidden))
-        return torch.cat(run_interleaved(parts, meter=self._split.meter))
+        return torch.cat(run_interleaved(parts, meter=meter))
 
     def _batch(self, rows: StepRows) -> ForwardBatch:
         return build_forward_batch(

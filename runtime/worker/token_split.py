@@ -1,7 +1,8 @@
 """Whether, and where, a step's tokens are cut in two so that one part computes while the other is on the wire.
 
 Measured once, when a rank is ready, together with the other ranks: all have the same figures, so all cut at the same
-token. Where the wire is fast, or moving bytes takes the processors that compute, nothing is cut.
+token. From how many tokens on it is done at all is tried, not only computed: where the wire is fast, or moving bytes
+takes the processors that compute, nothing is cut.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ...comm.collectives import Collectives
 from ...comm.overlap_cost import Curve, PassCost
-from ...comm.overlap_measure import agree, measure_collective
+from ...comm.overlap_measure import agree, fewest_worth_cutting, measure_collective
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import choose_cut
 from ..clock import monotonic_clock, processor_clock
@@ -23,10 +23,14 @@ _REPEATS = 3
 
 
 class TokenSplit:
-    """The choice of a cut, and a meter of what was hidden. One thread uses it."""
+    """The choice of a cut, and a meter of what was hidden. One thread uses it.
 
-    def __init__(self, cost: PassCost, *, element_bytes: int) -> None:
+    ``fewest``: the tokens from which on cutting was found to pay; None: never.
+    """
+
+    def __init__(self, cost: PassCost, *, element_bytes: int, fewest: int | None = 0) -> None:
         self.cost = cost
+        self.fewest = fewest
         self.meter = OverlapMeter(
             monotonic_clock, wire_s=lambda result: cost.collective_s(result.numel() * element_bytes)
         )
@@ -34,6 +38,8 @@ class TokenSplit:
 
     def cut(self, tokens: int) -> int | None:
         """Return how many tokens the first part of a step has; None where the whole is as fast."""
+        if self.fewest is None or tokens < self.fewest:
+            return None
         if tokens not in self._cuts:
             self._cuts[tokens] = choose_cut(self.cost, tokens)
         return self._cuts[tokens]
@@ -41,7 +47,7 @@ class TokenSplit:
 
 def measure_split(
     group: Collectives,
-    run: Callable[[int, OverlapMeter], object],
+    run: Callable[[int, int | None, OverlapMeter], object],
     *,
     collectives: int,
     bytes_per_token: int,
@@ -51,7 +57,7 @@ def measure_split(
 ) -> TokenSplit:
     """Measure passes and collectives of some sizes; every rank of the group calls it at the same time.
 
-    ``run`` makes a pass over so many tokens, waiting for each collective at once, and notes its times in the meter.
+    ``run`` makes a pass over so many tokens, cut after some of them or not at all, and notes its times in the meter.
     """
     sizes = sorted({min(size, most_tokens) for size in _SIZES})
     compute_s = Curve.rising((float(size), _compute_s(run, size)) for size in sizes)
@@ -67,18 +73,28 @@ def measure_split(
         # Where a GPU moves the bytes, the processor's time is not what computing takes.
         wire_work=agree(group, Curve((1.0,), (min(work, 1.0),)), device=device)(1.0) if device.type == "cpu" else 0.0,
     )
-    return TokenSplit(cost, element_bytes=element_bytes)
+    fewest = fewest_worth_cutting(
+        group,
+        lambda tokens, cut: run(tokens, cut, _no_meter()),
+        sizes,
+        lambda tokens: choose_cut(cost, tokens),
+        clock=monotonic_clock,
+        device=device,
+        repeats=_REPEATS,
+    )
+    return TokenSplit(cost, element_bytes=element_bytes, fewest=fewest)
 
 
-def _compute_s(run: Callable[[int, OverlapMeter], object], tokens: int) -> float:
+def _compute_s(run: Callable[[int, int | None, OverlapMeter], object], tokens: int) -> float:
     """Return the seconds that a pass computes, the least of some."""
     times = []
     for _ in range(_REPEATS + 1):
-        meter = OverlapMeter(monotonic_clock, wire_s=_no_time)
-        run(tokens, meter)
+        meter = _no_meter()
+        run(tokens, None, meter)
         times.append(meter.totals.compute_s)
     return min(times[1:])
 
 
-def _no_time(_: Tensor) -> float:
-    return 0.0
+def _no_meter() -> OverlapMeter:
+    """Return a meter that does not know how long works take."""
+    return OverlapMeter(monotonic_clock, wire_s=lambda _: 0.0)
