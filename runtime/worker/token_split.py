@@ -47,7 +47,7 @@ class TokenSplit:
 
 def measure_split(
     group: Collectives,
-    run: Callable[[int, int | None, OverlapMeter], object],
+    run: Callable[[int, int | None, OverlapMeter], None],
     *,
     collectives: int,
     bytes_per_token: int,
@@ -85,7 +85,7 @@ def measure_split(
     return TokenSplit(cost, element_bytes=element_bytes, fewest=fewest)
 
 
-def _compute_s(run: Callable[[int, int | None, OverlapMeter], object], tokens: int) -> float:
+def _compute_s(run: Callable[[int, int | None, OverlapMeter], None], tokens: int) -> float:
     """Return the seconds that a pass computes, the least of some."""
     times = []
     for _ in range(_REPEATS + 1):

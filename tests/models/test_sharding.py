@@ -63,7 +63,7 @@ def test_every_number_of_a_checkpoint_is_read(name: str, mesh: MeshShape, specs:
             repeated[tensor] = int(times.max())
         else:
             assert int(times.max()) <= stage_ranks * (2 if "embed_tokens" in tensor else 1)
-    if spec.layers[0] and isinstance(spec.layers[0].mlp, MoeSpec):
+    if isinstance(spec.layers[0].mlp, MoeSpec):
         count = spec.layers[0].mlp.num_experts
         slots = -(-count // mesh.ep) * mesh.ep
         # Slots that are left over hold replicas.
