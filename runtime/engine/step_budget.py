@@ -34,28 +34,38 @@ class StepBudget:
                 block_size=config.block_size,
                 steps=config.micro_batches,
             )
-        self._work = 0.0
+        self._asked: tuple[Int32Array, Int32Array, Iterable[int]]
+        self._share: float | None = None
         self._has_chunk = False
         self._chunks: deque[float] = deque(maxlen=0 if self._even is None else self._even.spread - 1)
 
     def begin(self, order: Int32Array, lacking: Int32Array, waiting: Iterable[int]) -> None:
-        """Work out a step's share of what could join the pipeline now.
+        """Begin a step. Its share of all that could join the pipeline now is worked out once a prompt asks for it.
 
         Shapes: order, lacking [rows]: running slots, and tokens they lack
         ``waiting``: tokens of sequences that could run too.
         """
         if self._even is None:
             return
+        self._asked = (order, lacking, waiting)
+        self._share = None
         self._has_chunk = False
-        table = self._table
         if not len(order):
+            # Nothing is in the pipeline, and what was does not count.
             self._chunks.clear()
-        work = self._even.work(table.computed[order], lacking)
+
+    def _work_of_step(self, even: EvenSteps) -> float:
+        if self._share is None:
+            self._share = self._work_out_share(even, *self._asked)
+        return self._share
+
+    def _work_out_share(self, even: EvenSteps, order: Int32Array, lacking: Int32Array, waiting: Iterable[int]) -> float:
+        work = even.work(self._table.computed[order], lacking)
         chunks = float(work[lacking > 1].sum()) + sum(self._chunks)
         tokens = iter(waiting)
-        while chunks < self._even.enough and (count := next(tokens, 0)):
-            chunks += count * (1.0 + self._even.attention_ratio * count / 2.0)
-        self._work = self._even.share(float(work[lacking == 1].sum()), chunks)
+        while chunks < even.enough and (count := next(tokens, 0)):
+            chunks += count * (1.0 + even.attention_ratio * count / 2.0)
+        return even.share(float(work[lacking == 1].sum()), chunks)
 
     def is_full(self) -> bool:
         """Whether the step has no token left for anything."""
@@ -74,7 +84,7 @@ class StepBudget:
         table = self._table
         slots = np.flatnonzero(table.planned)
         taken = float(self._even.work(table.computed[slots], table.planned[slots]).sum())
-        count = self._even.chunk(start, limit, work=self._work - taken)
+        count = self._even.chunk(start, limit, work=self._work_of_step(self._even) - taken)
         if not count and not self._has_chunk:
             count = self._even.least_chunk(start, limit)
         self._has_chunk |= count > 0
@@ -82,6 +92,10 @@ class StepBudget:
 
     def planned(self, plan: StepPlan) -> None:
         """Note what a step has taken of prompts."""
-        if self._even is not None:
+        if self._even is None:
+            return
+        work = 0.0
+        if self._has_chunk:
             chunks = plan.counts > 1
-            self._chunks.append(float(self._even.work(plan.starts[chunks], plan.counts[chunks]).sum()))
+            work = float(self._even.work(plan.starts[chunks], plan.counts[chunks]).sum())
+        self._chunks.append(work)
