@@ -11,6 +11,7 @@ Reading order: this, then ``gloo_group`` and ``gloo_wire``, ``nccl_group``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from .local_groups import local_group
 from .mesh import MeshPlace
 from .nccl_group import NcclGroup
 from .timeouts import timeout
+from .wire_threads import started_threads_yield
 
 # torch's stubs know its stores and process groups in part only; they pass through here as they are.
 _torch: Any = distributed
@@ -112,6 +114,9 @@ class GroupSettings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 30.0
     open_timeout_s: float = 60.0
+    wire_yields: bool = True
+    """Whether gloo's threads leave the CPU to those that run (``wire_threads``): best where ranks share few cores; off,
+    long transfers go on at full speed beside threads that compute without a pause."""
 
 
 def open_groups(
@@ -174,13 +179,14 @@ def open_group(
 
 
 def _open_gloo(store: Store, settings: GroupSettings, *, name: str, rank: int, size: int) -> GlooGroup:
-    # A device of its own for every group: a thread that carries its bytes, beside those of other groups.
-    options = _torch.ProcessGroupGloo._Options()
-    options._devices = [_torch.ProcessGroupGloo.create_device(hostname=settings.host_address)]
-    options._timeout = timeout(settings.open_timeout_s)
-    # Gloo's workers carry its own collectives, which are not used.
-    options._threads = 1
-    gloo = _torch.ProcessGroupGloo(store, rank, size, options)
+    with started_threads_yield() if settings.wire_yields else nullcontext():
+        # A device of its own for every group: a thread that carries its bytes, beside those of other groups.
+        options = _torch.ProcessGroupGloo._Options()
+        options._devices = [_torch.ProcessGroupGloo.create_device(hostname=settings.host_address)]
+        options._timeout = timeout(settings.open_timeout_s)
+        # Gloo's workers carry its own collectives, which are not used.
+        options._threads = 1
+        gloo = _torch.ProcessGroupGloo(store, rank, size, options)
     return GlooGroup(gloo, name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock)
 
 
