@@ -11,6 +11,7 @@ Source: the problem and its two policies are those of EPLB (DeepSeek-V3, arXiv 2
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ from ...placement.expert_balance import balance_globally
 from ...placement.expert_counts import DecayedCounts
 from ...placement.expert_moves import Rebalance, rebalance
 from ...placement.experts import ExpertPlacement
+from ...sdk.errors import CheckpointError
 from ..models.expert_ranks import ExpertRanks, SlotProducts, map_of
+
+logger = logging.getLogger(__name__)
 
 ReadExpert = Callable[[int, int], tuple[Tensor, Tensor]]
 """Reads (layer, expert): gate|up and down, as much of them as the rank has."""
@@ -32,6 +36,7 @@ Prepare = Callable[[Tensor], Callable[[Tensor, Tensor | None], Tensor]]
 """Brings a weight into the form that the rank multiplies with."""
 
 _ASK_EVERY = 4
+_READY, _ON_ITS_WAY, _FAILED = 0, 1, 2
 _HALF_LIFE_INTERVALS = 1.0
 
 
@@ -42,11 +47,14 @@ class _Change:
     planned: Future[Rebalance]
     reading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
     prepared: dict[tuple[int, int], SlotProducts] = field(default_factory=dict)
+    failed: bool = False
 
     @property
-    def is_ready(self) -> bool:
-        """Whether this rank could switch."""
-        return self.reading is not None and not self.reading
+    def state(self) -> int:
+        """What the other ranks have to know: the largest of all ranks' says what to do."""
+        if self.failed:
+            return _FAILED
+        return _READY if self.reading is not None and not self.reading else _ON_ITS_WAY
 
 
 class ExpertBalance:
@@ -123,9 +131,13 @@ class ExpertBalance:
             self._prepare_one(change, change.reading)
         if self._steps % _ASK_EVERY:
             return
-        missing = torch.tensor([not change.is_ready], dtype=torch.int64, device=self._device)
-        if not int(self._group.all_reduce(missing, op="max").wait()):
+        state = torch.tensor([change.state], dtype=torch.int64, device=self._device)
+        worst = int(self._group.all_reduce(state, op="max").wait())
+        if worst == _READY:
             self._switch(change, change.planned.result().placement)
+        elif worst == _FAILED:
+            # Some rank cannot have its experts: all stay as they are, and try again at the next interval.
+            self._change = None
 
     def _begin_reading(self, change: Rebalance) -> dict[tuple[int, int], Future[tuple[Tensor, Tensor]]]:
         rank, per_rank = self._group.rank, self._placement.slots_per_rank
@@ -140,7 +152,12 @@ class ExpertBalance:
     def _prepare_one(self, change: _Change, reading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]]) -> None:
         for place, weights in list(reading.items()):
             if weights.done():
-                gate_up, down = weights.result()
+                try:
+                    gate_up, down = weights.result()
+                except CheckpointError:
+                    logger.exception("experts stay where they are: layer %d cannot be read", self._numbers[place[0]])
+                    change.failed = True
+                    return
                 change.prepared[place] = (self._prepare(gate_up), self._prepare(down))
                 del reading[place]
                 return

@@ -4,6 +4,7 @@ and preemption.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slipstream import LLM, SamplingParams
+from slipstream import LLM, SamplingParams, StructuredOutputsParams
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
@@ -19,10 +20,11 @@ from slipstream.runtime.worker import token_split
 from slipstream.runtime.worker.expert_balance import ExpertBalance
 from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.token_split import TokenSplit
-from slipstream.sdk.errors import ConfigError
+from slipstream.sdk.errors import CheckpointError, ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.parity.references import Reference, load_reference, prompts
 
+DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
 NEW_TOKENS = 12
 TOLERANCE = 1e-4
 PARAMS = [
@@ -255,3 +257,41 @@ def test_degrees_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError, match=problem) as refused:
         LLM(str(reference("parallel_dense").path), **OPTIONS, **options)
     assert refused.value.field == field
+
+
+def test_experts_that_cannot_be_read_stay_where_they_are(
+    reference: Callable[[str], Reference], alone: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[ExpertBalance] = []
+    tried: list[int] = []
+    begin = ExpertBalance.begin_step
+
+    def noted(self: ExpertBalance) -> None:
+        if self not in made:
+            made.append(self)
+        begin(self)
+
+    def unreadable(*_: object, expert: int, **__: object) -> None:
+        tried.append(expert)
+        raise CheckpointError("model.safetensors", "the disk is gone")
+
+    monkeypatch.setattr(ExpertBalance, "begin_step", noted)
+    monkeypatch.setattr(rank_module, "read_expert", unreadable)
+    options = {"enable_eplb": True, "eplb_step_interval": 5, "num_redundant_experts": 2, "expert_parallel_size": 2}
+    assert_same(generate(reference("parallel_experts").path, **options), alone("parallel_experts"))
+    assert tried, "no expert was to move"
+    assert not any(balance.switches for balance in made)
+
+
+def test_grammars_are_followed_by_every_rank() -> None:
+    params = SamplingParams(
+        temperature=0.9, seed=3, max_tokens=24, structured_outputs=StructuredOutputsParams(regex=r"[a-f]{4,9}-[0-9]+!")
+    )
+    free = SamplingParams(temperature=0.0, max_tokens=24)
+    texts = []
+    for degrees in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}):
+        with LLM(DEMO_MODEL, dtype="float32", max_model_len=128, num_threads=1, **degrees) as llm:
+            texts.append([output.outputs[0].text for output in llm.generate(["x = ", "def f("], [params, free])])
+    assert texts[1] == texts[0]
+    assert texts[2] == texts[0]
+    assert re.match(r"[a-f]{4,9}-[0-9]+", texts[0][0])
