@@ -27,8 +27,9 @@ def nothing_stays_behind() -> Iterator[None]:
 
 
 def family() -> list[psutil.Process]:
-    """The servers that this process has started, with their drivers."""
-    return psutil.Process().children(recursive=True)
+    """The servers that this process has started, with their drivers; other tests may have left a process to fork."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if any("slipstream.runtime" in word for word in child.cmdline())]
 
 
 def test_it_serves_and_is_gone_afterwards() -> None:
