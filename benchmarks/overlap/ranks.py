@@ -26,7 +26,7 @@ class RankError(Exception):
 class Rank:
     """One rank's process; it reads questions and writes answers, a line of JSON each."""
 
-    def __init__(self, host: Host, rank: int, *, ranks: int, address: str) -> None:
+    def __init__(self, host: Host, rank: int, *, ranks: int, address: str, wire_yields: bool) -> None:
         arguments = {
             "rank": rank,
             "ranks": ranks,
@@ -35,6 +35,7 @@ class Rank:
             "host-address": host.address,
         }
         options = [f"--{name}={value}" for name, value in arguments.items()]
+        options += [] if wire_yields else ["--busy-wire"]
         self.rank = rank
         self._process = subprocess.Popen(
             host.command(sys.executable, "-P", str(_PROGRAM), *options),
@@ -81,7 +82,7 @@ class Rank:
 
 
 @contextmanager
-def ranks_on(hosts: Sequence[Host]) -> Iterator[list[Rank]]:
+def ranks_on(hosts: Sequence[Host], *, wire_yields: bool = True) -> Iterator[list[Rank]]:
     """Start a rank on each host and wait until they have met; on leaving, end them.
 
     Raises: RankError
@@ -89,7 +90,7 @@ def ranks_on(hosts: Sequence[Host]) -> Iterator[list[Rank]]:
     ranks: list[Rank] = []
     try:
         for number, host in enumerate(hosts):
-            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address))
+            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address, wire_yields=wire_yields))
         for rank in ranks:
             rank.answer(_START_TIMEOUT_S)
         yield ranks

@@ -1,7 +1,7 @@
-"""Runs a step's tokens through a rank's layers: at once, or in two parts that hide one another's wire time.
+"""Runs a step's tokens through a rank's layers: at once, or in parts that hide one another's wire time.
 
-Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; both run
-the same layers (``comm.overlap``), the first one a layer's attention ahead, so that the second finds its keys.
+Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; all run
+the same layers (``comm.overlap``), each a layer's attention ahead of the next, which so finds its keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...comm.overlap import run_interleaved, run_plain
 from ...comm.overlap_meter import OverlapMeter
-from ...comm.overlap_split import cut_rows
+from ...comm.overlap_split import Cuts, cut_rows
 from ..messages import Int32Array
 from ..models.decoder import Decoder
 from ..models.forward import ForwardBatch, build_forward_batch
@@ -59,13 +59,16 @@ class StepForward:
             return self.run_cut(rows, hidden_TH, None, None)
         return self.run_cut(rows, hidden_TH, self._split.cut(rows.token_ids_T.shape[0]), self._split.meter)
 
-    def run_cut(self, rows: StepRows, hidden_TH: Tensor | None, cut: int | None, meter: OverlapMeter | None) -> Tensor:
-        """As ``run``, with the tokens cut after ``cut`` of them, or not at all."""
-        if cut is None:
+    def run_cut(
+        self, rows: StepRows, hidden_TH: Tensor | None, cuts: Cuts | None, meter: OverlapMeter | None
+    ) -> Tensor:
+        """As ``run``, with the tokens cut after so many of them, or not at all."""
+        if cuts is None:
             return run_plain(self._model.forward_parts(self._batch(rows), self._cache, hidden_TH), meter=meter)
-        pieces = cut_rows(rows.counts.tolist(), cut)
+        pieces = cut_rows(rows.counts.tolist(), cuts)
         parts = []
-        for tokens, part in zip((slice(0, cut), slice(cut, None)), pieces, strict=True):
+        for begin, end, part in zip((0, *cuts), (*cuts, None), pieces, strict=True):
+            tokens = slice(begin, end)
             batch = self._batch(_part_of(rows, [(piece.row, piece.first, piece.tokens) for piece in part], tokens))
             hidden = None if hidden_TH is None else hidden_TH[tokens]
             parts.append(self._model.forward_parts(batch, self._cache, hidden))
