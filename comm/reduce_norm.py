@@ -86,8 +86,8 @@ def reduce_to_share(group: Collectives, partial_TH: Tensor) -> Parts:
 
     Shapes: partial_TH [tokens, size] contiguous; returns [share, size], rows past the end zero
     """
-    tokens = partial_TH.shape[0]
-    filled_TH = functional.pad(partial_TH, (0, 0, 0, share_of(tokens, group.size) * group.size - tokens))
+    missing = -partial_TH.shape[0] % group.size
+    filled_TH = functional.pad(partial_TH, (0, 0, 0, missing)) if missing else partial_TH
     return (yield group.reduce_scatter(filled_TH))
 
 
