@@ -1,7 +1,7 @@
 """Measures at start-up what the choice of a cut needs, such that every rank ends with the same figures.
 
-``measure_pass`` feeds the cost model, which says where to cut; ``fewest_worth_cutting`` tries both ways, and says from
-how many tokens on the model is to be asked at all. Knows a group and clocks; what a pass computes is its caller's.
+``measure_pass`` feeds the cost model, which says where to cut; ``fewest_that_gain`` tries both ways, and says from how
+many tokens on the model is to be asked at all. Knows a group and clocks; what a pass computes is its caller's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .collectives import Collectives, Work
 from .overlap_cost import Curve, PassCost
+
+WayT = TypeVar("WayT")
 
 _BYTES = 4
 """Of a float32."""
@@ -68,38 +71,40 @@ def measure_pass(
     )
 
 
-def fewest_worth_cutting(
+def fewest_that_gain(
     group: Collectives,
-    run: Callable[[int, int | None], None],
+    run: Callable[[int, WayT | None], None],
     sizes: Sequence[int],
-    choose: Callable[[int], int | None],
+    choose: Callable[[int], WayT | None],
     *,
     clock: Callable[[], float],
     device: torch.device,
+    also: Collectives | None = None,
     repeats: int = 7,
     margin: float = 0.02,
 ) -> int | None:
-    """Return the smallest of ``sizes`` from which on all were faster cut than whole by ``margin``, or None.
+    """Return the smallest of ``sizes`` from which on all were faster another way than plainly by ``margin``, or None.
 
-    ``run(tokens, cut)`` runs a pass for real, cut or whole; ``choose`` says where. All ranks call it at once, and the
-    slowest rank's medians count.
+    ``run(tokens, way)`` runs a pass for real, None is the plain way; ``choose`` says which other there is, None where
+    it is not worth trying. All ranks, of ``also`` too, call it at once, and the slowest rank's medians count.
     """
     fewest = None
     for tokens in sorted(sizes, reverse=True):
-        cut = choose(tokens)
-        if cut is None:
+        other = choose(tokens)
+        if other is None:
             break
-        times_s: dict[int | None, list[float]] = {None: [], cut: []}
+        plain_s: list[float] = []
+        other_s: list[float] = []
         for round_ in range(repeats + 1):
-            for way in (None, cut) if round_ % 2 else (cut, None):
+            for way in (None, other) if round_ % 2 else (other, None):
                 group.barrier()
                 began_s = clock()
                 run(tokens, way)
-                times_s[way].append(clock() - began_s)
+                (plain_s if way is None else other_s).append(clock() - began_s)
         # The first round does not count.
-        medians_s = [statistics.median(times_s[way][1:]) for way in (None, cut)]
-        whole_s, cut_s = _slowest(group, medians_s, device=device)
-        if cut_s > whole_s * (1 - margin):
+        medians_s = [statistics.median(times_s[1:]) for times_s in (plain_s, other_s)]
+        slowest_plain_s, slowest_other_s = _slowest(group, medians_s, device=device, also=also)
+        if slowest_other_s > slowest_plain_s * (1 - margin):
             break
         fewest = tokens
     return fewest
@@ -128,9 +133,11 @@ def measure_collective(
     *,
     clock: Callable[[], float],
     device: torch.device,
+    also: Collectives | None = None,
     repeats: int = 5,
 ) -> Curve:
-    """Return the time of a collective for each size in bytes; every rank of the group calls it at the same time.
+    """Return the time of a collective for each size in bytes; every rank of the group, and of those groups with which
+    it has to agree ``also``, calls it at the same time.
 
     ``start`` begins the collective on a tensor [float32 values] whose count divides by the group's size.
     """
@@ -142,15 +149,22 @@ def measure_collective(
         start(tensors[nbytes]).wait()
 
     group.barrier()
-    return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device)
+    return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device, also=also)
 
 
-def agree(group: Collectives, curve: Curve, *, device: torch.device) -> Curve:
-    """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes."""
-    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device), strict=True))
+def agree(group: Collectives, curve: Curve, *, device: torch.device, also: Collectives | None = None) -> Curve:
+    """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes.
+
+    ``also``: another axis of a mesh, along which ranks pass through the same layers.
+    """
+    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device, also=also), strict=True))
 
 
-def _slowest(group: Collectives, seconds: Sequence[float], *, device: torch.device) -> list[float]:
-    own = torch.tensor(seconds, dtype=torch.float64, device=device)
-    slowest: list[float] = group.all_reduce(own, op="max").wait().tolist()
-    return slowest
+def _slowest(
+    group: Collectives, seconds: Sequence[float], *, device: torch.device, also: Collectives | None = None
+) -> list[float]:
+    slowest = group.all_reduce(torch.tensor(seconds, dtype=torch.float64, device=device), op="max").wait()
+    if also is not None:
+        slowest = also.all_reduce(slowest, op="max").wait()
+    times_s: list[float] = slowest.tolist()
+    return times_s

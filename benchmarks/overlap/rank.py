@@ -25,7 +25,7 @@ from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved, run_plain
 from slipstream.comm.overlap_cost import PassCost
-from slipstream.comm.overlap_measure import Clocks, fewest_worth_cutting, measure_pass
+from slipstream.comm.overlap_measure import Clocks, fewest_that_gain, measure_pass
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import choose_cut
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
@@ -59,7 +59,7 @@ class Bench:
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
         self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
-        fewest = fewest_worth_cutting(
+        fewest = fewest_that_gain(
             group,
             lambda tokens, cut: self._run(group, tokens, cut),
             [self.tokens],

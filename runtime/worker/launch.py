@@ -62,6 +62,8 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         pp=options.pipeline_parallel_size, ep=options.expert_parallel_size, tp=options.tensor_parallel_size
     )
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
+    if options.sharded_norm and any(layer.ladder for layer in spec.layers):
+        raise ConfigError("sharded_norm", "is not for models with ladder layers: their sums are hidden as they are")
     device = choose_device(options.device)
     check_devices(device, mesh)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
@@ -98,6 +100,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         tp=mesh.tp,
         experts_over_tp=options.enable_expert_parallel,
         overlap=options.overlap,
+        sharded_norm=options.sharded_norm,
         redundant_experts=options.num_redundant_experts,
         expert_balance_steps=options.eplb_step_interval if options.enable_eplb else 0,
     )

@@ -13,7 +13,7 @@ import torch
 
 from ...comm.collectives import Collectives
 from ...comm.overlap_cost import Curve, PassCost
-from ...comm.overlap_measure import agree, fewest_worth_cutting, measure_collective
+from ...comm.overlap_measure import agree, fewest_that_gain, measure_collective
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import choose_cut
 from ..clock import monotonic_clock, processor_clock
@@ -54,8 +54,10 @@ def measure_split(
     element_bytes: int,
     most_tokens: int,
     device: torch.device,
+    also: Collectives | None = None,
 ) -> TokenSplit:
-    """Measure passes and collectives of some sizes; every rank of the group calls it at the same time.
+    """Measure passes and collectives of some sizes; every rank of the group, and of ``also``, which pass through the
+    same layers, calls it at the same time.
 
     ``run`` makes a pass over so many tokens, cut after some of them or not at all, and notes its times in the meter.
     """
@@ -63,23 +65,26 @@ def measure_split(
     compute_s = Curve.rising((float(size), _compute_s(run, size)) for size in sizes)
     before_s, before_work_s = monotonic_clock(), processor_clock()
     nbytes = [size * bytes_per_token for size in sizes]
-    collective_s = measure_collective(group, group.all_reduce, nbytes, clock=monotonic_clock, device=device)
+    collective_s = measure_collective(group, group.all_reduce, nbytes, clock=monotonic_clock, device=device, also=also)
     work = (processor_clock() - before_work_s) / max(monotonic_clock() - before_s, 1e-9)
     cost = PassCost(
-        compute_s=agree(group, compute_s, device=device),
+        compute_s=agree(group, compute_s, device=device, also=also),
         collective_s=collective_s,
         collectives=collectives,
         bytes_per_token=bytes_per_token,
         # Where a GPU moves the bytes, the processor's time is not what computing takes.
-        wire_work=agree(group, Curve((1.0,), (min(work, 1.0),)), device=device)(1.0) if device.type == "cpu" else 0.0,
+        wire_work=agree(group, Curve((1.0,), (min(work, 1.0),)), device=device, also=also)(1.0)
+        if device.type == "cpu"
+        else 0.0,
     )
-    fewest = fewest_worth_cutting(
+    fewest = fewest_that_gain(
         group,
         lambda tokens, cut: run(tokens, cut, _no_meter()),
         sizes,
         lambda tokens: choose_cut(cost, tokens),
         clock=monotonic_clock,
         device=device,
+        also=also,
         repeats=_REPEATS,
     )
     return TokenSplit(cost, element_bytes=element_bytes, fewest=fewest)

@@ -10,7 +10,7 @@ from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_measure import (
     Clocks,
-    fewest_worth_cutting,
+    fewest_that_gain,
     measure_collective,
     measure_curve,
     measure_pass,
@@ -100,7 +100,7 @@ def test_cutting_begins_where_every_larger_size_gains(gains: dict[int, float], e
         def step(tokens: int, cut: int | None) -> None:
             clock.advance(slowness * tokens * (1.0 if cut is None else seen[tokens]))
 
-        return fewest_worth_cutting(
+        return fewest_that_gain(
             group, step, list(gains), lambda tokens: tokens // 2, clock=clock, device=CPU, repeats=3
         )
 
@@ -118,7 +118,7 @@ def test_what_the_model_would_not_cut_is_not_tried() -> None:
             clock.advance(tokens if cut is None else tokens / 2)
 
         choose = {4: 2, 8: None, 16: 8}.get
-        return fewest_worth_cutting(group, step, [4, 8, 16], choose, clock=clock, device=CPU, repeats=1)
+        return fewest_that_gain(group, step, [4, 8, 16], choose, clock=clock, device=CPU, repeats=1)
 
     assert run_ranks(local_group(1), run) == [16]
     assert set(tried) == {16}
