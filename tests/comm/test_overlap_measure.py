@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from slipstream.comm.collectives import Collectives
+from slipstream.comm.groups import MeshGroups
 from slipstream.comm.local_groups import local_group, run_ranks
+from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_measure import (
     Clocks,
@@ -16,6 +20,7 @@ from slipstream.comm.overlap_measure import (
     measure_pass,
 )
 from slipstream.tests.fakes.scripted_work import HandClock
+from slipstream.tests.fakes.thread_peers import local_mesh
 
 CPU = torch.device("cpu")
 
@@ -48,6 +53,20 @@ def test_all_ranks_know_the_slowest_ones_times() -> None:
         return measure_collective(group, group.all_reduce, [8, 64], clock=clock, device=CPU, repeats=3)
 
     assert run_ranks(local_group(2), run) == [Curve((8.0, 64.0), (3.0, 3.0))] * 2
+
+
+def test_ranks_along_another_axis_know_them_too() -> None:
+    def run(groups: MeshGroups) -> Curve:
+        assert groups.tp is not None
+        assert groups.ep is not None
+        clock = SteppingClock([1.0, 3.0, 9.0, 5.0][groups.place.rank])
+        return measure_collective(
+            groups.tp, groups.tp.all_reduce, [8, 64], clock=clock, device=CPU, also=groups.ep, repeats=3
+        )
+
+    meshes = local_mesh(MeshShape(ep=2, tp=2))
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        assert list(threads.map(run, meshes)) == [Curve((8.0, 64.0), (9.0, 9.0))] * 4
 
 
 def test_a_pass_is_measured_alike_on_all_ranks() -> None:
