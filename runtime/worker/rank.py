@@ -219,6 +219,9 @@ def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, g
         meter = (
             split.meter if split is not None else wire_meter(group, bytes_per_token=spent, estimates=ladder, also=also)
         )
+    for experts in model.expert_layers.values():
+        # Made-up tokens say nothing about the experts' loads.
+        experts.load_E.zero_()
     return make(split=split, shares_from=shares_from, meter=meter)
 
 
