@@ -70,7 +70,7 @@ def expected(checkpoint: Callable[[str], Path]) -> Callable[[str], list[tuple[li
 
 def assert_gives(path: Path, expected: list[tuple[list[int], torch.Tensor]], **options: Any) -> None:
     with LLM(str(path), **{**OPTIONS, **options}) as llm:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], PARAMS)
+        outputs: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], PARAMS)
     for prompt, output, (tokens, logprobs) in zip(PROMPTS, outputs, expected, strict=True):
         sample = output.outputs[0]
         assert sample.token_ids == tokens
