@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Generator
 from functools import cache
@@ -22,6 +23,7 @@ from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
+from slipstream.tests.models.checkpoints import make_checkpoint
 from slipstream.tests.models.ladder_llama import LadderLlama, make_ladder_checkpoint
 from slipstream.tests.parity.references import prompts
 
@@ -68,9 +70,22 @@ def expected(checkpoint: Callable[[str], Path]) -> Callable[[str], list[tuple[li
     return compute
 
 
-def assert_gives(path: Path, expected: list[tuple[list[int], torch.Tensor]], **options: Any) -> None:
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """A model with experts whose layers are ladders, and what one rank says."""
+    path = make_checkpoint("parallel_experts", tmp_path_factory.mktemp("experts"))
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "ladder_layers": [1, 2]}))
+    return path, answers(path)
+
+
+def answers(path: Path, **options: Any) -> list[Any]:
     with LLM(str(path), **{**OPTIONS, **options}) as llm:
-        outputs: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], PARAMS)
+        return llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], PARAMS)
+
+
+def assert_gives(path: Path, expected: list[tuple[list[int], torch.Tensor]], **options: Any) -> None:
+    outputs = answers(path, **options)
     for prompt, output, (tokens, logprobs) in zip(PROMPTS, outputs, expected, strict=True):
         sample = output.outputs[0]
         assert sample.token_ids == tokens
@@ -81,9 +96,8 @@ def assert_gives(path: Path, expected: list[tuple[list[int], torch.Tensor]], **o
                 assert abs(entry.logprob - float(logprobs[position, token])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("chunk", [0, 7])
 @pytest.mark.parametrize(("tp", "pp"), MESHES)
-@pytest.mark.parametrize("ladder", [str(layers) for layers in LADDERS])
+@pytest.mark.parametrize(("ladder", "chunk"), [("5", 0), ("3", 7), ("[1, 3]", 7)])
 def test_every_mesh_gives_what_the_plain_model_does(
     ladder: str,
     tp: int,
@@ -100,6 +114,26 @@ def test_the_order_matters(checkpoint: Callable[[str], Path]) -> None:
     first, *others = (LadderLlama(checkpoint(str(layers))).logits(PROMPTS[0]) for layers in LADDERS)
     for other in others:
         assert not torch.allclose(first, other, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"tensor_parallel_size": 2},
+        {"expert_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ],
+    ids=str,
+)
+def test_experts_in_a_ladder_give_the_same_on_every_mesh(
+    degrees: dict[str, Any], experts: tuple[Path, list[Any]]
+) -> None:
+    path, alone = experts
+    for mine, theirs in zip(answers(path, **degrees), alone, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+        for found, expected in zip(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+            assert all(abs(found[token].logprob - expected[token].logprob) <= TOLERANCE for token in found)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])

@@ -7,8 +7,10 @@ import torch
 
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.reduce_norm import NormCost
+from slipstream.runtime.config import EngineOptions
 from slipstream.runtime.worker import norm_shares
 from slipstream.runtime.worker.norm_shares import fewest_in_shares
+from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.scripted_work import HandClock
 
 
@@ -65,6 +67,11 @@ def test_what_cannot_pay_is_not_tried(clock: HandClock) -> None:
     passes = Passes(clock, {})
     assert measure(passes) is None
     assert not passes.tried
+
+
+def test_the_option_is_a_boolean_or_left_unsaid() -> None:
+    with pytest.raises(ConfigError, match="sharded_norm: must be true, false or None, got 'yes'"):
+        EngineOptions(model="model", sharded_norm="yes")  # type: ignore[arg-type]
 
 
 def test_no_more_tokens_are_tried_than_a_step_may_have(clock: HandClock, monkeypatch: pytest.MonkeyPatch) -> None:
