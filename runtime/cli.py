@@ -53,6 +53,9 @@ PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", 
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
+ShardedNormOption = Annotated[
+    bool | None, typer.Option(help="each tensor-parallel rank normalizes its share of the tokens; default: if faster")
+]
 EvenOption = Annotated[bool, typer.Option(help="with stages: steps that take equally long")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
@@ -96,6 +99,7 @@ def generate(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    sharded_norm: ShardedNormOption = None,
     even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
@@ -118,6 +122,7 @@ def generate(
         "expert_parallel_size": expert_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
         "overlap": overlap,
+        "sharded_norm": sharded_norm,
         "even_chunks": even_chunks,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -172,6 +177,7 @@ def serve(
     expert_parallel_size: ExpertOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    sharded_norm: ShardedNormOption = None,
     even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
