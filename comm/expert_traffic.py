@@ -1,6 +1,7 @@
 """What the exchange of ``experts`` sends, from the choice of experts alone: to compare placements, and to hold it to.
 
-Pure counting, written apart from the exchange: nothing here is on a request's way.
+Pure counting, written apart from the exchange: nothing here is on a request's way. A token goes once to each rank of a
+level that leads to one of its experts; what stays on a rank is not moved.
 
 Shapes: N ranks over all levels, T tokens, A chosen experts per token.
 """
@@ -29,6 +30,16 @@ class LevelTraffic:
     rows_NN: Tensor
     entries_NN: Tensor
     joined_NN: Tensor
+
+    @property
+    def moved_rows(self) -> int:
+        """The rows that leave their rank on the way there."""
+        return int(self.rows_NN.sum() - self.rows_NN.trace())
+
+    def rows_between_hosts(self, ranks_per_host: int) -> int:
+        """Return those of them that leave their host."""
+        host_N = torch.arange(len(self.rows_NN)) // ranks_per_host
+        return int(self.rows_NN[host_N[:, None] != host_N].sum())
 
     def bytes_there(self, row_bytes: int) -> Tensor:
         """Return the bytes of a dispatch: counts, lists and rows. [ranks, ranks] int64, sender first."""

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ...comm.collectives import Collectives
-from ...comm.expert_map import ExpertMap, expert_map
+from ...comm.expert_map import ExpertMap
 from ...comm.experts import mix
 from ...comm.overlap import Parts
 from ...kernels.moe_gemm import expert_products
-from ...placement.experts import ExpertPlacement
 from .linear_format import Product
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -82,11 +81,3 @@ class ExpertRanks:
         share_WH = output_TH.new_zeros((widest, x_TH.shape[1]))
         share_WH[: output_TH.shape[0]] = output_TH
         return (yield self.group.all_gather(share_WH))[:tokens]
-
-
-def map_of(placement: ExpertPlacement, layer: int, *, device: torch.device) -> ExpertMap:
-    """Return the exchange's tables for one layer of a placement."""
-    replicas = placement.logical_to_physical[layer]
-    most = max(len(slots) for slots in replicas)
-    slots_ER = torch.tensor([[*slots, *[-1] * (most - len(slots))] for slots in replicas], dtype=torch.int64)
-    return expert_map(slots_ER, ranks=placement.num_ranks, slots_per_rank=placement.slots_per_rank, device=device)

@@ -11,12 +11,13 @@ from functools import partial
 from torch import Tensor
 
 from ...comm.collectives import Collectives
+from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Parts
 from ...kernels.activation import silu_and_mul
 from ...kernels.moe_gemm import moe_mlp
 from ...kernels.moe_route import route
-from .expert_ranks import ExpertRanks, SlotProducts, map_of
+from .expert_ranks import ExpertRanks, SlotProducts
 from .linear import Linear
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import summed

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ...comm.collectives import Collectives
+from ...comm.expert_map import map_of
 from ...placement.expert_balance import balance_globally
 from ...placement.expert_counts import DecayedCounts
 from ...placement.expert_moves import Rebalance, rebalance
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import CheckpointError
-from ..models.expert_ranks import ExpertRanks, SlotProducts, map_of
+from ..models.expert_ranks import ExpertRanks, SlotProducts
 
 logger = logging.getLogger(__name__)
 

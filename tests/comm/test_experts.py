@@ -122,17 +122,6 @@ def check_hosts(levels: Sequence[LevelTraffic], tokens: Sequence[Tokens], slots_
             assert source // width == to // width or inside.rows_NN[source, to] == 0
 
 
-def test_a_level_fewer_rows_between_hosts_than_flat(seed: int) -> None:
-    tokens = make_tokens(seed, (40,) * 4, chances("even", 8), top_k=8, dtype=torch.float32)
-    placed = even_map(EXPERTS, ranks=4)
-    choices = [one.experts for one in tokens]
-    (flat,), (across, _) = traffic(choices, placed, sizes=(4,)), traffic(choices, placed, sizes=(2, 2))
-    other_host = torch.tensor([[source // 2 != to // 2 for to in range(4)] for source in range(4)])
-    assert across.rows_NN[other_host].sum() <= 4 * 40 < flat.rows_NN[other_host].sum()
-    with pytest.raises(ValueError, match="levels have 2 ranks, the map 4, and 4 choices"):
-        traffic(choices, placed, sizes=(2,))
-
-
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)])
 def test_float8_rows_travel_as_they_are(sizes: tuple[int, ...], seed: int) -> None:
     """Experts take rows in 8 bits and answer in 32."""
@@ -160,16 +149,18 @@ def test_float8_rows_travel_as_they_are(sizes: tuple[int, ...], seed: int) -> No
 
 
 def replicated(seed: int, ranks: int) -> ExpertMap:
-    """Return a map with random slots: ``ranks`` replicas of expert 0, two of expert 1, one of every other."""
+    """Return a map with random slots: ``ranks`` replicas of expert 0, two of expert 1, one of every other.
+
+    Each rank's tokens use any of the replicas.
+    """
     slots_per_rank = -(-2 * EXPERTS // ranks)
     draw = torch.Generator().manual_seed(seed)
-    slots = torch.randperm(ranks * slots_per_rank, generator=draw)
-    table = torch.full((EXPERTS, ranks + 1), -1)
-    table[:, 0], spare = slots[:EXPERTS], slots[EXPERTS:]
-    # The gap at 1 must not matter.
-    table[0, 2:] = spare[: ranks - 1]
-    table[1, ranks] = spare[ranks - 1]
-    return expert_map(table, ranks=ranks, slots_per_rank=slots_per_rank)
+    experts = torch.full((ranks * slots_per_rank,), -1)
+    held = torch.tensor([*range(EXPERTS), *[0] * (ranks - 1), 1])
+    experts[torch.randperm(len(experts), generator=draw)[: len(held)]] = held
+    replicas = [(experts == expert).nonzero().flatten() for expert in range(EXPERTS)]
+    slots = [[own[torch.randint(len(own), (), generator=draw)].item() for own in replicas] for _ in range(ranks)]
+    return expert_map(experts.view(ranks, slots_per_rank), torch.tensor(slots))
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 2)])
