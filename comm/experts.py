@@ -10,8 +10,9 @@ this one's place on each host, then the group of this host's ranks (hierarchical
 each of them at most once on the way there, whatever number of its experts lies behind; on the way back each row crosses
 them all. A rank's number counts with the last level fastest.
 
-Below: ``expert_hop`` (one level), ``expert_map`` (where experts live). Beside: ``expert_padded`` (fixed shapes),
-``expert_traffic`` (what all this sends). Knows neither layers nor weights: products are the caller's.
+Below: ``expert_hop`` (one level), ``expert_map`` (where experts live). Beside: ``expert_gather`` (for few tokens that
+all ranks have), ``expert_padded`` (fixed shapes), ``expert_traffic`` (what all this sends). Knows neither layers nor
+weights: products are the caller's.
 
 Shapes: T tokens, H hidden size, A chosen experts per token, K entries (a row for one expert), E experts, S slots of a
 rank.
@@ -19,7 +20,6 @@ rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -31,6 +31,7 @@ from ..kernels.moe_gemm import count_by_expert, unsort, weighted_sum
 from .collectives import Collectives
 from .expert_hop import Arrival, Entries, hop, hop_back, misuse, movable
 from .expert_map import ExpertMap
+from .level_gather import place_in
 from .overlap import Steps
 
 Products: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -155,14 +156,6 @@ def combine(sent: Dispatched, results_KH: Tensor) -> Steps[Tensor]:
     for arrival in reversed(sent.arrivals):
         back_KH = yield from hop_back(arrival, back_KH)
     return back_KH
-
-
-def place_in(levels: Sequence[Collectives]) -> tuple[int, int]:
-    """Return this rank's number over all levels, and how many there are."""
-    rank = 0
-    for level in levels:
-        rank = rank * level.size + level.rank
-    return rank, math.prod(level.size for level in levels)
 
 
 def check_choice(

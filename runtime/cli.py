@@ -187,6 +187,12 @@ def serve(
     ] = False,
     num_redundant_experts: Annotated[int, typer.Option(help="slots in every layer for replicas of experts")] = 0,
     eplb_step_interval: Annotated[int, typer.Option(help="steps between two looks at the experts' loads")] = 3000,
+    eplb_policy: Annotated[
+        str, typer.Option(help="balance, or affinity: together what the same tokens choose")
+    ] = "balance",
+    expert_exchange: Annotated[
+        str, typer.Option(help="auto, all_to_all or gather: how experts on several ranks get their tokens")
+    ] = "auto",
     step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""

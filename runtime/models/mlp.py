@@ -82,7 +82,8 @@ def take_mlp(
     if over_experts is not None:
         placed = map_of(shard.expert_placement(spec.num_experts), 0, device=router_EH.device)
         columns_group = None if shard.experts_over_tp else groups.tp
-        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group)
+        levels = groups.expert_levels
+        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group, levels=levels)
     return MoeMlp(
         router_EH=router_EH,
         experts=experts,

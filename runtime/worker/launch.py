@@ -59,7 +59,10 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     spec = read_model_spec(path)
     generation = read_generation_defaults(path)
     mesh = MeshShape(
-        pp=options.pipeline_parallel_size, ep=options.expert_parallel_size, tp=options.tensor_parallel_size
+        pp=options.pipeline_parallel_size,
+        ep=options.expert_parallel_size,
+        tp=options.tensor_parallel_size,
+        ranks_per_host=options.ranks_per_host,
     )
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
     device = choose_device(options.device)
@@ -100,6 +103,9 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         overlap=options.overlap,
         redundant_experts=options.num_redundant_experts,
         expert_balance_steps=options.eplb_step_interval if options.enable_eplb else 0,
+        expert_policy=options.eplb_policy,
+        expert_exchange=options.expert_exchange,
+        ranks_per_host=mesh.ranks_per_host,
     )
     rank, executor = _build(setup, start_peers)
     engine = Engine(
