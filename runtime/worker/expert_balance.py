@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class ExpertBalance:
         self._change = _Change(planned=self._worker.submit(self._next_plan, loads))
 
     def _observe_pairs(self, pairs_LEE: Tensor) -> None:
-        """Let what was counted fade as loads do, and add what the ranks have counted since: layer by layer, in place."""
+        """Let what was counted fade as loads do, and add what the ranks have counted since."""
         pairs_LEE.mul_(0.5 ** (1 / _HALF_LIFE_INTERVALS))
         for layer, all_EE in zip(self._layers, pairs_LEE, strict=True):
             assert layer.pairs_EE is not None, "begun with this object"
@@ -148,9 +149,8 @@ class ExpertBalance:
             layer.pairs_EE.zero_()
 
     def _next_plan(self, loads: Sequence[Sequence[float]]) -> _Plan:
-        pairs_LEE = self._pairs_LEE
-        # Nobody writes to the pairs while a plan is made: the next interval is looked at when this one is in force.
-        pairs = None if pairs_LEE is None else lambda layer: pairs_LEE[layer].tolist()
+        # Nobody writes to the pairs meanwhile: the next interval is looked at when this one's plan is in force.
+        pairs = None if self._pairs_LEE is None else partial(_pairs_of, self._pairs_LEE)
         change = next_placement(self._placement, loads, pairs=pairs)
         placement = change.placement
         maps = tuple(map_of(placement, index, device=self._device) for index in range(placement.num_layers))
@@ -206,3 +206,9 @@ class ExpertBalance:
             layer.switch(plan.maps[index], slots)
         self.switches += placement != self._placement
         self._placement, self._change = placement, None
+
+
+def _pairs_of(pairs_LEE: Tensor, layer: int) -> list[list[float]]:
+    """Return one layer's pairs as numbers: of all layers at once they would take gigabytes."""
+    pairs: list[list[float]] = pairs_LEE[layer].tolist()
+    return pairs

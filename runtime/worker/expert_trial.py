@@ -25,6 +25,8 @@ SIZES = (1, 4, 16, 64, 256, 1024)
 """Tokens of a step that are tried: beyond the last that was faster gathered, tokens are exchanged."""
 
 _REPEATS = 5
+_LOADING_S = 600.0
+"""How long a rank waits for others that are still reading their weights."""
 
 
 @torch.inference_mode()
@@ -35,6 +37,9 @@ def set_exchange(choice: str, model: Decoder, spec: ModelSpec) -> None:
     """
     tried: dict[MoeSpec, int] = {}
     for index, experts in model.expert_layers.items():
+        if choice == "auto" and not tried:
+            for group in experts.groups:
+                group.barrier(_LOADING_S)
         mlp = spec.layers[index].mlp
         assert isinstance(mlp, MoeSpec), "only a mixture has experts"
         if choice == "auto" and mlp not in tried:

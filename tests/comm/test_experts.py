@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slipstream.comm.collectives import Collectives, Work
 from slipstream.comm.errors import CommMisuse
-from slipstream.comm.expert_map import ExpertMap, even_map, expert_map
+from slipstream.comm.expert_map import ExpertMap, even_map
 from slipstream.comm.expert_traffic import LevelTraffic, traffic
 from slipstream.comm.experts import Mixed, Products, dispatch, mix
 from slipstream.comm.local_groups import local_group
@@ -27,6 +27,7 @@ from slipstream.tests.fakes.expert_ranks import (
     all_tokens,
     make_experts,
     make_tokens,
+    replicated,
 )
 
 EXPERTS = 10
@@ -148,27 +149,12 @@ def test_float8_rows_travel_as_they_are(sizes: tuple[int, ...], seed: int) -> No
     assert torch.equal(groups.sent(0), expected * (1 - torch.eye(ranks, dtype=torch.int64)))
 
 
-def replicated(seed: int, ranks: int) -> ExpertMap:
-    """Return a map with random slots: ``ranks`` replicas of expert 0, two of expert 1, one of every other.
-
-    Each rank's tokens use any of the replicas.
-    """
-    slots_per_rank = -(-2 * EXPERTS // ranks)
-    draw = torch.Generator().manual_seed(seed)
-    experts = torch.full((ranks * slots_per_rank,), -1)
-    held = torch.tensor([*range(EXPERTS), *[0] * (ranks - 1), 1])
-    experts[torch.randperm(len(experts), generator=draw)[: len(held)]] = held
-    replicas = [(experts == expert).nonzero().flatten() for expert in range(EXPERTS)]
-    slots = [[own[torch.randint(len(own), (), generator=draw)].item() for own in replicas] for _ in range(ranks)]
-    return expert_map(experts.view(ranks, slots_per_rank), torch.tensor(slots))
-
-
 @pytest.mark.parametrize("sizes", [(3,), (2, 2)])
 def test_maps_may_change_between_steps(sizes: tuple[int, ...], seed: int) -> None:
     ranks = prod(sizes)
     experts = make_experts(seed, EXPERTS, company=False)
     groups = LocalLevels(sizes)
-    maps = [even_map(EXPERTS, ranks=ranks), replicated(seed, ranks), replicated(seed + 1, ranks)]
+    maps = [even_map(EXPERTS, ranks=ranks), replicated(seed, EXPERTS, ranks), replicated(seed + 1, EXPERTS, ranks)]
     tokens = make_tokens(seed, TOKENS[:ranks], chances("skewed", 3), top_k=3, dtype=torch.float32)
     whole = all_tokens(tokens)
     expected = experts.on_one_rank(whole.x, whole.weights, whole.experts)
@@ -195,7 +181,7 @@ def test_ranks_with_different_maps_find_out_before_a_row_is_sent(sizes: tuple[in
     experts = make_experts(seed, EXPERTS)
     tokens = make_tokens(seed, TOKENS[:ranks], chances("even", 2), top_k=2, dtype=torch.float32)
     # On two levels the ranks of both hosts differ.
-    maps = [replicated(seed + (rank >= ranks // 2), ranks) for rank in range(ranks)]
+    maps = [replicated(seed + (rank >= ranks // 2), EXPERTS, ranks) for rank in range(ranks)]
 
     def body(rank: int, levels: list[Collectives]) -> object:
         mine = tokens[rank]
