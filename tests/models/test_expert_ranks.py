@@ -27,7 +27,7 @@ HOSTS = {"one": None, "two": 2}
 class Layer:
     """A layer with its ranks as threads."""
 
-    def __init__(self, seed: int, ranks_per_host: int | None) -> None:
+    def __init__(self, seed: int, ranks_per_host: int | None, *, in_levels: bool = True) -> None:
         self.sent: SentByGroup = {}
         shape = MeshShape(ep=RANKS, ranks_per_host=ranks_per_host)
         self.mesh = local_mesh(shape, sent=self.sent)
@@ -36,7 +36,7 @@ class Layer:
         self.experts = make_experts(seed, EXPERTS, company=True)
         draw = torch.Generator().manual_seed(seed)
         self._router_EH = torch.randn((EXPERTS, HIDDEN), generator=draw)
-        self.ranks = [_on_rank(groups, self.placed, self.experts) for groups in self.mesh]
+        self.ranks = [_on_rank(groups, self.placed, self.experts, in_levels) for groups in self.mesh]
 
     def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         return route(x_TH, self._router_EH, top_k=TOP_K, normalize=True)
@@ -59,11 +59,12 @@ class Layer:
         return total
 
 
-def _on_rank(groups: MeshGroups, placed: ExpertMap, experts: Experts) -> ExpertRanks:
+def _on_rank(groups: MeshGroups, placed: ExpertMap, experts: Experts, in_levels: bool) -> ExpertRanks:
     assert groups.ep is not None
     held = placed.experts_NS[groups.ep.rank].tolist()
     slots = tuple((experts.gate_up_of(expert), experts.down_of(expert)) for expert in held)
-    return ExpertRanks(groups.ep, placed, slots, columns_group=None, levels=groups.expert_levels)
+    levels = groups.expert_levels if in_levels else ()
+    return ExpertRanks(groups.ep, placed, slots, columns_group=None, levels=levels)
 
 
 def tokens_of(seed: int, count: int) -> Tensor:
@@ -91,10 +92,7 @@ def test_a_layer_may_go_another_way_at_every_step(hosts: str, seed: int) -> None
 
 def test_two_levels_give_the_bits_of_one(seed: int) -> None:
     over_two = Layer(seed, 2)
-    flat = Layer(seed, 2)
-    for rank, groups in zip(flat.ranks, flat.mesh, strict=True):
-        assert len(groups.expert_levels) == 2
-        rank._levels = (rank.group,)  # as if nobody had said that there are hosts
+    flat = Layer(seed, 2, in_levels=False)
     for most in (NEVER, ALWAYS):
         for rank in (*over_two.ranks, *flat.ranks):
             rank.most_gathered = most
