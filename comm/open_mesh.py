@@ -10,13 +10,18 @@ from .torch_groups import GroupSettings, Rendezvous, open_group, open_groups
 
 
 def open_mesh_groups(
-    place: MeshPlace, rendezvous: Rendezvous, settings: GroupSettings, *, experts_over_tp: bool = False
+    place: MeshPlace,
+    rendezvous: Rendezvous,
+    settings: GroupSettings,
+    *,
+    experts_over_tp: bool = False,
+    generation: int = 0,
 ) -> MeshGroups:
     """Open a rank's groups; returns when all ranks of the mesh have.
 
     Raises: as ``open_groups``
     """
-    opened = open_groups(place, rendezvous, settings)
+    opened = open_groups(place, rendezvous, settings, generation=generation)
     levels: list[Collectives] = []
     try:
         ranks_by_level = host_levels(
@@ -25,7 +30,7 @@ def open_mesh_groups(
         if len(ranks_by_level) > 1:
             for axis, ranks in zip(("across hosts", "inside a host"), ranks_by_level, strict=True):
                 name = f"experts {axis}[{','.join(map(str, ranks))}]"
-                prefix = f"slipstream/0/{name}"
+                prefix = f"slipstream/{generation}/{name}"
                 place_in = ranks.index(place.rank)
                 levels.append(
                     open_group(rendezvous, settings, name=name, prefix=prefix, rank=place_in, size=len(ranks))
