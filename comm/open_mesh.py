@@ -31,10 +31,8 @@ def open_mesh_groups(
             for axis, ranks in zip(("across hosts", "inside a host"), ranks_by_level, strict=True):
                 name = f"experts {axis}[{','.join(map(str, ranks))}]"
                 prefix = f"slipstream/{generation}/{name}"
-                place_in = ranks.index(place.rank)
-                levels.append(
-                    open_group(rendezvous, settings, name=name, prefix=prefix, rank=place_in, size=len(ranks))
-                )
+                number = ranks.index(place.rank)
+                levels.append(open_group(rendezvous, settings, name=name, prefix=prefix, rank=number, size=len(ranks)))
     except BaseException:
         for group in levels:
             group.close()
