@@ -58,12 +58,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     path = model_directory(options.model)
     spec = read_model_spec(path)
     generation = read_generation_defaults(path)
-    mesh = MeshShape(
-        pp=options.pipeline_parallel_size,
-        ep=options.expert_parallel_size,
-        tp=options.tensor_parallel_size,
-        ranks_per_host=options.ranks_per_host,
-    )
+    mesh = _mesh(options)
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
     device = choose_device(options.device)
     check_devices(device, mesh)
@@ -108,15 +103,8 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         ranks_per_host=mesh.ranks_per_host,
     )
     rank, executor = _build(setup, start_peers)
-    engine = Engine(
-        Scheduler(config, prefix_key=spec.prefix_cache_key),
-        executor,
-        clock=clock,
-        ahead=options.async_scheduling,
-        step_timeout_s=options.step_timeout_s,
-    )
     return LaunchedEngine(
-        engine=engine,
+        engine=_engine(options, config, spec, executor, clock=clock),
         spec=spec,
         generation=generation,
         config=config,
@@ -124,6 +112,27 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         device=device,
         eos_token_ids=eos_token_ids,
         grammars=rank.grammars,
+    )
+
+
+def _mesh(options: EngineOptions) -> MeshShape:
+    return MeshShape(
+        pp=options.pipeline_parallel_size,
+        ep=options.expert_parallel_size,
+        tp=options.tensor_parallel_size,
+        ranks_per_host=options.ranks_per_host,
+    )
+
+
+def _engine(
+    options: EngineOptions, config: SchedulerConfig, spec: ModelSpec, executor: Executor, *, clock: Clock
+) -> Engine:
+    return Engine(
+        Scheduler(config, prefix_key=spec.prefix_cache_key),
+        executor,
+        clock=clock,
+        ahead=options.async_scheduling,
+        step_timeout_s=options.step_timeout_s,
     )
 
 
