@@ -232,6 +232,11 @@ def test_experts_move_while_they_serve(
     assert all(balance.placement.num_slots >= 10 for balance in made)
 
 
+def once(path: Path, **options: Any) -> list[Any]:
+    with LLM(str(path), **{**OPTIONS, **options}) as llm:
+        return llm.generate(asked(), PARAMS)
+
+
 def exact(found: list[Any]) -> list[Any]:
     """Return tokens and log-probabilities to the last bit."""
     first = found[0].outputs[0]
@@ -258,13 +263,13 @@ def test_experts_are_exchanged_or_gathered_in_any_step(
     name, path = "parallel_experts", reference("parallel_experts").path
     exchanged = generate(path, expert_exchange="all_to_all", **options)
     assert_same(exchanged, alone(name))
-    assert exact(generate(path, expert_exchange="gather", **options)) == exact(exchanged)
+    assert exact(once(path, expert_exchange="gather", **options)) == exact(exchanged)
     # Steps of different sizes go different ways.
     monkeypatch.setattr(expert_trial, "most_gathered", lambda *_: 5)
     ways: set[str] = set()
     for way in ("mix", "mix_gathered"):
         monkeypatch.setattr(expert_ranks, way, noting(ways, way, getattr(expert_ranks, way)))
-    assert exact(generate(path, **options)) == exact(exchanged)
+    assert exact(once(path, **options)) == exact(exchanged)
     assert ways == {"mix", "mix_gathered"}
 
 
@@ -278,7 +283,7 @@ def noting(seen: set[str], name: str, function: Callable[..., Any]) -> Callable[
 
 def test_hosts_change_no_bits(reference: Callable[[str], Reference]) -> None:
     path, options = reference("parallel_experts").path, {"expert_parallel_size": 4, "expert_exchange": "all_to_all"}
-    assert exact(generate(path, **options, ranks_per_host=2)) == exact(generate(path, **options))
+    assert exact(once(path, **options, ranks_per_host=2)) == exact(once(path, **options))
 
 
 @pytest.mark.parametrize(
@@ -377,10 +382,10 @@ def test_experts_that_fire_together_move_together_and_fewer_bytes_pass(
                 homes = {expert: rank for rank in (0, 1) for expert in made[0].placement.experts_on(layer, rank)}
                 assert all(homes[expert] == homes[expert + 1] for expert in range(0, 8, 2))
     assert tokens["affinity"] == tokens["balance"]
-    # Each token goes to one rank instead of two. A row for each of its experts comes back as before, and each rank
-    # gets every token's output.
+    # Each token goes to one rank instead of two, and comes back as one row instead of two. Beside that each rank gets
+    # every token's output, which stays as it was.
     assert rows["affinity"] <= 0.6 * rows["balance"]
-    assert passed["affinity"] < passed["balance"]
+    assert passed["affinity"] < 0.8 * passed["balance"]
 
 
 @pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts"])
