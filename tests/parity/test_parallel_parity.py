@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from slipstream import LLM, SamplingParams, StructuredOutputsParams
-from slipstream.comm import experts
+from slipstream.comm import expert_hop, experts
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.placement.expert_plan import keeps_replicas_on_hosts
 from slipstream.runtime import llm as llm_module
@@ -347,7 +347,7 @@ def test_experts_that_fire_together_move_together_and_fewer_bytes_pass(
 ) -> None:
     made = balances(monkeypatch)
     arrived: list[int] = []
-    one_hop = experts.hop
+    one_hop = expert_hop.hop
 
     def noted_hop(*given: Any, **options: Any) -> Any:
         arrival = yield from one_hop(*given, **options)

@@ -43,8 +43,8 @@ class PacedExperts:
         self.tried.append((tokens, self.most_gathered))
         gathered = tokens <= self.most_gathered
         self._pace.now_s += self._per_gathered_token_s * tokens if gathered else self._exchanged_s
+        yield from ()
         return x_TH
-        yield
 
 
 class Tokens:
