@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from ...placement.plan import ReplicaPlace
 from ...placement.topology import DeviceRef
 from .memory import Life, Memory
 from .observed import DriverSeen, Observed, RankSeen, RankState, ReplicaId, ReplicaSpec
@@ -46,6 +47,11 @@ class Replica:
     def id(self) -> ReplicaId:
         """Its name, once and for all."""
         return self.spec.id
+
+    @property
+    def place(self) -> ReplicaPlace:
+        """Where its ranks are, in their order."""
+        return ReplicaPlace(devices=tuple(rank.device for rank in self.ranks))
 
     @property
     def devices(self) -> frozenset[DeviceRef]:

@@ -53,7 +53,7 @@ def place_missing(round: Round) -> None:
                 for victim in victims:
                     release(round, victim, f"it makes room for generation {pool.generation} of pool {pool.name}")
             case Shortage():
-                round.lack(pool, choice)
+                round.shortages.append(choice)
             case _:
                 pass
 
@@ -73,8 +73,8 @@ def _missing(round: Round) -> Iterator[PoolWish]:
 class _Ground:
     """Devices and who may have them.
 
-    ``free``: nobody's. ``soon``: of replicas that end. ``given``: promised in this round. ``changing``: pools of which
-    a replica is on its way in or out.
+    ``free``: nobody's. ``soon``: of replicas that end. ``given``: promised in this round. ``places``: of each pool's
+    replicas, those promised among them. ``changing``: pools of which a replica is on its way in or out.
     """
 
     free: frozenset[DeviceRef]
@@ -82,6 +82,7 @@ class _Ground:
     changing: set[str]
     held: tuple[Replica, ...]
     given: set[DeviceRef] = field(default_factory=set)
+    places: dict[str, list[ReplicaPlace]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, round: Round) -> _Ground:
@@ -95,6 +96,9 @@ class _Ground:
             soon=there & frozenset(device for replica in ending for device in replica.devices),
             changing=set(on_their_way),
             held=tuple(replica for replica in surplus(round) if is_held(round, replica)),
+            places={
+                pool.name: [replica.place for replica in round.current(pool, *LIVING)] for pool in round.desired.pools
+            },
         )
 
 
@@ -123,9 +127,17 @@ def _choose(round: Round, ground: _Ground, pool: PoolWish) -> _Choice:
 
 def _fit(round: Round, ground: _Ground, pool: PoolWish, devices: frozenset[DeviceRef]) -> ReplicaPlace | Shortage:
     """Find a place for a replica, and promise it."""
-    found = round.policy.assign(round.observed.topology, devices - ground.given, pool.degrees, pool.constraint)
+    found = round.policy.assign(
+        round.observed.topology,
+        devices - ground.given,
+        pool.degrees,
+        pool.constraint,
+        pool=pool.name,
+        others=ground.places[pool.name],
+    )
     if isinstance(found, ReplicaPlace):
         ground.given.update(found.devices)
+        ground.places[pool.name].append(found)
     return found
 
 

@@ -6,7 +6,7 @@ them decides the next ones see: a replica that is to stop has that phase at once
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,10 +20,20 @@ from .observed import Observed, ReplicaId, ReplicaSpec
 
 
 class Assign(Protocol):
-    """Finds devices for one replica among those that are free, or says what is missing."""
+    """Finds devices for one replica of a pool among those that are free, or says what is missing.
+
+    ``others``: where the pool's other replicas are. More free devices never turn a place into a shortage.
+    """
 
     def __call__(
-        self, topology: Topology, free: frozenset[DeviceRef], degrees: Degrees, constraint: Constraint
+        self,
+        topology: Topology,
+        free: Collection[DeviceRef],
+        degrees: Degrees,
+        constraint: Constraint,
+        *,
+        pool: str = "",
+        others: Sequence[ReplicaPlace] = (),
     ) -> ReplicaPlace | Shortage: ...
 
 
@@ -117,10 +127,6 @@ class Round:
             nodes=frozenset(device.node for device in place.devices),
             generation=pool.generation,
         )
-
-    def lack(self, pool: PoolWish, shortage: Shortage) -> None:
-        """Report that a replica finds no place."""
-        self.shortages.append(replace(shortage, pool=pool.name))
 
     def backs_off(self, pool: PoolWish) -> bool:
         """Whether a pool waits before it starts another replica."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from slipstream.placement.plan import Constraint, Degrees, ReplicaPlace, Shortage
 from slipstream.placement.topology import DeviceRef, Node, Topology
 
 
 def first_fit(
-    topology: Topology, free: frozenset[DeviceRef], degrees: Degrees, constraint: Constraint
+    topology: Topology,
+    free: Collection[DeviceRef],
+    degrees: Degrees,
+    constraint: Constraint,
+    *,
+    pool: str = "",
+    others: Sequence[ReplicaPlace] = (),
 ) -> ReplicaPlace | Shortage:
     """Return the first place that fits, or what is missing."""
     needed = degrees.ranks
@@ -22,7 +30,7 @@ def first_fit(
     if len(found) >= needed:
         return ReplicaPlace(devices=tuple(found[:needed]))
     why = f"{needed} devices are needed and {len(found)} are free on nodes that the pool may use"
-    return Shortage(pool="", needed=needed, found=len(found), why=why)
+    return Shortage(pool=pool, needed=needed, found=len(found), why=why)
 
 
 def allows(constraint: Constraint, node: Node) -> bool:
