@@ -94,6 +94,7 @@ class World:
     gateway_view: View = field(default_factory=View)
     fates: list[Fate] = field(default_factory=list)
     names_lost: bool = False
+    failing_pools: frozenset[str] = frozenset()
     dies_after: int | None = None
     meanwhile: Callable[[], None] | None = None
     refusals: int = 0
@@ -154,11 +155,13 @@ class World:
         if self.refusals:
             self.refusals -= 1
             raise StartRefused("the platform says no")
-        if not all(self.nodes[device.node].seen for device in gang.devices):
+        if not all(device.node in self.nodes and self.nodes[device.node].seen for device in gang.devices):
             raise StartRefused("a node is gone")
         self.judge.starts(gang, taken={process.device for process in self.processes.values()})
         self.sizes[gang.spec.id] = len(gang.devices)
         fate = self.fates.pop() if self.fates else Fate.WELL
+        if gang.spec.id.pool in self.failing_pools:
+            fate = Fate.DIES_LOADING
         unlucky = self.draw.randrange(len(gang.devices))
         slow = 1000.0 if fate is Fate.SLOW else 0.0
         for rank, device in enumerate(gang.devices):
@@ -197,6 +200,8 @@ class World:
         """Keep a view; the gateway has it when it comes to it."""
         self._count_action()
         self.judge.publishes(view)
+        if view.epoch <= self.view.epoch:
+            raise StaleController(f"epoch {view.epoch} was published before")
         self.view = view
 
     def _count_action(self) -> None:
