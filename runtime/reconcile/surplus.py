@@ -57,7 +57,7 @@ def old(round: Round, pool: PoolWish) -> list[Replica]:
 def is_held(round: Round, replica: Replica) -> bool:
     """Whether a replica too many stays, as the last of its model, because the new model cannot serve yet."""
     pool = round.desired.pool(replica.id.pool)
-    if pool is None or round.phase(replica) is not Phase.READY:
+    if pool is None or not pool.replicas or round.phase(replica) is not Phase.READY:
         return False
     model = replica.spec.generation.model
     if model == pool.generation.model:
