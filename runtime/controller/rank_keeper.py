@@ -12,11 +12,13 @@ from .rank_process import RankProcess
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperReport:
-    """What a keeper says of its rank."""
+    """What a keeper says of its rank. ``meeting``: what the other ranks are to be told; ``told``: whether this one was."""
 
     state: RankState
     detail: str = ""
     pid: int = 0
+    meeting: str = ""
+    told: bool = False
     driver: DriverSeen | None = None
 
 
@@ -41,8 +43,19 @@ class RankKeeper:
         if (ended := process.ended()) is not None:
             return KeeperReport(state=RankState.FAILED, detail=ended, pid=process.pid)
         if not process.ready:
-            return KeeperReport(state=RankState.LOADING, pid=process.pid)
-        return KeeperReport(state=RankState.READY, pid=process.pid, driver=self._driver(process))
+            return KeeperReport(state=RankState.LOADING, pid=process.pid, meeting=process.meeting, told=process.told)
+        return KeeperReport(
+            state=RankState.READY,
+            pid=process.pid,
+            meeting=process.meeting,
+            told=process.told,
+            driver=self._driver(process),
+        )
+
+    def meet(self, meeting: str) -> None:
+        """Tell the rank where the ranks of its replica meet. Idempotent."""
+        if self._process is not None:
+            self._process.tell(meeting)
 
     def unroute(self) -> None:
         """Let the driver take no more requests."""

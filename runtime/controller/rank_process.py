@@ -1,7 +1,8 @@
 """One rank's process: started, watched, ended with all it has started itself.
 
-It says that it is ready by a line of JSON on standard output, ``{"ready": true}``, a driver with its ``address``. Its
-standard input is a pipe that ends with this process, by which it notices that nobody keeps it any more.
+It speaks in lines of JSON on standard output: ``{"ready": true}``, a driver with its ``address``; before that a driver
+may say how the other ranks find it, ``{"meeting": text}``, and they get that text as a line on standard input. That is
+a pipe, and ends with this process: by that a rank notices that nobody keeps it any more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class RankProcess:
         """Start ``python -P -m module arguments``. Raises: OSError"""
         self._ready = threading.Event()
         self._address = ""
+        self._meeting = ""
+        self._told = False
         self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
@@ -55,6 +58,25 @@ class RankProcess:
     def address(self) -> str:
         """Where a driver takes requests; "" of another rank, and before it is ready."""
         return self._address
+
+    @property
+    def meeting(self) -> str:
+        """What a driver wants the other ranks to know, "" before it has said so."""
+        return self._meeting
+
+    @property
+    def told(self) -> bool:
+        """Whether the process has been told where to meet."""
+        return self._told
+
+    def tell(self, meeting: str) -> None:
+        """Tell a rank where to meet, once; one that has ended hears nothing."""
+        if self._told or self._process.stdin is None:
+            return
+        self._told = True
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(meeting.encode() + b"\n")
+            self._process.stdin.flush()
 
     def ended(self) -> str | None:
         """Return how it ended, with its last lines; None while it runs."""
@@ -91,6 +113,8 @@ class RankProcess:
             case {"ready": True, **rest}:
                 self._address = str(rest.get("address", ""))
                 self._ready.set()
+            case {"meeting": str(meeting)} if "\n" not in meeting:
+                self._meeting = meeting
             case _ if line:
                 self._last_lines.append(line)
                 # The log of whoever keeps the process is the rank's.

@@ -84,6 +84,9 @@ class _RankActor:
     def report(self) -> str:
         return to_json(self._keeper.report())
 
+    def meet(self, meeting: str) -> None:
+        self._keeper.meet(meeting)
+
     def unroute(self) -> None:
         self._keeper.unroute()
 
@@ -138,6 +141,8 @@ class RayCluster:
             driver = alive.get(_name(gang.spec, 0))
             if driver is not None and driver.driver is not None:
                 drivers.append(driver.driver)
+            if driver is not None and driver.meeting:
+                self._introduce(gang, driver.meeting, alive)
             if not of_gang:
                 self.ledger.keep_gang(replace(gang, gone=True))
             elif not gang.ready and all(rank.state is RankState.READY for rank in of_gang):
@@ -173,6 +178,14 @@ class RayCluster:
                     state, detail = report.state, report.detail
             found.append(RankSeen(spec=gang.spec, rank=rank, device=device, state=state, detail=detail))
         return found
+
+    def _introduce(self, gang: Gang, meeting: str, alive: Mapping[str, KeeperReport | None]) -> None:
+        """Tell a replica's ranks what its driver says of where they meet."""
+        for rank in range(1, len(gang.devices)):
+            name = _name(gang.spec, rank)
+            report = alive.get(name)
+            if report is not None and not report.told:
+                self._known[name].handle.meet.remote(meeting)
 
     def _ask(self, names: Iterable[str]) -> dict[str, KeeperReport | None]:
         """Ask ranks: name → what it says, None if it has not answered; those whose actors are gone are left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ def ray_nodes(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[RayNodes
     """Start raylets with these names and connect this process to them."""
     for name, value in _ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    # Ray puts the folder of who connects on the path of all that runs there.
+    monkeypatch.chdir(tempfile.gettempdir())
     nodes = RayNodes()
     try:
         for name in names:

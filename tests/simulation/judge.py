@@ -60,6 +60,10 @@ class Judge:
         self.seen_drivers = {driver.replica: driver for driver in observed.drivers}
         self.started = {}
 
+    def forgets(self) -> None:
+        """A controller that starts again does not know what it told to end, and has to judge by what it sees."""
+        self.ended.clear()
+
     def starts(self, gang: StartGang, *, taken: set[DeviceRef]) -> None:
         """A replica is started on devices of which some are taken."""
         assert self.seen is not None
@@ -94,12 +98,14 @@ class Judge:
                 self.ended.add(id)
                 return
         over = id in self.drains_s and now_s - self.drains_s[id] >= self.limits.drain_s
+        life_s = now_s - self.first_seen_s[id]
+        # A driver that nobody routes to any more and that does not answer either.
+        unheard = id not in self.seen_drivers and not self._in_view(id) and life_s >= self.limits.loading_s
         served = str(id) in self.published
-        _hold(not served or over, f"{id} serves and is stopped: {stop.why}")
+        _hold(not served or over or unheard, f"{id} serves and is stopped: {stop.why}")
         if over:
             self.cut_short += 1
         else:
-            life_s = now_s - self.first_seen_s[id]
             overdue = life_s >= min(self.limits.starting_s, self.limits.loading_s)
             _hold(overdue or self._too_many(id), f"{id} was coming up and is stopped: {stop.why}")
         self.ended.add(id)

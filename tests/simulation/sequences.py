@@ -84,6 +84,7 @@ class Sequence:
     # ------------------------------------------------------------------ steps
 
     def _controller(self) -> Rounds:
+        self._judge.forgets()
         return Rounds(self.world, self._policy, self._desired, clock=lambda: self.world.now_s)
 
     def _step(self) -> None:

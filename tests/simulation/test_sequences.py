@@ -136,7 +136,7 @@ def _decide_otherwise(monkeypatch: pytest.MonkeyPatch, decider, other) -> None:
         (_nothing_is_repaired, "left over"),
         (_a_replica_is_any_of_its_ranks, "not ready"),
         (_epochs_are_counted_in_memory, "epoch"),
-        (_incarnations_are_used_again, "incarnation"),
+        (_incarnations_are_used_again, "come to rest"),
         (_a_new_controller_begins_anew, "is stopped"),
         (_a_loaded_replica_counts_as_ready, "not ready"),
     ],
