@@ -12,7 +12,7 @@ from .rank_process import RankProcess
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperReport:
-    """What a keeper says of its rank. ``meeting``: what the other ranks are to be told; ``told``: whether this one was."""
+    """What a keeper says of its rank. ``meeting``: what other ranks are to be told; ``told``: whether this one was."""
 
     state: RankState
     detail: str = ""

@@ -104,6 +104,8 @@ class _Ground:
 
 def _choose(round: Round, ground: _Ground, pool: PoolWish) -> _Choice:
     changing = pool.name in ground.changing
+    # Whatever comes of it, until this replica serves no other old one makes room.
+    ground.changing.add(pool.name)
     found = _fit(round, ground, pool, ground.free)
     if isinstance(found, ReplicaPlace):
         return _Start(place=found)
@@ -119,7 +121,6 @@ def _choose(round: Round, ground: _Ground, pool: PoolWish) -> _Choice:
         found = _fit(round, ground, pool, room)
         if isinstance(found, ReplicaPlace):
             devices = frozenset(found.devices)
-            ground.changing.add(pool.name)
             # One at a time: the others serve meanwhile, and all of them if the new generation does not come up.
             return _Wait() if changing else _MakeRoom(victims=tuple(v for v in victims if v.devices & devices))
     return found

@@ -14,7 +14,8 @@ def repair(round: Round) -> None:
     for replica in round.among(Phase.BROKEN):
         life = round.life(replica)
         expected = life.stopping or life.drain_s is not None
-        if replica.own_fault and not expected:
+        # What was broken when this controller began has failed for reasons that nobody remembers.
+        if replica.own_fault and not expected and replica.id in round.before.lives:
             round.note_failure(replica.id.pool, life)
         round.stop(replica, replica.why)
     for replica in list(round.among(Phase.STOPPING)):

@@ -122,11 +122,10 @@ def test_a_lost_rank_takes_its_replica_along_and_another_one_waits_until_the_dev
 
 
 def test_a_node_that_is_not_seen_is_replaced_and_its_other_ranks_end() -> None:
-    p, story = pool("p", 1, tp=2), Story()
-    across = replica("p", 1, "a/0 b/0")
+    p, across = pool("p", 1, tp=2), replica("p", 1, "a/0 b/0")
     last = view(1, [p], across)
     for listed in (across.states(RankState.READY, RankState.LOST), across.without(1)):
-        decision = story.round(wanted(p), observed(nodes("a:1 c:2"), listed, last=last))
+        decision = Story().round(wanted(p), observed(nodes("a:1 c:2"), listed, last=last))
         assert said(decision.actions) == ["view 2:", "stop p-1 0", "start p-2 on c/0 c/1"]
 
 
@@ -247,8 +246,14 @@ def test_an_update_without_room_takes_one_at_a_time_and_stops_there_if_the_new_o
     new = replica("p", 3, "a/1", model=2)
     for facts in (new.loading, new.loading.states(RankState.FAILED)):
         assert "p-1" not in " ".join(said(story.round(wanted(p), observed(there, first, facts, last=last)).actions))
-    decision = story.round(wanted(p), observed(there, first, new, last=last))
-    assert said(decision.actions) == ["view 3: p-1 p-3"]
+    seen = observed(there, first, replica("p", 4, "a/1", model=2), last=last)
+    assert said(story.round(wanted(p), seen).actions) == ["view 3: p-1 p-4"]
+    # One of two is new now, and the other old one may go.
+    last = view(3, [p], first, replica("p", 4, "a/1", model=2))
+    seen = observed(there, first, replica("p", 4, "a/1", model=2), last=last)
+    # The pause after the failure holds for making room too.
+    assert said(story.round(wanted(p), seen).actions) == []
+    assert said(story.round(wanted(p), seen, now_s=1.0).actions) == ["view 4: p-4", "unroute p-1"]
 
 
 def test_the_last_old_prefill_stays_until_a_new_decode_replica_serves() -> None:

@@ -72,6 +72,7 @@ class Judge:
         assert pool is not None
         _hold(id.incarnation not in self.used, f"incarnation {id.incarnation} has two owners")
         self.used.add(id.incarnation)
+        self.first_seen_s[id] = self.now_s
         devices = set(gang.devices)
         _hold(not devices & taken, f"{id}: two ranks on {devices & taken}")
         _hold(len(devices) == len(gang.devices) == pool.degrees.ranks, f"{id} is started with {len(devices)} ranks")
@@ -91,6 +92,8 @@ class Judge:
         if not self._whole(id) or id in self.ended:
             self.ended.add(id)
             return
+        # A driver that has ended since then is judged by what was seen of it.
+        driver = driver or self.seen_drivers.get(id)
         if driver is not None and not driver.admitting:
             left = driver.requests + driver.grants + driver.transfers
             if not left:

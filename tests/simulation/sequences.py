@@ -282,7 +282,8 @@ class Sequence:
         for pool in desired.pools:
             of_pool = [replica for replica in living if replica.id.pool == pool.name]
             current = [replica for replica in of_pool if replica.spec.generation == pool.generation]
-            if len(current) != pool.replicas and pool.name not in short:
+            held_back = bool(short) and not desired.partial and not observed.view.begun
+            if len(current) != pool.replicas and pool.name not in short and not held_back:
                 raise Violation(f"pool {pool.name} has {len(current)} of {pool.replicas} and nothing is said of it")
             if len(of_pool) != len(current) and not short:
                 raise Violation(f"pool {pool.name} has old replicas left")

@@ -283,7 +283,9 @@ class World:
     def busy(self) -> bool:
         """Whether something is going to change by itself."""
         return any(
-            process.ends_s is not None or process.state in (RankState.STARTING, RankState.LOADING)
+            process.ends_s is not None
+            or process.state in (RankState.STARTING, RankState.LOADING)
+            or (process.rank == 0 and process.spec.id in self.drivers and not self.drivers[process.spec.id].admitting)
             for process in self.processes.values()
             if self.nodes[process.device.node].seen
         )
