@@ -16,7 +16,7 @@ from ...placement.topology import DeviceRef
 from .adopt import Phase, Replica
 from .desired import PoolWish
 from .round import Round
-from .surplus import COMING, LIVING, is_held, old, release, surplus
+from .surplus import COMING, LIVING, is_held, old, partners, release, surplus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +45,16 @@ def place_missing(round: Round) -> None:
     lacks = any(isinstance(choice, Shortage) for _, choice in choices)
     if begins and lacks and not round.desired.partial:
         choices = [(pool, _held_back(choice)) for pool, choice in choices if isinstance(choice, Shortage)]
+    lacking = {pool.name for pool, choice in choices if isinstance(choice, Shortage)}
     for pool, choice in choices:
-        match choice:
+        match _unless_old_would_stop(round, pool, choice, lacking):
             case _Start(place=place) if not round.backs_off(pool):
                 round.start(pool, place)
             case _MakeRoom(victims=victims) if not round.backs_off(pool):
                 for victim in victims:
                     release(round, victim, f"it makes room for generation {pool.generation} of pool {pool.name}")
-            case Shortage():
-                round.shortages.append(choice)
+            case Shortage() as shortage:
+                round.shortages.append(shortage)
             case _:
                 pass
 
@@ -114,8 +115,7 @@ def _choose(round: Round, ground: _Ground, pool: PoolWish) -> _Choice:
     if isinstance(found, ReplicaPlace):
         return _Wait()
     victims: list[Replica] = []
-    own = [replica for replica in old(round, pool) if not is_held(round, replica)]
-    for victim in (*ground.held, *own):
+    for victim in (*ground.held, *(replica for replica in old(round, pool) if replica not in ground.held)):
         victims.append(victim)
         room |= victim.devices
         found = _fit(round, ground, pool, room)
@@ -140,6 +140,17 @@ def _fit(round: Round, ground: _Ground, pool: PoolWish, devices: frozenset[Devic
         ground.given.update(found.devices)
         ground.places[pool.name].append(found)
     return found
+
+
+def _unless_old_would_stop(round: Round, pool: PoolWish, choice: _Choice, lacking: set[str]) -> _Choice:
+    """Return a choice, or why not: an old model that serves does not make room for a new one that could not."""
+    if isinstance(choice, _MakeRoom):
+        without = [partner.name for partner in partners(round, pool) if partner.name in lacking]
+        held = [str(victim.id) for victim in choice.victims if is_held(round, victim)]
+        if without and held:
+            why = f"{', '.join(held)} would have to make room, and serves on because pool {without[0]} finds no place"
+            return Shortage(pool=pool.name, needed=pool.degrees.ranks, found=0, why=why)
+    return choice
 
 
 def _held_back(shortage: Shortage) -> Shortage:

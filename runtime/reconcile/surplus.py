@@ -1,8 +1,8 @@
 """Decides which replicas are too many: more than wanted, of a pool that is gone, or of an old generation.
 
 Those that come up end at once. Those that serve are drained, an old one only when a new one serves in its place. When
-the model changes, the last prefill replica with the old one stays until there is a decode replica with the new one, and
-the other way round: a request needs both, and of one model.
+the model changes, the last prefill replica with the old one stays, as long as it has a decode replica to work with,
+until there is one with the new model, and the other way round: a request needs both, and of one model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def old(round: Round, pool: PoolWish) -> list[Replica]:
 
 
 def is_held(round: Round, replica: Replica) -> bool:
-    """Whether a replica too many stays, as the last of its model, because the new model cannot serve yet."""
+    """Whether a replica is the last of its pool with an old model that serves, while the new one cannot yet."""
     pool = round.desired.pool(replica.id.pool)
     if pool is None or not pool.replicas or round.phase(replica) is not Phase.READY:
         return False
@@ -67,7 +67,8 @@ def is_held(round: Round, replica: Replica) -> bool:
         for other in round.among(Phase.READY)
         if other.id.pool == pool.name and other.spec.generation.model == model and other.id < replica.id
     ]
-    return not others and any(not _serves_new(round, partner) for partner in _partners(round, pool))
+    models = {other.spec.generation.model for partner in partners(round, pool) for other in _ready(round, partner)}
+    return not others and model in models and pool.generation.model not in models
 
 
 def _surplus_old(round: Round, pool: PoolWish) -> list[Replica]:
@@ -77,16 +78,16 @@ def _surplus_old(round: Round, pool: PoolWish) -> list[Replica]:
     return coming + serving[: max(0, len(serving) - still_needed)]
 
 
-def _partners(round: Round, pool: PoolWish) -> list[PoolWish]:
+def partners(round: Round, pool: PoolWish) -> list[PoolWish]:
+    """Return the pools without which this one cannot serve."""
     if pool.role is Role.MIXED:
         return []
     other = Role.DECODE if pool.role is Role.PREFILL else Role.PREFILL
     return [wish for wish in round.desired.pools if wish.role is other and wish.replicas]
 
 
-def _serves_new(round: Round, pool: PoolWish) -> bool:
-    ready = (replica for replica in round.among(Phase.READY) if replica.id.pool == pool.name)
-    return any(replica.spec.generation.model == pool.generation.model for replica in ready)
+def _ready(round: Round, pool: PoolWish) -> list[Replica]:
+    return [replica for replica in round.among(Phase.READY) if replica.id.pool == pool.name]
 
 
 def _least_wanted_first(round: Round, replica: Replica) -> tuple[bool, int, int]:

@@ -58,6 +58,8 @@ class Judge:
             self.ranks.setdefault(rank.spec.id, []).append(rank)
             self.first_seen_s.setdefault(rank.spec.id, now_s)
         self.seen_drivers = {driver.replica: driver for driver in observed.drivers}
+        # What is not listed any more may come back from behind a cut, without having heard that it was to end.
+        self.ended &= self.ranks.keys()
         self.started = {}
 
     def forgets(self) -> None:

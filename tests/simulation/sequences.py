@@ -309,6 +309,10 @@ class Sequence:
                 for process in self.world.processes.values()
                 if process.spec.id.pool == pool.name and process.spec.generation != pool.generation
             ]
+            others = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(pool.role)
+            if any(other.name in short and other.role is others for other in self._desired.pools):
+                # What is old may serve on because the new model could not.
+                olds = []
             found = self._policy.assign(
                 observed.topology, (there - used) | (there & set(olds)), pool.degrees, pool.constraint
             )
