@@ -29,11 +29,9 @@ from slipstream.tests.simulation.world import ControllerDied, Fate, World
 LIMITS = Limits(starting_s=20.0, loading_s=40.0, drain_s=30.0, first_pause_s=1.0, longest_pause_s=8.0, stable_s=30.0)
 _ROUNDS_TO_SETTLE = 400
 _SETTLING_STEP_S = 5.0
-_DEGREES = (Degrees(), Degrees(tp=2), Degrees(pp=2, tp=2), Degrees(pp=3))
+_DEGREES = (Degrees(), Degrees(), Degrees(), Degrees(tp=2), Degrees(tp=2), Degrees(pp=2, tp=2), Degrees(pp=3))
 _CONSTRAINTS = (
-    Constraint(),
-    Constraint(),
-    Constraint(),
+    *[Constraint()] * 6,
     Constraint(device_types=frozenset({"large"})),
     Constraint(labels={"rack": "a"}),
 )
@@ -65,7 +63,7 @@ class Sequence:
         self.world = World(draw=self._draw, judge=self._judge, names_lost=self._draw.random() < 0.5)
         self._model, self._cut = itertools.count(1), itertools.count(1)
         self.story: list[str] = []
-        for _ in range(self._draw.randint(1, 4)):
+        for _ in range(self._draw.randint(2, 5)):
             self._node_joins()
         self._desired = Desired(partial=self._draw.random() < 0.7)
         for _ in range(self._draw.randint(1, 3)):
@@ -334,8 +332,8 @@ class Sequence:
 
 _EVENTS = (
     ("_a_rank_dies", 14),
-    ("_a_node_is_lost", 5),
-    ("_a_node_returns", 6),
+    ("_a_node_is_lost", 4),
+    ("_a_node_returns", 7),
     ("_a_link_is_cut", 6),
     ("_a_link_heals", 7),
     ("_node_joins", 3),
