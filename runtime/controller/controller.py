@@ -15,6 +15,7 @@ from ..reconcile.adopt import adopt
 from ..reconcile.desired import Desired
 from ..reconcile.observed import Observed
 from ..reconcile.round import Policy
+from ..reconcile.views import View
 from .cluster import Cluster, ClusterError
 from .rounds import RoundReport, Rounds
 
@@ -23,12 +24,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica, for people."""
+    """One replica, for people. ``routed``: whether gateways send it requests."""
 
     replica: str
     pool: str
     generation: str
     phase: str
+    routed: bool
     devices: tuple[str, ...]
     address: str
     why: str
@@ -115,23 +117,24 @@ class Controller:
         observed = report.observed
         return Status(
             rounds=rounds,
-            epoch=observed.view.epoch,
+            epoch=report.view.epoch,
             nodes=tuple(
                 NodeStatus(name=node.name, address=node.address, device_type=node.device_type, devices=node.devices)
                 for node in observed.topology.nodes
             ),
-            replicas=self._replicas(observed),
+            replicas=self._replicas(observed, report.view),
             shortages=report.shortages,
             problem="; ".join(why for _, why in report.refused),
         )
 
-    def _replicas(self, observed: Observed) -> tuple[ReplicaStatus, ...]:
+    def _replicas(self, observed: Observed, view: View) -> tuple[ReplicaStatus, ...]:
         return tuple(
             ReplicaStatus(
                 replica=str(replica.id),
                 pool=replica.id.pool,
                 generation=str(replica.spec.generation),
                 phase=replica.phase.value,
+                routed=view.replica(str(replica.id)) is not None,
                 devices=tuple(str(rank.device) for rank in replica.ranks),
                 address=replica.driver.address if replica.driver is not None else "",
                 why=replica.why,

@@ -18,6 +18,7 @@ from ..reconcile.memory import Memory
 from ..reconcile.observed import Observed
 from ..reconcile.reconcile import reconcile
 from ..reconcile.round import Policy
+from ..reconcile.views import View
 from .cluster import Cluster, ClusterError, StaleController
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What one round saw and did. ``refused``: actions that the platform did not carry out, and why."""
+    """What one round saw and did.
+
+    ``view``: the newest, with what the round has published. ``refused``: actions that were not carried out, and why.
+    """
 
     observed: Observed
+    view: View
     actions: tuple[Action, ...]
     shortages: tuple[Shortage, ...]
     refused: tuple[tuple[Action, str], ...] = field(default=())
@@ -54,9 +59,12 @@ class Rounds:
             for shortage in decision.shortages:
                 logger.warning("pool %s: %s", shortage.pool, shortage.why)
         refused: list[tuple[Action, str]] = []
+        view = observed.view
         for action in decision.actions:
             try:
                 self._carry_out(action)
+                if isinstance(action, PublishView):
+                    view = action.view
             except StaleController as error:
                 # Somebody else acts: nothing of what was decided holds any more.
                 logger.warning("the round ends here: %s", error)
@@ -69,7 +77,11 @@ class Rounds:
                     # Replicas end only after gateways were told.
                     break
         return RoundReport(
-            observed=observed, actions=decision.actions, shortages=decision.shortages, refused=tuple(refused)
+            observed=observed,
+            view=view,
+            actions=decision.actions,
+            shortages=decision.shortages,
+            refused=tuple(refused),
         )
 
     def _carry_out(self, action: Action) -> None:

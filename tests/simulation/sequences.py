@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import random
 import sys
 from collections import Counter
@@ -375,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--count", type=int, default=0, help="run so many, from the seed on, and print what happened")
     options = parser.parse_args(arguments)
+    logging.getLogger("slipstream.runtime.controller").setLevel(logging.ERROR)
     tally = Tally()
     try:
         for seed in seeds(options.seed, options.count or 1):
