@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from ...sdk.errors import SlipstreamError
 from ...sdk.params import SamplingParams
 from ..messages import EngineRequest
 from ..rpc.client import GrpcEngineClient
-from ..rpc.engine_client import EngineFacts, RequestEvent
+from ..rpc.engine_client import EngineFacts
 
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0
@@ -115,7 +113,7 @@ class DriverLink:
             arrival_time_s=0.0,
             priority=-1,
         )
-        events = cast("AsyncGenerator[RequestEvent]", client.generate(request, timeout_s=_PROBE_TIMEOUT_S))
+        events = client.generate(request, timeout_s=_PROBE_TIMEOUT_S)
         async with asyncio.timeout(_PROBE_TIMEOUT_S), aclosing(events):
             async for event in events:
                 self._proven = self._proven or any(sample.token_ids for sample in event.samples)

@@ -11,7 +11,6 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,26 +26,21 @@ from ray.experimental.internal_kv import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...placement.topology import DeviceType, Link
-from ..clock import Clock, monotonic_clock
+from ..clock import Clock
 from ..reconcile.actions import StartGang, StopRank, Unroute
-from ..reconcile.desired import Limits
 from ..reconcile.observed import DriverSeen, Observed, RankSeen, RankState, ReplicaSpec
-from ..reconcile.round import Assign, Policy
 from ..reconcile.views import View
 from .cluster import ClusterError, StaleController, StartRefused
-from .controller import Controller
 from .launch import Launch, RankOrder
-from .ledger import Deployment, Gang, Ledger
+from .ledger import Gang, Ledger
 from .node_facts import NodeFacts, one_of_each, topology_of
 from .rank_keeper import KeeperReport, RankKeeper
 from .records import from_json, to_json
 
-CONTROLLER_NAME = "controller"
-
 _KV_NAMESPACE = b"slipstream"
 _REPORT_TIMEOUT_S = 1.0
 _END_PATIENCE_S = 10.0
-_ROUND_PERIOD_S = 0.5
+_CONCURRENCY = 4
 
 
 class RayStore:
@@ -62,7 +56,7 @@ class RayStore:
 
     def get(self, key: str) -> str | None:
         """Return a key's value, None if it is not there."""
-        value = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+        value: Any = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
         return None if value is None else bytes(value).decode()
 
     def keys(self, prefix: str) -> list[str]:
@@ -74,8 +68,7 @@ class RayStore:
         _internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4)
-class _RankActor:
+class RankActor:
     """Holds a rank's keeper on the rank's node."""
 
     def __init__(self, order: str) -> None:
@@ -92,7 +85,8 @@ class _RankActor:
 
     def end(self) -> None:
         self._keeper.end()
-        ray.actor.exit_actor()
+        leave: Any = ray.actor.exit_actor
+        leave()
 
 
 @dataclass(slots=True)
@@ -275,16 +269,21 @@ class RayCluster:
         order = RankOrder(spec=gang.spec, rank=rank, address=node.address, device=index, launch=launch)
         claim = node.claim(index)
         name = _name(gang.spec, rank)
-        actor = _RankActor.options(
+        actor: Any = ray.remote(RankActor)
+        started = actor.options(
             name=name,
             namespace=self.deployment,
             lifetime="detached",
+            num_cpus=0,
+            # What a rank has computed is lost with its process: another replica takes its place.
+            max_restarts=0,
+            max_concurrency=_CONCURRENCY,
             num_gpus=claim.pop("GPU", 0.0),
             resources=claim,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
             runtime_env=_RUNTIME_ENV,
         )
-        self._known[name] = _Known(handle=actor.remote(to_json(order)))
+        self._known[name] = _Known(handle=started.remote(to_json(order)))
 
     def _handle(self, name: str) -> Any:
         known = self._known.setdefault(name, _Known())
@@ -296,72 +295,28 @@ class RayCluster:
         return known.handle
 
 
-# ------------------------------------------------------------------ the controller as an actor
+# ------------------------------------------------------------------ actors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerSettings:
-    """What a controller is started with, and again after each failure."""
-
-    deployment: str
-    limits: Limits
-    device_types: Mapping[str, DeviceType]
-    network: Link
-    device_link: Link
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
-class _ControllerActor:
-    """Runs the controller; when it fails, Ray starts it again, and it takes over what lives."""
-
-    def __init__(self, settings_json: str, assign: Assign) -> None:
-        settings = from_json(ControllerSettings, settings_json)
-        cluster = RayCluster(
-            deployment=settings.deployment,
-            device_types=settings.device_types,
-            network=settings.network,
-            device_link=settings.device_link,
-            clock=monotonic_clock,
-        )
-        policy = Policy(assign=assign, limits=settings.limits)
-        self._cluster = cluster
-        self._controller = Controller(cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)
-        self._want(cluster.ledger.deployment())
-        self._controller.start()
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def want(self, deployment_json: str) -> None:
-        deployment = from_json(Deployment, deployment_json)
-        if not self._cluster.ledger.keep_deployment(deployment):
-            raise StaleController("somebody else has written what is wanted at the same time; look and try again")
-        self._want(deployment)
-
-    def status(self) -> str:
-        return to_json(self._controller.status())
-
-    def _want(self, deployment: Deployment) -> None:
-        self._cluster.launches = deployment.launches
-        self._controller.want(deployment.desired)
-
-
-def start_controller(settings: ControllerSettings, assign: Assign) -> Any:
-    """Start a deployment's controller, or return the one that runs; a handle with ``want``, ``status`` and ``pid``."""
-    return _ControllerActor.options(
-        name=CONTROLLER_NAME,
-        namespace=settings.deployment,
+def start_actor(kind: type, name: str, namespace: str, *arguments: Any) -> Any:
+    """Start a detached actor that Ray starts again whenever it fails, or return the one that runs; its handle."""
+    actor: Any = ray.remote(kind)
+    return actor.options(
+        name=name,
+        namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_concurrency=_CONCURRENCY,
         runtime_env=_RUNTIME_ENV,
-    ).remote(to_json(settings), assign)
+    ).remote(*arguments)
 
 
-def end_controller(deployment: str) -> None:
-    """End a deployment's controller for good, and forget what was kept for it; its replicas must have gone."""
+def end_actor(name: str, namespace: str) -> None:
+    """End an actor for good, if it is there."""
     with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(CONTROLLER_NAME, namespace=deployment), no_restart=True)
-    Ledger(RayStore(), deployment=deployment).forget()
+        ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
 
 
 _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
@@ -370,6 +325,7 @@ _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA
 
 def _nodes() -> list[NodeFacts]:
     """Return the nodes that Ray holds to be alive."""
+    listed: Any = ray.nodes
     return [
         NodeFacts(
             number=node["NodeID"],
@@ -377,7 +333,7 @@ def _nodes() -> list[NodeFacts]:
             resources=node["Resources"],
             labels=node.get("Labels") or {},
         )
-        for node in ray.nodes()
+        for node in listed()
         if node["Alive"]
     ]
 

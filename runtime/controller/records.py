@@ -65,7 +65,7 @@ def _read(kind: Any, plain: Any, where: str) -> Any:
     if origin is not None:
         return {key: _read(inner[1], each, f"{where}.{key}") for key, each in _check(plain, dict, where).items()}
     if is_dataclass(kind):
-        hints = _hints(kind)
+        hints = _hints(cast("type", kind))
         values = _check(plain, dict, where)
         if unknown := sorted(set(values) - set(hints)):
             raise BadRecord(f"{where}: there is no {', '.join(unknown)}")

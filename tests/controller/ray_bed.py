@@ -64,7 +64,7 @@ class RayNodes:
 
     def __init__(self) -> None:
         self._cluster = cluster_utils.Cluster()
-        self._nodes = {}
+        self._nodes: dict[str, object] = {}
 
     def add(self, name: str) -> None:
         self._nodes[name] = self._cluster.add_node(

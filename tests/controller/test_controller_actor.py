@@ -33,6 +33,8 @@ from slipstream.tests.controller.ray_bed import (
 )
 from slipstream.tests.fakes.first_fit import first_fit
 
+controller_actor = pytest.importorskip("slipstream.runtime.controller.controller_actor")
+
 MODEL = Path(slipstream.__file__).parent / "examples" / "demo_model"
 NAME = "up"
 
@@ -80,14 +82,14 @@ def tokens(address: str) -> list[int]:
 
 
 def test_a_deployment_comes_up_outlives_its_controller_is_repaired_and_goes(nodes: RayNodes) -> None:
-    settings = ray_cluster.ControllerSettings(
+    settings = controller_actor.ControllerSettings(
         deployment=NAME,
         limits=Limits(starting_s=60.0, loading_s=60.0, drain_s=5.0),
         device_types=DEVICE_TYPES,
         network=LINK,
         device_link=LINK,
     )
-    controller = ray_cluster.start_controller(settings, first_fit)
+    controller = controller_actor.start_controller(settings, first_fit)
 
     def status() -> Status:
         try:
@@ -132,5 +134,5 @@ def test_a_deployment_comes_up_outlives_its_controller_is_repaired_and_goes(node
 
     ray.get(controller.want.remote(to_json(Deployment())), timeout=PATIENCE_S)
     until(status, lambda seen: not seen.replicas)
-    ray_cluster.end_controller(NAME)
+    controller_actor.end_controller(NAME)
     until(lambda: ray.util.list_named_actors(all_namespaces=True), lambda actors: not actors)

@@ -24,10 +24,16 @@ class Violation(AssertionError):
 
 
 class _Left(Protocol):
-    admitting: bool
-    requests: int
-    grants: int
-    transfers: int
+    """What a driver still has to end, in truth or as it was seen."""
+
+    @property
+    def admitting(self) -> bool: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def grants(self) -> int: ...
+    @property
+    def transfers(self) -> int: ...
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ def test_a_sequence_is_its_seed(seed: int) -> None:
 
 
 def _devices_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    ground_of = place._Ground.of.__func__
+    ground_of = place._Ground.__dict__["of"].__func__
 
     def everything_is_free(cls, round: Round):
         ground = ground_of(cls, round)
