@@ -51,6 +51,7 @@ class Judge:
     ended: set[ReplicaId] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
     epoch: int = 0
+    new_controller: bool = False
     used: set[int] = field(default_factory=set)
     started: dict[str, int] = field(default_factory=dict)
     drained_to_the_end: int = 0
@@ -66,11 +67,17 @@ class Judge:
         self.seen_drivers = {driver.replica: driver for driver in observed.drivers}
         # What is not listed any more may come back from behind a cut, without having heard that it was to end.
         self.ended &= self.ranks.keys()
+        if self.new_controller:
+            # It knows of the drains that drivers have heard of.
+            self.new_controller = False
+            heard = {id for id, driver in self.seen_drivers.items() if not driver.admitting}
+            self.drains_s = {id: since_s for id, since_s in self.drains_s.items() if id in heard}
         self.started = {}
 
     def forgets(self) -> None:
         """A controller that starts again does not know what it told to end, and has to judge by what it sees."""
         self.ended.clear()
+        self.new_controller = True
 
     def starts(self, gang: StartGang, *, taken: set[DeviceRef]) -> None:
         """A replica is started on devices of which some are taken."""
