@@ -91,13 +91,14 @@ def ray_nodes(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[RayNodes
     """Start raylets with these names and connect this process to them."""
     for name, value in _ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    # Ray puts the folder of who connects on the path of all that runs there.
-    monkeypatch.chdir(tempfile.gettempdir())
     nodes = RayNodes()
     try:
         for name in names:
             nodes.add(name)
-        ray.init(address=nodes.address, namespace="tests", log_to_driver=False)
+        # Ray puts the folder of who connects on the path of all that runs there.
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(tempfile.gettempdir())
+            ray.init(address=nodes.address, namespace="tests", log_to_driver=False)
         yield nodes
     finally:
         ray.shutdown()

@@ -7,13 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from slipstream.tests.contracts.cluster import Bed, ClusterContract
-from slipstream.tests.controller.ray_bed import RayBed, RayNodes, ray_nodes
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[RayNodes]:
-    with pytest.MonkeyPatch.context() as patch, ray_nodes(patch, "a", "b") as found:
-        yield found
+from slipstream.tests.controller.ray_bed import RayBed, RayNodes
 
 
 class TestRayCluster(ClusterContract):
