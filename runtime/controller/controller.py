@@ -112,6 +112,10 @@ class Controller:
             except ClusterError as error:
                 logger.warning("the cluster cannot be seen: %s", error)
                 self._status = Status(rounds=rounds, problem=str(error))
+            except Exception as error:
+                # Whatever it was, what serves goes on, and the next round begins with a fresh look.
+                logger.exception("a round failed")
+                self._status = Status(rounds=rounds, problem=f"{type(error).__name__}: {error}")
 
     def _said(self, report: RoundReport, rounds: int) -> Status:
         observed = report.observed
