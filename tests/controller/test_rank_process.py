@@ -45,11 +45,11 @@ def test_a_driver_says_where_it_is_and_a_rank_is_told(started: Callable[..., Ran
     driver, rank = started("127.0.0.1", "0"), started("127.0.0.1", "1")
     wait(lambda: driver.ready)
     assert driver.meeting == "at 127.0.0.1" and driver.address.startswith("127.0.0.1:")
-    assert not rank.ready and not rank.told
+    assert (rank.ready, rank.told) == (False, False)
     rank.tell(driver.meeting)
     rank.tell("only the first counts")
     wait(lambda: rank.ready)
-    assert rank.told and not rank.address and rank.ended() is None
+    assert (rank.told, rank.address, rank.ended()) == (True, "", None)
     for process in (driver, rank):
         process.end()
         assert process.ended() == f"its process ended with status {-signal.SIGKILL}"

@@ -1,7 +1,10 @@
 """What runs on one of several hosts: starts the controller, and does what it is told by lines on standard input.
 
-    {"want": [["p", 3, 1], ...]}   pools: name, tp, replicas       {"until": [["p", ["a/0"]], ...], "short": 1}   waits
-    {"down": true}                 ends the deployment
+    {"want": [["p", 3, 1], ...]}                    pools: name, tp, replicas
+    {"nodes": 3}                                    waits for so many nodes, and answers in any case
+    {"until": [["p", ["a/0"]], ...], "short": 1}    waits for these replicas to serve, and so many shortages
+    {"routed": [["p", ["a/0"]], ...]}               waits for these to be the only ones that gateways are told of
+    {"down": true}                                  ends the deployment
 
 Each is answered by a line: the seconds that it took and the status.
 """
@@ -28,6 +31,7 @@ from slipstream.tests.fakes.first_fit import first_fit
 
 NAME = "hosts"
 PATIENCE_S = 90.0
+NODES_PATIENCE_S = 60.0
 LINK = Link(bytes_per_s=1e9, latency_s=1e-4)
 PROGRAM = Launch(module="slipstream.tests.fakes.rank_program", arguments=("{address}", "{rank}"))
 
@@ -58,6 +62,10 @@ def main(address: str) -> int:
                 status = Status()
             case {"until": places, "short": short}:
                 status = wait(controller, places, short)
+            case {"nodes": count}:
+                status = wait_for_nodes(controller, count)
+            case {"routed": places}:
+                status = wait(controller, places, None)
             case {"down": True}:
                 ray.get(controller.want.remote(to_json(Deployment())), timeout=PATIENCE_S)
                 status = wait(controller, [], 0)
@@ -68,14 +76,25 @@ def main(address: str) -> int:
     return 0
 
 
-def wait(controller: Any, places: list[list[Any]], short: int) -> Status:
-    """Look until there are these replicas, on these devices, all of them served, and so many shortages."""
+def wait_for_nodes(controller: Any, count: int) -> Status:
+    """Look for a while until there are so many nodes."""
+    never, deadline_s = threading.Event(), monotonic_clock() + NODES_PATIENCE_S
+    while True:
+        status = from_json(Status, ray.get(controller.status.remote(), timeout=PATIENCE_S))
+        if len(status.nodes) == count or monotonic_clock() >= deadline_s:
+            return status
+        never.wait(0.05)
+
+
+def wait(controller: Any, places: list[list[Any]], short: int | None) -> Status:
+    """Look until these replicas serve, on these devices; with ``short``, no others are there, and so many lack."""
     never, deadline_s = threading.Event(), monotonic_clock() + PATIENCE_S
     status = Status()
     while monotonic_clock() < deadline_s:
         status = from_json(Status, ray.get(controller.status.remote(), timeout=PATIENCE_S))
         found = sorted([each.pool, list(each.devices)] for each in status.replicas if each.routed)
-        if found == sorted(places) and len(status.replicas) == len(found) and len(status.shortages) == short:
+        rest = len(status.replicas) == len(found) and len(status.shortages) == short
+        if found == sorted(places) and (short is None or rest):
             return status
         never.wait(0.05)
     raise TimeoutError(f"it has not become so: {status}")
