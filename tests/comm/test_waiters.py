@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 from slipstream.comm.waiters import Waiters
@@ -62,3 +64,40 @@ def test_the_end_waits_for_nobody_and_takes_nothing_more() -> None:
     assert not ended.is_set()
     hang.set()
     assert ended.wait(PATIENCE_S) and not refused.is_set()
+
+
+def test_threads_can_be_waited_for() -> None:
+    waiters = Waiters("test")
+    hang, runs = threading.Event(), threading.Event()
+
+    def call() -> None:
+        runs.set()
+        hang.wait(PATIENCE_S)
+
+    waiters.start(call)
+    assert runs.wait(PATIENCE_S)
+    waiters.end()
+    assert not waiters.join(0.01), "a thread that hangs has not ended"
+    hang.set()
+    assert waiters.join(PATIENCE_S)
+
+
+def test_a_process_ends_its_waiting_threads_before_the_interpreter() -> None:
+    program = """
+import atexit, sys, threading
+ended = threading.Event()
+# Registered first, so run last: the threads have to be gone by then.
+atexit.register(lambda: print("ended" if ended.is_set() else "still there"))
+from slipstream.comm.waiters import Waiters
+waiters, runs = Waiters("test"), threading.Event()
+closed = threading.Event()
+def call():
+    runs.set()
+    closed.wait(20)
+    ended.set()
+waiters.start(call)
+runs.wait(20)
+atexit.register(closed.set)
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended\n", "")
