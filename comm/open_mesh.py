@@ -18,5 +18,6 @@ def open_mesh_groups(place: MeshPlace, rendezvous: Rendezvous, settings: GroupSe
         tp=opened.tp if place.shape.tp > 1 else None,
         ep=opened.ep if place.shape.ep > 1 else None,
         pp=opened.pp if place.shape.pp > 1 else None,
-        opened=(opened.world, opened.stage, opened.pp, opened.ep, opened.tp),
+        sp=opened.sp if place.shape.sp > 1 else None,
+        opened=(opened.world, opened.stage, opened.pp, opened.sp, opened.ep, opened.tp),
     )

@@ -15,13 +15,16 @@ compute, and is waited for when its turn comes again. What follows from that, an
   therefore be the same on all ranks.
 - Between two yields nothing else runs: a piece may use a workspace that all share, but not keep it over a yield.
 
+A piece that can go on computing beside its own work yields it as ``Begun``, is resumed at once, and yields the work
+itself when it needs the result. That is no turn: what is said above of yields is said of waiting.
+
 Source: TokenWeave (arXiv 2505.11329), section 3
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
@@ -32,7 +35,19 @@ from .errors import CommError
 from .overlap_meter import OverlapMeter
 
 ResultT = TypeVar("ResultT")
-Steps: TypeAlias = Generator[Work, Tensor, ResultT]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Says that a work is in flight which the piece waits for later: should it fail, someone has to know of it.
+
+    The work must not write to tensors that the piece still uses.
+    """
+
+    work: Work
+
+
+Steps: TypeAlias = Generator[Work | Begun, Tensor, ResultT]
 """A piece of a forward pass: yields works, is sent their results, returns its own."""
 Parts: TypeAlias = Steps[Tensor]
 
@@ -89,7 +104,7 @@ def run_interleaved(
 
 
 class _Lane(Generic[ResultT]):
-    """One piece, the work that it waits for, and its result once there is one."""
+    """One piece, the work that it waits for, those that it has begun besides, and its result once there is one."""
 
     def __init__(
         self, number: int, steps: Steps[ResultT], deadline: Deadline | None, meter: OverlapMeter | None
@@ -100,6 +115,7 @@ class _Lane(Generic[ResultT]):
         self._deadline = deadline
         self._meter = meter
         self._work: Work | None = None
+        self._begun: list[Work] = []
         self._yields = 0
 
     def advance(self) -> None:
@@ -108,9 +124,9 @@ class _Lane(Generic[ResultT]):
             received = None if self._work is None else self._wait(self._work)
             if self._meter is not None:
                 self._meter.compute_begins()
-            # A generator that has not begun takes no value; ``next`` is ``send(None)``.
-            work = next(self._steps) if received is None else self._steps.send(received)
+            work = self._run_on(received)
         except StopIteration as stop:
+            assert not self._begun, "a piece waits for all that it has begun"
             self.results.append(stop.value)
             work = None
         except BaseException as error:
@@ -126,13 +142,24 @@ class _Lane(Generic[ResultT]):
 
     def settle(self) -> None:
         """Wait for what is in flight, whatever comes of it."""
-        work, self._work = self._work, None
-        if work is not None:
-            try:
+        works = [*([] if self._work is None else [self._work]), *self._begun]
+        self._work, self._begun = None, []
+        for work in works:
+            # Where waiting fails the group is dead and nothing is in flight; the error that led here says why.
+            with suppress(CommError):
                 work.wait(self._timeout_s())
-            except CommError:
-                # The group is dead, so nothing is in flight; the error that led here says why.
-                return
+
+    def _run_on(self, received: Tensor | None) -> Work:
+        """Run the piece until it has to wait, and return for what."""
+        # A generator that has not begun takes no value; ``next`` is ``send(None)``.
+        said = next(self._steps) if received is None else self._steps.send(received)
+        while isinstance(said, Begun):
+            self._begun.append(said.work)
+            if self._meter is not None:
+                self._meter.begun(said.work)
+            said = next(self._steps)
+        self._begun = [work for work in self._begun if work is not said]
+        return said
 
     def _wait(self, work: Work) -> Tensor:
         if self._meter is not None:

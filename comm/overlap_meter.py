@@ -5,12 +5,11 @@ put on a stream, and only the device's own events can tell.
 
 A work that was waited for ended when the wait did. When one ended that was complete before it was waited for, nobody
 saw: there an estimate from the measured link counts, and never more than the time that had passed. A work counts from
-when it was yielded: a piece that begins one earlier hides more than is reported.
+when it was yielded, as one to wait for or as one that was begun.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ class OverlapTotals:
         return self.hidden_s / self.wire_s if self.wire_s else 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Flight:
     """A work in flight."""
 
@@ -57,15 +56,15 @@ class _Flight:
 class OverlapMeter:
     """Adds up compute, wire and waiting times. One thread uses it.
 
-    ``wire_s`` estimates the seconds that a work takes, from its result. Works are waited for in the order in which they
-    were yielded.
+    ``wire_s`` estimates the seconds that a work takes, from its result.
     """
 
     def __init__(self, clock: Callable[[], float], *, wire_s: Callable[[Tensor], float]) -> None:
         self._clock = clock
         self._estimate_s = wire_s
-        self._flights: deque[_Flight] = deque()
-        self._began_s = 0.0
+        self._flights: list[_Flight] = []
+        self._awaited: _Flight | None = None
+        self._began_s = self._ended_s = 0.0
         self._wire_until_s = float("-inf")
         self._works = 0
         self._compute_s = self._wire_s = self._exposed_s = 0.0
@@ -81,23 +80,30 @@ class OverlapMeter:
         """A piece is resumed."""
         self._began_s = self._clock()
 
+    def begun(self, work: Work) -> None:
+        """The piece has begun ``work`` and computes on."""
+        self._flights.append(_Flight(work, began_s=self._clock()))
+
     def compute_ends(self, work: Work | None) -> None:
         """The piece has yielded ``work``, or has returned."""
-        now_s = self._clock()
-        self._compute_s += now_s - self._began_s
-        if work is not None:
-            self._flights.append(_Flight(work, began_s=now_s))
+        self._ended_s = self._clock()
+        self._compute_s += self._ended_s - self._began_s
+        if work is not None and all(flight.work is not work for flight in self._flights):
+            self._flights.append(_Flight(work, began_s=self._ended_s))
 
     def wait_begins(self, work: Work) -> None:
         """``work`` is waited for."""
-        flight = self._flights[0]
-        assert flight.work is work, "works are waited for in the order in which they were yielded"
-        flight.wait_began_s = self._clock()
+        flight = next(flight for flight in self._flights if flight.work is work)
+        # Where nothing was computed since it began, nothing is hidden: not even the time that this takes.
+        flight.wait_began_s = flight.began_s if flight.began_s == self._ended_s else self._clock()
+        self._awaited = flight
 
     def wait_ends(self, result: Tensor) -> None:
         """The work has come to its end."""
         now_s = self._clock()
-        flight = self._flights.popleft()
+        flight, self._awaited = self._awaited, None
+        assert flight is not None, "what ends was waited for"
+        self._flights.remove(flight)
         waited_s = now_s - flight.wait_began_s
         expected_s = self._estimate_s(result)
         ended_s = now_s
@@ -112,3 +118,4 @@ class OverlapMeter:
     def forget(self) -> None:
         """A step failed: forget what was in flight."""
         self._flights.clear()
+        self._awaited = None

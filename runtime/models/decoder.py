@@ -29,6 +29,7 @@ from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import summed
 from .parameters import Parameters
+from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
 from .weights import read_parameters
@@ -87,7 +88,8 @@ class Decoder:
         residual_TH = (yield from self._embed(batch.token_ids_T)) if hidden_TH is None else hidden_TH
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended_TH = yield from summed(layer.attention(normed_TH, layer_cache, inputs), self._groups.tp)
+            attended_TH = yield from layer.attention.parts(normed_TH, layer_cache, inputs)
+            attended_TH = yield from summed(attended_TH, self._groups.tp)
             normed_TH, residual_TH = add_rms_norm(attended_TH, residual_TH, layer.mlp_norm_H, epsilon)
             added_TH = yield from layer.mlp.parts(normed_TH)
             next_norm_H = self._norm_after(index)
@@ -144,12 +146,21 @@ class Decoder:
                 window: prepare_attention(
                     plan,
                     cache.layers[0],
-                    tokens=batch.token_ids_T.shape[0],
+                    tokens=batch.attended,
                     heads=self.spec.num_heads,
                     workspace=self._workspace,
                 )
                 for window, plan in batch.attention.items()
             },
+            ring=self._ring_inputs(batch, cache),
+        )
+
+    def _ring_inputs(self, batch: ForwardBatch, cache: KvCache) -> RingInputs | None:
+        if batch.ring is None:
+            return None
+        assert self._groups.sp is not None, "a step is divided over sequence-parallel ranks"
+        return RingInputs.prepare(
+            batch.ring, self._groups.sp, cache, heads=self.spec.num_heads, workspace=self._workspace
         )
 
 

@@ -59,7 +59,10 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     spec = read_model_spec(path)
     generation = read_generation_defaults(path)
     mesh = MeshShape(
-        pp=options.pipeline_parallel_size, ep=options.expert_parallel_size, tp=options.tensor_parallel_size
+        pp=options.pipeline_parallel_size,
+        sp=options.sequence_parallel_size,
+        ep=options.expert_parallel_size,
+        tp=options.tensor_parallel_size,
     )
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
     device = choose_device(options.device)
@@ -96,6 +99,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         pp=mesh.pp,
         ep=mesh.ep,
         tp=mesh.tp,
+        sp=mesh.sp,
         experts_over_tp=options.enable_expert_parallel,
         overlap=options.overlap,
         redundant_experts=options.num_redundant_experts,

@@ -30,6 +30,7 @@ from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
+from .sequence_ranks import SequenceRanks, measure_ring
 from .step_forward import StepForward, StepRows
 from .token_split import TokenSplit, measure_split
 
@@ -58,6 +59,7 @@ class RankSetup:
     pp: int = 1
     ep: int = 1
     tp: int = 1
+    sp: int = 1
     experts_over_tp: bool = False
     overlap: bool = False
     redundant_experts: int = 0
@@ -66,7 +68,7 @@ class RankSetup:
     @property
     def mesh(self) -> MeshShape:
         """The replica's shape."""
-        return MeshShape(pp=self.pp, ep=self.ep, tp=self.tp)
+        return MeshShape(pp=self.pp, sp=self.sp, ep=self.ep, tp=self.tp)
 
     def to_json(self) -> str:
         """Return the setup as one line."""
@@ -123,6 +125,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         group = groups.tp or groups.ep
         if setup.overlap and group is not None:
             split = thread.submit(_measure, setup, model, cache, group).result()
+        sequences = thread.submit(_sequences, setup, model, groups).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
@@ -144,6 +147,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         deterministic=setup.deterministic,
         split=split,
         balance=_balance(setup, spec, model, shard),
+        sequences=sequences,
     )
     return Rank(executor=executor, grammars=grammars)
 
@@ -177,6 +181,16 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
         prepare=linear_format.prepare,
         device=model.device,
     )
+
+
+def _sequences(setup: RankSetup, model: Decoder, groups: MeshGroups) -> SequenceRanks:
+    """Return the rank's side of what sequence-parallel ranks do together; if there are any, measure their exchange."""
+    wire_s = None
+    if groups.sp is not None:
+        spec = model.spec
+        bytes_per_token = 2 * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+        wire_s = measure_ring(groups.sp, bytes_per_token=bytes_per_token, device=model.device)
+    return SequenceRanks(groups.sp, block_size=setup.block_size, wire_s=wire_s)
 
 
 @torch.inference_mode()

@@ -1,7 +1,9 @@
 """Runs a step's tokens through a rank's layers: at once, or in two parts that hide one another's wire time.
 
 Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; both run
-the same layers (``comm.overlap``), the first one a layer's attention ahead, so that the second finds its keys.
+the same layers (``comm.overlap``), the first one a layer's attention ahead, so that the second finds its keys. Of a
+step that is divided over sequence-parallel ranks, this rank's tokens run at once: its exchanges hide behind its own
+attention.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from torch import Tensor
 from ...comm.overlap import run_interleaved, run_plain
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import cut_rows
+from ...comm.sequence_split import StepDivision
 from ..messages import Int32Array
 from ..models.decoder import Decoder
-from ..models.forward import ForwardBatch, build_forward_batch
+from ..models.forward import ForwardBatch, build_divided_batch, build_forward_batch
 from ..models.kv_cache import KvCache
 from .token_split import TokenSplit
 
@@ -58,6 +61,26 @@ class StepForward:
         if self._split is None:
             return self.run_cut(rows, hidden_TH, None, None)
         return self.run_cut(rows, hidden_TH, self._split.cut(rows.token_ids_T.shape[0]), self._split.meter)
+
+    def run_divided(
+        self, rows: StepRows, hidden_TH: Tensor | None, division: StepDivision, meter: OverlapMeter | None
+    ) -> Tensor:
+        """Return the hidden states of this rank's tokens of a divided step; ``rows`` is all of the step.
+
+        Shapes: hidden_TH, and what is returned, [tokens of this rank, hidden size]
+        """
+        batch = build_divided_batch(
+            division,
+            token_ids=rows.token_ids_T,
+            prompt_lengths=rows.prompt_lengths,
+            block_tables=rows.block_tables,
+            block_size=self._block_size,
+            spec=self._model.spec,
+            deterministic=self._deterministic,
+            dtype=self._model.dtype,
+            device=self._model.device,
+        )
+        return run_plain(self._model.forward_parts(batch, self._cache, hidden_TH), meter=meter)
 
     def run_cut(self, rows: StepRows, hidden_TH: Tensor | None, cut: int | None, meter: OverlapMeter | None) -> Tensor:
         """As ``run``, with the tokens cut after ``cut`` of them, or not at all."""

@@ -34,6 +34,7 @@ def local_mesh(shape: MeshShape, *, timeout_s: float = 30.0, bytes_sent: BytesSe
             tp=seat("tp", place.tp_ranks, place.rank),
             ep=seat("ep", place.ep_ranks, place.rank),
             pp=seat("pp", place.pp_ranks, place.rank),
+            sp=seat("sp", place.sp_ranks, place.rank),
         )
         for place in places
     ]
