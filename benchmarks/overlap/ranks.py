@@ -26,7 +26,7 @@ class RankError(Exception):
 class Rank:
     """One rank's process; it reads questions and writes answers, a line of JSON each."""
 
-    def __init__(self, host: Host, rank: int, *, ranks: int, address: str) -> None:
+    def __init__(self, host: Host, rank: int, *, ranks: int, address: str, program: Path = _PROGRAM) -> None:
         arguments = {
             "rank": rank,
             "ranks": ranks,
@@ -37,7 +37,7 @@ class Rank:
         options = [f"--{name}={value}" for name, value in arguments.items()]
         self.rank = rank
         self._process = subprocess.Popen(
-            host.command(sys.executable, "-P", str(_PROGRAM), *options),
+            host.command(sys.executable, "-P", str(program), *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,15 +81,15 @@ class Rank:
 
 
 @contextmanager
-def ranks_on(hosts: Sequence[Host]) -> Iterator[list[Rank]]:
-    """Start a rank on each host and wait until they have met; on leaving, end them.
+def ranks_on(hosts: Sequence[Host], program: Path = _PROGRAM) -> Iterator[list[Rank]]:
+    """Start a rank that runs ``program`` on each host and wait until they have met; on leaving, end them.
 
     Raises: RankError
     """
     ranks: list[Rank] = []
     try:
         for number, host in enumerate(hosts):
-            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address))
+            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address, program=program))
         for rank in ranks:
             rank.answer(_START_TIMEOUT_S)
         yield ranks

@@ -21,7 +21,7 @@ from ...comm.sequence_split import SequenceSplit, StepDivision, tokens_of
 from ..clock import monotonic_clock
 from ..messages import Int32Array
 
-FEWEST_TOKENS = 512
+FEWEST_TOKENS = 256
 """Rows of fewer are computed by every rank: dividing them would save less than the exchanges of all layers take."""
 _GRAIN = 64
 _MEASURED_TOKENS = (64, 512, 4096)

@@ -1,0 +1,179 @@
+"""One rank: loads the model that it is asked for, computes prompts alone and divided, and answers with the times.
+
+A process of its own, on a host of its own; started by ``overlap.ranks``. Pinned to one core with one thread, so that as
+many ranks as there are cores are a fair many: gloo's threads share the rank's core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slipstream.benchmarks.overlap.core_watch import CoreWatch
+from slipstream.comm.groups import MeshGroups
+from slipstream.comm.mesh import MeshShape
+from slipstream.comm.open_mesh import open_mesh_groups
+from slipstream.comm.overlap_meter import OverlapMeter
+from slipstream.comm.ring import RingPass
+from slipstream.comm.ring_order import ring_hops
+from slipstream.comm.sequence_split import SequenceSplit
+from slipstream.comm.torch_groups import GroupSettings, Rendezvous
+from slipstream.runtime.models.decoder import load_decoder
+from slipstream.runtime.models.kv_cache import KvCache
+from slipstream.runtime.models.registry import read_model_spec
+from slipstream.runtime.models.sharding import Shard
+from slipstream.runtime.worker.sequence_ranks import measure_ring
+from slipstream.runtime.worker.step_forward import StepForward, StepRows
+
+_CPU = torch.device("cpu")
+_BLOCK = 16
+_GRAIN = 64
+_TIMEOUT_S = 600.0
+
+
+class Bench:
+    """One model, and the ways to compute a prompt of it."""
+
+    def __init__(self, groups: MeshGroups, question: dict[str, Any]) -> None:
+        assert groups.sp is not None
+        self.group = groups.sp
+        self.tokens: int = question["tokens"]
+        self.chunk: int = question["chunk"]
+        spec = read_model_spec(Path(question["model"]))
+        self.model = load_decoder(
+            question["model"], spec, dtype=torch.float32, device=_CPU, groups=groups, shard=Shard(place=groups.place)
+        )
+        blocks = -(-self.tokens // _BLOCK)
+        cache = KvCache.allocate(spec, num_blocks=blocks, block_size=_BLOCK, dtype=torch.float32, device=_CPU)
+        self.layers = StepForward(self.model, cache, block_size=_BLOCK, deterministic=False)
+        self.table = np.arange(blocks, dtype=np.int32)[None]
+        self.prompt = torch.randint(0, spec.vocab_size, (self.tokens,), generator=torch.Generator().manual_seed(1))
+        self.split = SequenceSplit(rank=self.group.rank, ranks=self.group.size, fewest_tokens=1, grain=_GRAIN)
+        self.kv_shape = (2 * spec.num_kv_heads, spec.head_dim)
+        self.wire_s = measure_ring(self.group, bytes_per_token=4 * int(np.prod(self.kv_shape)), device=_CPU)
+        self.meter = self.new_meter()
+
+    def new_meter(self) -> OverlapMeter:
+        """Return a meter that has seen nothing."""
+        return OverlapMeter(time.perf_counter, wire_s=lambda result: self.wire_s(result.nbytes))
+
+    def arms(self) -> dict[str, Callable[[], None]]:
+        """Return what is compared."""
+        return {"alone": self._alone, "divided": self._divided, "wire": self._wire}
+
+    def _rows(self) -> list[StepRows]:
+        rows = []
+        for start in range(0, self.tokens, self.chunk):
+            count = min(self.chunk, self.tokens - start)
+            rows.append(
+                StepRows(
+                    token_ids_T=self.prompt[start : start + count],
+                    starts=np.array([start], np.int32),
+                    counts=np.array([count], np.int32),
+                    prompt_lengths=np.array([self.tokens], np.int32),
+                    block_tables=self.table,
+                )
+            )
+        return rows
+
+    def _alone(self) -> None:
+        """One rank computes all of it; the others' cores are idle."""
+        if self.group.rank == 0:
+            for rows in self._rows():
+                self.layers.run(rows)
+
+    def _divided(self) -> None:
+        for rows in self._rows():
+            division = self.split.divide(rows.starts, rows.counts)
+            assert division is not None, "chunks are long"
+            self.layers.run_divided(rows, None, division, self.meter)
+
+    def _wire(self) -> None:
+        """Exchange as much as often, and compute nothing."""
+        hops = ring_hops(self.group.rank, self.group.size)
+        for rows in self._rows():
+            division = self.split.divide(rows.starts, rows.counts)
+            assert division is not None, "chunks are long"
+            own = torch.zeros((division.num_tokens, *self.kv_shape))
+            for _ in range(self.model.spec.num_layers):
+                passing = RingPass(self.group, own, division.tokens_of_piece)
+                for hop in hops:
+                    passing.take(hop, passing.begin(hop).wait())
+
+
+@torch.inference_mode()
+def measure(groups: MeshGroups, question: dict[str, Any], core: int) -> dict[str, Any]:
+    """Run all arms in turns; return each one's times, and what the meter saw of the divided ones."""
+    bench, watch = Bench(groups, question), CoreWatch(core)
+    arms = list(bench.arms().items())
+    times_s: dict[str, list[float]] = {name: [] for name, _ in arms}
+    others: list[float] = []
+    for number in range(question["repeats"] + 1):
+        if number == 1:
+            # The first round warms up.
+            bench.meter = bench.new_meter()
+        for place in range(len(arms)):
+            name, run = arms[(number + place) % len(arms)]
+            bench.group.barrier(_TIMEOUT_S)
+            watch.start()
+            began_s = time.perf_counter()
+            run()
+            if number:
+                times_s[name].append(time.perf_counter() - began_s)
+                others.append(watch.others_share())
+            bench.group.barrier(_TIMEOUT_S)
+    totals, rounds = bench.meter.totals, question["repeats"]
+    return {
+        "times_s": times_s,
+        "others": max(others),
+        "compute_s": totals.compute_s / rounds,
+        "metered_wire_s": totals.wire_s / rounds,
+        "exposed_s": totals.exposed_s / rounds,
+    }
+
+
+def _connect(options: argparse.Namespace) -> MeshGroups:
+    """Meet the other ranks; rank 0 hosts the rendezvous."""
+    mesh = MeshShape(sp=options.ranks)
+    settings = GroupSettings(
+        clock=time.monotonic,
+        host_address=options.host_address,
+        timeout_s=_TIMEOUT_S,
+        open_timeout_s=_TIMEOUT_S,
+    )
+    meet = Rendezvous.host if options.rank == 0 else Rendezvous.join
+    rendezvous = meet(options.address, options.port, timeout_s=_TIMEOUT_S)
+    return open_mesh_groups(mesh.place(options.rank), rendezvous, settings)
+
+
+def main() -> None:
+    """Meet the other ranks, then answer one line for each line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--address", required=True, help="of rank 0")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host-address", required=True, help="of this rank")
+    options = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[options.rank % len(cores)]
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    groups = _connect(options)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(groups, json.loads(line), core)), flush=True)
+    groups.close()
+
+
+if __name__ == "__main__":
+    main()
