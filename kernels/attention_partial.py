@@ -56,7 +56,7 @@ class PartialAttention:
                 self._take(result_KGQD, log_sums_KGQ, heads=heads, tile=tile, first=first)
 
     def finish(self, dtype: torch.dtype) -> Tensor:
-        """Return the attention to all keys that came, [tokens, heads, head size] contiguous."""
+        """Return the attention to all keys that came, [tokens, heads, head size]; valid until the next layer."""
         return self._results_KGTD.permute(2, 0, 1, 3).flatten(1, 2).to(dtype)
 
     def _take(self, result_KGQD: Tensor, log_sums_KGQ: Tensor, *, heads: slice, tile: PrefillTile, first: bool) -> None:
@@ -72,7 +72,7 @@ class PartialAttention:
             return
         both_KGQ = torch.logaddexp(so_far_KGQ, log_sums_KGQ)
         so_far_KGQD.mul_((so_far_KGQ - both_KGQ).exp_().unsqueeze(-1))
-        so_far_KGQD.addcmul_(result_KGQD, (log_sums_KGQ - both_KGQ).exp_().unsqueeze(-1))
+        so_far_KGQD.addcmul_(result_KGQD.float(), (log_sums_KGQ - both_KGQ).exp_().unsqueeze(-1))
         so_far_KGQ.copy_(both_KGQ)
 
 
