@@ -9,7 +9,7 @@ import pytest
 from slipstream.comm.mesh import MeshShape
 
 
-@pytest.mark.parametrize(("pp", "sp", "ep", "tp"), itertools.product([1, 2, 3], [1, 3], [1, 2, 4], [1, 2]))
+@pytest.mark.parametrize(("pp", "sp", "ep", "tp"), list(itertools.product([1, 2, 3], [1, 3], [1, 2, 4], [1, 2])))
 def test_groups_partition_the_ranks_and_agree(pp: int, sp: int, ep: int, tp: int) -> None:
     shape = MeshShape(pp=pp, sp=sp, ep=ep, tp=tp)
     stage = sp * ep * tp

@@ -49,4 +49,4 @@ def test_every_rank_gets_every_piece(size: int, even: bool) -> None:
         for rank in range(size):
             assert sum(count for (source, _), count in sent.items() if source == rank) == (size - 1) * own_bytes
         neighbours = {(rank, (rank + step) % size) for rank in range(size) for step in (1, -1)}
-        assert set(sent) == neighbours
+        assert set(+sent) == neighbours
