@@ -26,24 +26,22 @@ from slipstream.tests.models.checkpoints import VOCABULARY
 from slipstream.tests.parity.references import Reference, load_reference
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 TOLERANCE = 1e-4
-LENGTHS = (90, 3, 61, 40, 77, 33, 70)
+LENGTHS = (90, 3, 61, 77, 70)
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=5, prompt_logprobs=2),
     SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS),
-    SamplingParams(temperature=1.0, seed=11, max_tokens=NEW_TOKENS),
     SamplingParams(temperature=0.8, seed=5, top_p=0.9, top_k=30, max_tokens=NEW_TOKENS, prompt_logprobs=1),
     SamplingParams(temperature=0.9, seed=7, repetition_penalty=1.3, logit_bias={9: 2.0}, max_tokens=NEW_TOKENS),
-    SamplingParams(temperature=1.2, seed=1, n=3, max_tokens=NEW_TOKENS),
-    SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS),
+    SamplingParams(temperature=1.2, seed=1, n=2, max_tokens=NEW_TOKENS),
 ]
 # Few blocks: sequences are preempted. Small ones, so that short chunks can be divided.
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "max_model_len": 112,
-    "num_gpu_blocks_override": 75,
+    "num_gpu_blocks_override": 80,
     "block_size": 2,
     "num_threads": 1,
     "step_timeout_s": 60.0,
@@ -98,6 +96,8 @@ def generate(path: Path, **options: Any) -> list[Any]:
     with LLM(str(path), **{**OPTIONS, **options}) as llm:
         outputs = llm.generate(asked(), PARAMS)
         again = llm.generate(asked(), PARAMS)
+        if "num_gpu_blocks_override" not in options:
+            assert llm._engine.scheduler.load.preemptions, "nobody was preempted"
     tokens = [[sample.token_ids for sample in output.outputs] for output in outputs]
     assert [[sample.token_ids for sample in output.outputs] for output in again] == tokens, "the second time"
     return outputs
@@ -130,8 +130,9 @@ def test_dense_models_give_the_same_on_every_mesh(
     assert divided["steps"] and divided["several long rows"] and divided["beside short rows"]
 
 
-@pytest.mark.parametrize("degrees", [{"sp": 2}, {"sp": 4, "tp": 2}, {"sp": 2, "pp": 2}], ids=str)
-@pytest.mark.parametrize("chunk", [21, 37])
+@pytest.mark.parametrize(
+    ("chunk", "degrees"), [(21, {"sp": 2, "tp": 2}), (37, {"sp": 4}), (29, {"sp": 2, "pp": 2})], ids=str
+)
 def test_chunks_of_any_length_give_the_same(
     chunk: int,
     degrees: dict[str, int],
