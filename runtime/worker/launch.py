@@ -58,12 +58,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     path = model_directory(options.model)
     spec = read_model_spec(path)
     generation = read_generation_defaults(path)
-    mesh = MeshShape(
-        pp=options.pipeline_parallel_size,
-        sp=options.sequence_parallel_size,
-        ep=options.expert_parallel_size,
-        tp=options.tensor_parallel_size,
-    )
+    mesh = _mesh(options)
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
     device = choose_device(options.device)
     check_devices(device, mesh)
@@ -122,6 +117,15 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         device=device,
         eos_token_ids=eos_token_ids,
         grammars=rank.grammars,
+    )
+
+
+def _mesh(options: EngineOptions) -> MeshShape:
+    return MeshShape(
+        pp=options.pipeline_parallel_size,
+        sp=options.sequence_parallel_size,
+        ep=options.expert_parallel_size,
+        tp=options.tensor_parallel_size,
     )
 
 
