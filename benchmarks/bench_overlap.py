@@ -8,8 +8,9 @@ a run; each time is the slower rank's, each figure a median.
 
 A link's bytes are copied by the core that computes: ``work`` is the share of M that this takes, and what cannot be
 hidden. ``others`` is the share of a core that other processes used in the worst round that counts: each line is made of
-its calmest rounds, and where even they were not calm it says little. ``halves`` is what a cut in the middle would have
-brought where none was made. Needs root, for the namespaces.
+its calmest rounds, and where even they were not calm it says little. ``cutting`` is how much longer the same compute
+takes in parts, with nothing sent; ``halves`` what a cut in the middle would have brought where none was made. Needs
+root, for the namespaces.
 
     python -P benchmarks/bench_overlap.py --json benchmarks/results/overlap.json
 """
@@ -44,8 +45,9 @@ class Figures:
     point: str
     tokens: int
     link_mbit_per_s: int
-    cut: int | None
+    cuts: tuple[int, ...] | None
     compute_s: float
+    compute_cut_s: float | None
     wire_s: float
     serial_s: float
     overlapped_s: float
@@ -84,17 +86,19 @@ class Figures:
         """Return the line of the table."""
         cells = [self.compute_s, self.wire_s, self.serial_s, self.overlapped_s, self.ideal_s]
         times = "".join(f"{1e3 * cell:9.1f}" for cell in cells)
+        cut_cost = f"{self.compute_cut_s / self.compute_s - 1:+.1%}" if self.compute_cut_s else ""
         halves = f"{self.halves_s / self.serial_s - 1:+.1%}" if self.halves_s else ""
         return (
             f"{self.point:11}{self.tokens:6}{self.link_mbit_per_s:6}{self.wire_s / self.compute_s:7.2f}"
-            f"{self.cut or '-':>6}{times}{self.over_ideal:+9.1%}{self.over_serial:+9.1%}{self.hidden:8.0%}"
-            f"{self.wire_work:6.2f}{self.others:7.0%}{halves:>9}"
+            f"{len(self.cuts) + 1 if self.cuts else '-':>6}{times}{self.over_ideal:+9.1%}{self.over_serial:+9.1%}"
+            f"{self.hidden:8.0%}"
+            f"{self.wire_work:6.2f}{self.others:7.0%}{cut_cost:>8}{halves:>9}"
         )
 
 
 HEADER = (
-    f"{'stack':11}{'tokens':>6}{'Mb/s':>6}{'M/C':>7}{'cut':>6}{'C ms':>9}{'M ms':>9}{'serial':>9}{'overlap':>9}"
-    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'others':>7}{'halves':>9}"
+    f"{'stack':11}{'tokens':>6}{'Mb/s':>6}{'M/C':>7}{'parts':>6}{'C ms':>9}{'M ms':>9}{'serial':>9}{'overlap':>9}"
+    f"{'ideal':>9}{'/ideal':>9}{'/serial':>9}{'hidden':>8}{'work':>6}{'others':>7}{'cutting':>8}{'halves':>9}"
 )
 
 
@@ -112,8 +116,9 @@ def measure(ranks: Sequence[Rank], point: Point, link: int, *, repeats: int, ord
         point=point.name,
         tokens=point.tokens,
         link_mbit_per_s=link,
-        cut=first["cut"],
+        cuts=None if first["cuts"] is None else tuple(first["cuts"]),
         compute_s=median_s("compute"),
+        compute_cut_s=median_s("compute_cut") if "compute_cut" in times_s[0] else None,
         wire_s=median_s("wire"),
         serial_s=median_s("serial"),
         overlapped_s=median_s("overlapped"),
@@ -154,6 +159,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="rounds that count; 15, or 5 with --quick")
     parser.add_argument("--only", help="points whose name begins so")
     parser.add_argument("--links", type=int, nargs="+", default=LINKS_MBIT_PER_S, metavar="MBIT_PER_S")
+    parser.add_argument(
+        "--busy-wire", action="store_true", help="gloo's threads compete for the core instead of giving way"
+    )
     parser.add_argument("--order", choices=("plain", "sharded", "ladder"), default="plain")
     options = parser.parse_args()
     # Asked to end, it still ends the ranks and removes their hosts.
@@ -164,7 +172,7 @@ def main() -> None:
     points = [point for point in (QUICK if options.quick else POINTS) if point.name.startswith(options.only or "")]
     figures: list[Figures] = []
     print(HEADER)
-    with hosts(2) as machines, ranks_on(machines) as ranks:
+    with hosts(2) as machines, ranks_on(machines, wire_yields=not options.busy_wire) as ranks:
         for link in options.links:
             for machine in machines:
                 machine.shape(mbit_per_s=link)

@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, metavar="TOKENS")
     parser.add_argument("--chunks", type=int, nargs="+", default=[CHUNK], metavar="TOKENS")
     parser.add_argument("--links", type=int, nargs="+", default=LINKS_MBIT_PER_S, metavar="MBIT_PER_S")
+    parser.add_argument(
+        "--busy-wire", action="store_true", help="gloo's threads compete for the core instead of giving way"
+    )
     options = parser.parse_args()
     # Asked to end, it still ends the ranks and removes their hosts.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -128,7 +131,7 @@ def main() -> None:
     prompts = [1024] if options.quick else options.prompts
     figures: list[Figures] = []
     print(HEADER)
-    with hosts(options.ranks) as machines, ranks_on(machines, _PROGRAM) as ranks:
+    with hosts(options.ranks) as machines, ranks_on(machines, _PROGRAM, wire_yields=not options.busy_wire) as ranks:
         for link in options.links:
             for machine in machines:
                 machine.shape(mbit_per_s=link or None)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .collectives import Work
 from .errors import CommError, CommMisuse, CommTimeout, GroupClosed
 from .gloo_wire import Call, Gloo, GlooWire, Posted
-from .operands import Seat
+from .operands import Seat, Seated
 from .rank_order import reduce_in_rank_order
 
 MAX_IN_FLIGHT = 1024
@@ -37,7 +37,7 @@ _Steps = Generator[list[Posted], None, Tensor]
 """An operation: it posts transfers, is resumed when they are complete, and returns the result."""
 
 
-class GlooGroup:
+class GlooGroup(Seated):
     """A group over gloo, seen from one rank: a ``Collectives``.
 
     Units: timeout_s, seconds that a wait may take unless it says otherwise; clock, in seconds, monotonic
@@ -46,27 +46,12 @@ class GlooGroup:
     def __init__(
         self, gloo: Gloo, *, name: str, rank: int, size: int, timeout_s: float, clock: Callable[[], float]
     ) -> None:
-        self._seat = Seat(name, rank, size)
+        super().__init__(Seat(name, rank, size))
         self._wire = GlooWire(gloo, self._seat, timeout_s=timeout_s, clock=clock)
         self._collectives = itertools.count()
         self._sent: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
         self._received: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
         self._flying: set[GlooWork] = set()
-
-    @property
-    def name(self) -> str:
-        """What errors and metrics call the group."""
-        return self._seat.group
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-        return self._seat.rank
-
-    @property
-    def size(self) -> int:
-        """The ranks of the group."""
-        return self._seat.size
 
     def all_reduce(self, x: Tensor, *, op: str = "sum") -> Work:
         """Reduce over the ranks in their order, in place."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .collectives import Collectives, Work
 from .errors import CommError, CommMisuse, CommTimeout, GroupClosed, PeerLost
-from .operands import Seat
+from .operands import Seat, Seated
 from .rank_order import reduce_in_rank_order
 
 _Result = TypeVar("_Result")
@@ -223,27 +223,12 @@ class _Room:
         return part.seat.error(self.failure.kind, part.operation, self.failure.reason)
 
 
-class LocalRank:
+class LocalRank(Seated):
     """A group of threads, seen from one of them: a ``Collectives``."""
 
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
-        self._seat = Seat(room.name, rank, room.size)
-
-    @property
-    def name(self) -> str:
-        """What errors and metrics call the group."""
-        return self._room.name
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-        return self._seat.rank
-
-    @property
-    def size(self) -> int:
-        """The ranks of the group."""
-        return self._seat.size
+        super().__init__(Seat(room.name, rank, room.size))
 
     def all_reduce(self, x: Tensor, *, op: str = "sum") -> Work:
         """Reduce over the ranks in their order, in place."""

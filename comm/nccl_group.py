@@ -23,7 +23,7 @@ from torch import Tensor, distributed
 
 from .collectives import Work
 from .errors import CommError, CommMisuse, CommTimeout, GroupClosed, PeerLost
-from .operands import Seat
+from .operands import Seat, Seated
 from .timeouts import timeout
 
 MAX_IN_FLIGHT = 1024
@@ -51,7 +51,7 @@ _torch: Any = distributed
 _REDUCE_OPS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}
 
 
-class NcclGroup:
+class NcclGroup(Seated):
     """A group over NCCL, seen from one rank: a ``Collectives``.
 
     Units: timeout_s, seconds from an operation's call to its end on the device; clock, in seconds, monotonic
@@ -70,7 +70,7 @@ class NcclGroup:
     ) -> None:
         self._nccl = nccl
         self._device = device
-        self._seat = Seat(name, rank, size)
+        super().__init__(Seat(name, rank, size))
         self.timeout_s = timeout_s
         self.clock = clock
         self._failure: tuple[type[CommError], str] | None = None
@@ -103,21 +103,6 @@ class NcclGroup:
         nccl = _torch.ProcessGroupNCCL(store, rank, size, options)
         nccl.eager_connect_single_device(device)
         return cls(nccl, device, name=name, rank=rank, size=size, timeout_s=timeout_s, clock=clock)
-
-    @property
-    def name(self) -> str:
-        """What errors and metrics call the group."""
-        return self._seat.group
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-        return self._seat.rank
-
-    @property
-    def size(self) -> int:
-        """The ranks of the group."""
-        return self._seat.size
 
     # ------------------------------------------------------------------ operations
 

@@ -101,3 +101,25 @@ class Seat:
         self.check_rank(operation, role, rank)
         if rank == self.rank:
             raise self.error(CommMisuse, operation, f"{role} is this rank itself")
+
+
+class Seated:
+    """What every group says of itself."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+
+    @property
+    def name(self) -> str:
+        """What errors and metrics call the group."""
+        return self._seat.group
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return self._seat.rank
+
+    @property
+    def size(self) -> int:
+        """The ranks of the group."""
+        return self._seat.size

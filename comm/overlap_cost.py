@@ -1,4 +1,4 @@
-"""What a forward pass costs, whole and in two parts that hide one another's wire time. Pure: numbers in, numbers out.
+"""What a forward pass costs, whole and in parts that hide one another's wire time. Pure: numbers in, numbers out.
 
 The figures are measured at start-up (``overlap_measure``) or given. Ranks that decide by them must have the same.
 
@@ -8,7 +8,7 @@ Words: a pass is ``collectives`` times compute and then a collective; what comes
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -82,19 +82,20 @@ class PassCost:
         """Return the time of a pass that waits for each collective at once."""
         return self.compute_s(tokens) + self.wire_s(tokens)
 
-    def overlapped_s(self, first: int, second: int) -> float:
-        """Return the time of a pass in two parts that take turns.
+    def overlapped_s(self, parts: Sequence[int]) -> float:
+        """Return the time of a pass in parts of so many tokens that take turns.
 
-        Each round, one compute and one collective of each part, lasts as long as the slowest of: the thread that
-        computes, the wire, and either part, which can do only one at a time. Before the first collective nothing is on
-        the wire, and after the last nothing is left to compute.
+        Played through: one thread computes for the parts in turns, and gives the wire its share of work; one wire takes
+        the collectives in the order in which they begin; a part goes on when its own has come.
         """
+        computes_s = [self.compute_s(tokens) / max(self.collectives, 1) for tokens in parts]
+        wires_s = [self.collective_s(tokens * self.bytes_per_token) for tokens in parts]
         if not self.collectives:
-            return self.compute_s(first) + self.compute_s(second)
-        compute_a, compute_b = (self.compute_s(tokens) / self.collectives for tokens in (first, second))
-        wire_a, wire_b = (self.collective_s(tokens * self.bytes_per_token) for tokens in (first, second))
-        wire = wire_a + wire_b
-        busy = compute_a + compute_b + self.wire_work * wire
-        round_s = max(busy, wire, compute_a + wire_a, compute_b + wire_b)
-        ends_s = wire_b * (1 - self.wire_work) if busy >= wire else compute_a
-        return self.collectives * round_s + ends_s
+            return sum(computes_s)
+        thread_s, wire_s, arrives_s = 0.0, 0.0, [0.0] * len(parts)
+        for _ in range(self.collectives):
+            for part, (compute_s, on_wire_s) in enumerate(zip(computes_s, wires_s, strict=True)):
+                begins_s = max(thread_s, arrives_s[part]) + compute_s
+                thread_s = begins_s + self.wire_work * on_wire_s
+                wire_s = arrives_s[part] = max(wire_s, begins_s) + on_wire_s
+        return max(thread_s, wire_s)

@@ -1,7 +1,7 @@
 """Measures at start-up what the choice of a cut needs, such that every rank ends with the same figures.
 
-``measure_pass`` feeds the cost model, which says where to cut; ``fewest_worth_cutting`` tries both ways, and says from
-how many tokens on the model is to be asked at all. Knows a group and clocks; what a pass computes is its caller's.
+``measure_pass`` feeds the cost model, which says where to cut; ``pieces_worth_cutting`` tries it, and says into how
+many parts, and from how many tokens on at all. Knows a group and clocks; what a pass computes is its caller's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .collectives import Collectives, Work
 from .overlap_cost import Curve, PassCost
+from .overlap_split import PIECES, Cuts
+
+PiecesBySize: TypeAlias = tuple[tuple[int, int], ...]
+"""(from so many tokens on, into so many parts), by tokens."""
 
 _BYTES = 4
 """Of a float32."""
@@ -47,62 +52,70 @@ def measure_pass(
     group.barrier()
     compute_s = measure_curve(compute, sizes, clock=clocks.wall, repeats=repeats)
     compute_s = agree(group, compute_s, device=device)
-    began_s, began_work_s = clocks.wall(), clocks.work()
-    collective_s = measure_collective(
-        group,
-        group.all_reduce,
-        [size * bytes_per_token for size in sizes],
-        clock=clocks.wall,
-        device=device,
-        repeats=repeats,
-    )
-    passed_s = clocks.wall() - began_s
-    share = min((clocks.work() - began_work_s) / passed_s, 1.0) if passed_s else 0.0
+    nbytes = [size * bytes_per_token for size in sizes]
+    collective_s, wire_work = measure_sums(group, nbytes, clocks=clocks, device=device, repeats=repeats)
     return PassCost(
         compute_s=compute_s,
         collective_s=collective_s,
         collectives=collectives,
         bytes_per_token=bytes_per_token,
-        # On a device that moves bytes by itself, what the host does meanwhile is not taken from anyone.
-        wire_work=agree(group, Curve((1.0,), (share,)), device=device)(1.0) if device.type == "cpu" else 0.0,
+        wire_work=wire_work,
     )
 
 
-def fewest_worth_cutting(
+def measure_sums(
+    group: Collectives, nbytes: Sequence[int], *, clocks: Clocks, device: torch.device, repeats: int = 5
+) -> tuple[Curve, float]:
+    """Return the time of a sum over the ranks for some sizes, and the share of it in which the processor is at work."""
+    began_s, began_work_s = clocks.wall(), clocks.work()
+    collective_s = measure_collective(
+        group, group.all_reduce, nbytes, clock=clocks.wall, device=device, repeats=repeats
+    )
+    share = min((clocks.work() - began_work_s) / max(clocks.wall() - began_s, 1e-9), 1.0)
+    if device.type != "cpu":
+        # Such a device moves bytes by itself: what the host does meanwhile is not taken from anyone.
+        share = 0.0
+    return collective_s, agree(group, Curve((1.0,), (share,)), device=device)(1.0)
+
+
+def pieces_worth_cutting(
     group: Collectives,
-    run: Callable[[int, int | None], None],
+    run: Callable[[int, Cuts | None], None],
     sizes: Sequence[int],
-    choose: Callable[[int], int | None],
+    choose: Callable[[int, int], Cuts | None],
     *,
     clock: Callable[[], float],
     device: torch.device,
     repeats: int = 7,
     margin: float = 0.02,
-) -> int | None:
-    """Return the smallest of ``sizes`` from which on all were faster cut than whole by ``margin``, or None.
+) -> PiecesBySize:
+    """Return into how many parts steps are best cut: from so many tokens on, so many; the fewest tokens first.
 
-    ``run(tokens, cut)`` runs a pass for real, cut or whole; ``choose`` says where. All ranks call it at once, and the
-    slowest rank's medians count.
+    It ends above the largest of ``sizes`` at which no cut was faster than the whole by ``margin``.
+    ``run(tokens, cuts)`` runs a pass for real, cut or whole; ``choose(tokens, pieces)`` says where. All ranks call it
+    at once, and the slowest rank's medians count.
     """
-    fewest = None
+    found: list[tuple[int, int]] = []
     for tokens in sorted(sizes, reverse=True):
-        cut = choose(tokens)
-        if cut is None:
+        chosen = {pieces: cuts for pieces in PIECES if (cuts := choose(tokens, pieces)) is not None}
+        if not chosen:
             break
-        times_s: dict[int | None, list[float]] = {None: [], cut: []}
+        ways: list[Cuts | None] = [None, *chosen.values()]
+        times_s: list[list[float]] = [[] for _ in ways]
         for round_ in range(repeats + 1):
-            for way in (None, cut) if round_ % 2 else (cut, None):
+            for place in range(len(ways)):
+                way = (round_ + place) % len(ways)
                 group.barrier()
                 began_s = clock()
-                run(tokens, way)
+                run(tokens, ways[way])
                 times_s[way].append(clock() - began_s)
         # The first round does not count.
-        medians_s = [statistics.median(times_s[way][1:]) for way in (None, cut)]
-        whole_s, cut_s = _slowest(group, medians_s, device=device)
-        if cut_s > whole_s * (1 - margin):
+        whole_s, *cut_s = _slowest(group, [statistics.median(times[1:]) for times in times_s], device=device)
+        best_s, best = min(zip(cut_s, chosen, strict=True))
+        if best_s > whole_s * (1 - margin):
             break
-        fewest = tokens
-    return fewest
+        found.append((tokens, best))
+    return tuple(reversed(found))
 
 
 def measure_curve(

@@ -10,6 +10,7 @@ Reading order: this, then ``gloo_group`` and ``gloo_wire``, ``nccl_group``.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from .wire_threads import started_threads_yield
 _torch: Any = distributed
 Store = Any
 
+_BACKLOG = 1024
+"""Ranks that may knock at once."""
+
 
 class Rendezvous:
     """A store in which ranks find one another."""
@@ -44,14 +48,26 @@ class Rendezvous:
     def host(cls, address: str, port: int = 0, *, timeout_s: float) -> Rendezvous:
         """Open a store in this process, for ranks to join at an address of this host; port 0 is any free one.
 
-        Raises: CommMisuse when the port cannot be had
+        It is reached at that address and no other.
+
+        Raises: CommMisuse when the address or the port cannot be had
         """
         try:
-            return cls(
-                _torch.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout(timeout_s))
+            listening = _listen(address, port)
+        except OSError as error:
+            raise CommMisuse(f"rendezvous: cannot listen on {address}:{port}: {error.strerror}") from error
+        port = listening.getsockname()[1]
+        # The store has no password and, left to itself, listens on every address; the socket is its own from here on.
+        return cls(
+            _torch.TCPStore(
+                address,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timeout(timeout_s),
+                master_listen_fd=listening.detach(),
             )
-        except RuntimeError as error:
-            raise CommMisuse(f"rendezvous: cannot listen on {address}:{port}: {_first_line(error)}") from error
+        )
 
     @classmethod
     def join(cls, address: str, port: int, *, timeout_s: float) -> Rendezvous:
@@ -190,6 +206,18 @@ def _open_gloo(store: Store, settings: GroupSettings, *, name: str, rank: int, s
         options._threads = 1
         gloo = _torch.ProcessGroupGloo(store, rank, size, options)
     return GlooGroup(gloo, name=name, rank=rank, size=size, timeout_s=settings.timeout_s, clock=settings.clock)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.bind(where)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 def _opening_failed(error: RuntimeError, *, name: str, rank: int, size: int, timeout_s: float) -> CommError:

@@ -104,7 +104,7 @@ class EngineOptions:
       prompts; experts may then not be spread.
     - ``enable_eplb``: while serving, every ``eplb_step_interval`` steps, move experts between ranks so that each has as
       much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
-    - ``overlap``: with several ranks, cut a step's tokens in two where one part's exchange hides behind the other's
+    - ``overlap``: with several ranks, cut a step's tokens where one part's exchange hides behind the other's
       arithmetic; what passes and exchanges take is measured at the start.
     - ``even_chunks``: with several stages, cut prompts so that steps are equally long and stages do not wait for one
       another; false fills each step to ``max_num_batched_tokens``.

@@ -29,11 +29,11 @@ class Point:
 
 POINTS = (
     Point(name="dense-512", hidden=512, intermediate=2048, layers=8, experts=0, tokens=512),
-    Point(name="dense-1024", hidden=1024, intermediate=4096, layers=6, experts=0, tokens=256),
-    Point(name="dense-2048", hidden=2048, intermediate=8192, layers=6, experts=0, tokens=128),
-    Point(name="moe-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=512),
-    Point(name="moe-1024", hidden=1024, intermediate=2048, layers=6, experts=8, tokens=256),
-    Point(name="ep-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=256, spread=True),
+    Point(name="dense-1024", hidden=1024, intermediate=4096, layers=6, experts=0, tokens=512),
+    Point(name="dense-2048", hidden=2048, intermediate=8192, layers=4, experts=0, tokens=256),
+    Point(name="moe-512", hidden=512, intermediate=1024, layers=6, experts=8, tokens=1024),
+    Point(name="moe-1024", hidden=1024, intermediate=2048, layers=4, experts=8, tokens=512),
+    Point(name="ep-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=512, spread=True),
     Point(name="dense-512", hidden=512, intermediate=2048, layers=8, experts=0, tokens=64),
     Point(name="dense-512", hidden=512, intermediate=2048, layers=8, experts=0, tokens=4),
     Point(name="moe-512", hidden=512, intermediate=1024, layers=8, experts=8, tokens=16),

@@ -25,9 +25,9 @@ from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved, run_plain
 from slipstream.comm.overlap_cost import PassCost
-from slipstream.comm.overlap_measure import Clocks, fewest_worth_cutting, measure_pass
+from slipstream.comm.overlap_measure import Clocks, measure_pass, pieces_worth_cutting
 from slipstream.comm.overlap_meter import OverlapMeter
-from slipstream.comm.overlap_split import choose_cut
+from slipstream.comm.overlap_split import Cuts, choose_cuts, part_sizes
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
 
 _CPU = torch.device("cpu")
@@ -59,15 +59,15 @@ class Bench:
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
         self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
-        fewest = fewest_worth_cutting(
+        found = pieces_worth_cutting(
             group,
-            lambda tokens, cut: self._run(group, tokens, cut),
+            lambda tokens, cuts: self._run(group, tokens, cuts),
             [self.tokens],
             self._choose,
             clock=time.perf_counter,
             device=_CPU,
         )
-        self.cut = self._choose(self.tokens) if fewest is not None else None
+        self.cuts = self._choose(self.tokens, found[0][1]) if found else None
         self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
 
     def arms(self) -> dict[str, Callable[[], None]]:
@@ -76,15 +76,17 @@ class Bench:
             "compute": lambda: self._run(self.alone, self.tokens, None),
             "wire": self._exchange_only,
             "serial": lambda: self._run(self.group, self.tokens, None),
-            "overlapped": lambda: self._run(self.group, self.tokens, self.cut, self.meter),
+            "overlapped": lambda: self._run(self.group, self.tokens, self.cuts, self.meter),
         }
-        if self.cut is None and self.tokens > 1:
-            arms["halves"] = lambda: self._run(self.group, self.tokens, self.tokens // 2)
+        if self.cuts is None and self.tokens > 1:
+            arms["halves"] = lambda: self._run(self.group, self.tokens, (self.tokens // 2,))
+        if self.cuts is not None:
+            arms["compute_cut"] = lambda: self._run(self.alone, self.tokens, self.cuts)
         return arms
 
-    def _run(self, group: Collectives, tokens: int, cut: int | None, meter: OverlapMeter | None = None) -> None:
+    def _run(self, group: Collectives, tokens: int, cuts: Cuts | None, meter: OverlapMeter | None = None) -> None:
         order: Order = "plain" if group.size == 1 else self.order
-        parts = self.stack.parts(tokens, cut)
+        parts = self.stack.parts(tokens, cuts or ())
         run_interleaved(self.stack.pieces(group, self.x_TH[:tokens], parts, order), meter=meter)
 
     def _exchange_only(self) -> None:
@@ -112,8 +114,8 @@ class Bench:
         away = (self.group.size - 1) / self.group.size
         return replace(cost, bytes_per_token=cost.bytes_per_token * away * self.stack.shape.top_k)
 
-    def _choose(self, tokens: int) -> int | None:
-        return choose_cut(self.cost, tokens, unit=UNIT)
+    def _choose(self, tokens: int, pieces: int) -> Cuts | None:
+        return choose_cuts(self.cost, tokens, pieces=pieces, unit=UNIT)
 
     def _expected_s(self, result: Tensor) -> float:
         return self.cost.collective_s(result.numel() * _BYTES)
@@ -128,13 +130,13 @@ def measure(group: Collectives, point: dict[str, Any], core: int) -> dict[str, A
     totals = bench.meter.totals
     calmest = sorted(rounds, key=lambda round_: round_.disturbance)[:repeats]
     return {
-        "cut": bench.cut,
+        "cuts": bench.cuts,
         "times_s": {name: [round_.times_s[name] for round_ in calmest] for name in calmest[0].times_s},
         "others": calmest[-1].disturbance,
         "rounds": len(rounds),
         "wire_work": bench.cost.wire_work,
         "expected_serial_s": bench.cost.serial_s(bench.tokens),
-        "expected_overlapped_s": bench.cost.overlapped_s(bench.cut, bench.tokens - bench.cut) if bench.cut else None,
+        "expected_overlapped_s": bench.cost.overlapped_s(part_sizes(bench.cuts, bench.tokens)) if bench.cuts else None,
         "metered_hidden_s": totals.hidden_s / (len(rounds) + 1),
     }
 
@@ -181,6 +183,7 @@ def _connect(options: argparse.Namespace) -> Collectives:
         host_address=options.host_address,
         timeout_s=_TIMEOUT_S,
         open_timeout_s=_TIMEOUT_S,
+        wire_yields=not options.busy_wire,
     )
     meet = Rendezvous.host if options.rank == 0 else Rendezvous.join
     rendezvous = meet(options.address, options.port, timeout_s=_TIMEOUT_S)
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--address", required=True, help="of rank 0")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host-address", required=True, help="of this rank")
+    parser.add_argument("--busy-wire", action="store_true", help="gloo's threads compete with those that compute")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     core = cores[options.rank % len(cores)]

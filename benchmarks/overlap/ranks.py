@@ -26,7 +26,9 @@ class RankError(Exception):
 class Rank:
     """One rank's process; it reads questions and writes answers, a line of JSON each."""
 
-    def __init__(self, host: Host, rank: int, *, ranks: int, address: str, program: Path = _PROGRAM) -> None:
+    def __init__(
+        self, host: Host, rank: int, *, ranks: int, address: str, wire_yields: bool, program: Path = _PROGRAM
+    ) -> None:
         arguments = {
             "rank": rank,
             "ranks": ranks,
@@ -35,6 +37,7 @@ class Rank:
             "host-address": host.address,
         }
         options = [f"--{name}={value}" for name, value in arguments.items()]
+        options += [] if wire_yields else ["--busy-wire"]
         self.rank = rank
         self._process = subprocess.Popen(
             host.command(sys.executable, "-P", str(program), *options),
@@ -81,7 +84,7 @@ class Rank:
 
 
 @contextmanager
-def ranks_on(hosts: Sequence[Host], program: Path = _PROGRAM) -> Iterator[list[Rank]]:
+def ranks_on(hosts: Sequence[Host], program: Path = _PROGRAM, *, wire_yields: bool = True) -> Iterator[list[Rank]]:
     """Start a rank that runs ``program`` on each host and wait until they have met; on leaving, end them.
 
     Raises: RankError
@@ -89,7 +92,10 @@ def ranks_on(hosts: Sequence[Host], program: Path = _PROGRAM) -> Iterator[list[R
     ranks: list[Rank] = []
     try:
         for number, host in enumerate(hosts):
-            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address, program=program))
+            address = hosts[0].address
+            ranks.append(
+                Rank(host, number, ranks=len(hosts), address=address, wire_yields=wire_yields, program=program)
+            )
         for rank in ranks:
             rank.answer(_START_TIMEOUT_S)
         yield ranks

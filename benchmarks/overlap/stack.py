@@ -23,6 +23,7 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.expert_map import even_map
 from slipstream.comm.experts import mix
 from slipstream.comm.overlap import Parts, Steps
+from slipstream.comm.overlap_split import PIECES
 from slipstream.comm.reduce_norm import own_share, reduce_add_norm
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention import PreparedAttention, paged_attention, prepare_attention
@@ -103,12 +104,12 @@ class Stack:
         cache = (2, blocks, self._heads, BLOCK_SIZE, HEAD_SIZE)
         self._caches = [torch.zeros(cache) for _ in range(shape.layers)]
         # Each part's attention is prepared before either runs: they must not share what is prepared.
-        self._workspaces = [AttentionWorkspace(dtype=torch.float32, device=_CPU) for _ in range(2)]
+        self._workspaces = [AttentionWorkspace(dtype=torch.float32, device=_CPU) for _ in range(PIECES[-1])]
         self._layers = [self._make_layer(seed * 1000 + layer) for layer in range(shape.layers)]
 
-    def parts(self, tokens: int, cut: int | None) -> list[TokenRange]:
-        """Return the parts of a step of ``tokens``: one, or two if it is cut."""
-        bounds = [0, tokens] if cut is None else [0, cut, tokens]
+    def parts(self, tokens: int, cuts: Sequence[int] = ()) -> list[TokenRange]:
+        """Return the parts of a step of ``tokens``, cut after so many of them."""
+        bounds = [0, *cuts, tokens]
         ranges = zip(bounds, bounds[1:], self._workspaces, strict=False)
         return [self._range(first, last - first, workspace) for first, last, workspace in ranges]
 

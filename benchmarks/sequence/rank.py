@@ -149,6 +149,7 @@ def _connect(options: argparse.Namespace) -> MeshGroups:
         host_address=options.host_address,
         timeout_s=_TIMEOUT_S,
         open_timeout_s=_TIMEOUT_S,
+        wire_yields=not options.busy_wire,
     )
     meet = Rendezvous.host if options.rank == 0 else Rendezvous.join
     rendezvous = meet(options.address, options.port, timeout_s=_TIMEOUT_S)
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--address", required=True, help="of rank 0")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host-address", required=True, help="of this rank")
+    parser.add_argument("--busy-wire", action="store_true")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     core = cores[options.rank % len(cores)]

@@ -17,6 +17,7 @@ from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
 from ...comm.overlap_meter import OverlapMeter
+from ...comm.overlap_split import Cuts
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import ConfigError
 from ..models.decoder import Decoder, load_decoder
@@ -199,7 +200,7 @@ def _measure(setup: RankSetup, model: Decoder, cache: KvCache, group: Collective
     spec = model.spec
     layers = StepForward(model, cache, block_size=setup.block_size, deterministic=setup.deterministic)
 
-    def run(tokens: int, cut: int | None, meter: OverlapMeter) -> None:
+    def run(tokens: int, cuts: Cuts | None, meter: OverlapMeter) -> None:
         rows = StepRows(
             token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=model.device),
             starts=np.zeros(1, np.int32),
@@ -208,7 +209,7 @@ def _measure(setup: RankSetup, model: Decoder, cache: KvCache, group: Collective
             block_tables=np.zeros((1, -(-tokens // setup.block_size)), np.int32),
         )
         hidden_TH = torch.zeros((tokens, spec.hidden_size), dtype=model.dtype, device=model.device)
-        layers.run_cut(rows, hidden_TH, cut, meter)
+        layers.run_cut(rows, hidden_TH, cuts, meter)
 
     return measure_split(
         group,

@@ -1,9 +1,8 @@
-"""Runs a step's tokens through a rank's layers: at once, or in two parts that hide one another's wire time.
+"""Runs a step's tokens through a rank's layers: at once, or in parts that hide one another's wire time.
 
-Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; both run
-the same layers (``comm.overlap``), the first one a layer's attention ahead, so that the second finds its keys. Of a
-step that is divided over sequence-parallel ranks, this rank's tokens run at once: its exchanges hide behind its own
-attention.
+Owns the batches and the choice between the two ways. The parts are cut at a token, wherever that is in a row; all run
+the same layers (``comm.overlap``), each a layer's attention ahead of the next, which so finds its keys. Of a step that
+is divided over sequence-parallel ranks, this rank's tokens run at once: its exchanges hide behind its own attention.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ...comm.overlap import run_interleaved, run_plain
 from ...comm.overlap_meter import OverlapMeter
-from ...comm.overlap_split import cut_rows
+from ...comm.overlap_split import Cuts, cut_rows
 from ...comm.sequence_split import StepDivision
 from ..messages import Int32Array
 from ..models.decoder import Decoder
@@ -82,13 +81,16 @@ class StepForward:
         )
         return run_plain(self._model.forward_parts(batch, self._cache, hidden_TH), meter=meter)
 
-    def run_cut(self, rows: StepRows, hidden_TH: Tensor | None, cut: int | None, meter: OverlapMeter | None) -> Tensor:
-        """As ``run``, with the tokens cut after ``cut`` of them, or not at all."""
-        if cut is None:
+    def run_cut(
+        self, rows: StepRows, hidden_TH: Tensor | None, cuts: Cuts | None, meter: OverlapMeter | None
+    ) -> Tensor:
+        """As ``run``, with the tokens cut after so many of them, or not at all."""
+        if cuts is None:
             return run_plain(self._model.forward_parts(self._batch(rows), self._cache, hidden_TH), meter=meter)
-        pieces = cut_rows(rows.counts.tolist(), cut)
+        pieces = cut_rows(rows.counts.tolist(), cuts)
         parts = []
-        for tokens, part in zip((slice(0, cut), slice(cut, None)), pieces, strict=True):
+        for begin, end, part in zip((0, *cuts), (*cuts, None), pieces, strict=True):
+            tokens = slice(begin, end)
             batch = self._batch(_part_of(rows, [(piece.row, piece.first, piece.tokens) for piece in part], tokens))
             hidden = None if hidden_TH is None else hidden_TH[tokens]
             parts.append(self._model.forward_parts(batch, self._cache, hidden))

@@ -1,4 +1,4 @@
-"""Whether, and where, a step's tokens are cut in two so that one part computes while the other is on the wire.
+"""Whether, and where, a step's tokens are cut so that one part computes while another is on the wire.
 
 Measured once, when a rank is ready, together with the other ranks: all have the same figures, so all cut at the same
 token. From how many tokens on it is done at all is tried, not only computed: where the wire is fast, or moving bytes
@@ -13,9 +13,9 @@ import torch
 
 from ...comm.collectives import Collectives
 from ...comm.overlap_cost import Curve, PassCost
-from ...comm.overlap_measure import agree, fewest_worth_cutting, measure_collective
+from ...comm.overlap_measure import Clocks, PiecesBySize, agree, measure_sums, pieces_worth_cutting
 from ...comm.overlap_meter import OverlapMeter
-from ...comm.overlap_split import choose_cut
+from ...comm.overlap_split import Cuts, choose_cuts
 from ..clock import monotonic_clock, processor_clock
 
 _SIZES = (16, 64, 256, 1024)
@@ -25,29 +25,28 @@ _REPEATS = 3
 class TokenSplit:
     """The choice of a cut, and a meter of what was hidden. One thread uses it.
 
-    ``fewest``: the tokens from which on cutting was found to pay; None: never.
+    ``pieces``: into how many parts cutting was found to pay, from how many tokens on; nothing is cut below.
     """
 
-    def __init__(self, cost: PassCost, *, element_bytes: int, fewest: int | None = 0) -> None:
+    def __init__(self, cost: PassCost, *, element_bytes: int, pieces: PiecesBySize = ((0, 2),)) -> None:
         self.cost = cost
-        self.fewest = fewest
+        self.pieces = pieces
         self.meter = OverlapMeter(
             monotonic_clock, wire_s=lambda result: cost.collective_s(result.numel() * element_bytes)
         )
-        self._cuts: dict[int, int | None] = {}
+        self._cuts: dict[int, Cuts | None] = {}
 
-    def cut(self, tokens: int) -> int | None:
-        """Return how many tokens the first part of a step has; None where the whole is as fast."""
-        if self.fewest is None or tokens < self.fewest:
-            return None
+    def cut(self, tokens: int) -> Cuts | None:
+        """Return after how many tokens a step is cut; None where the whole is as fast."""
         if tokens not in self._cuts:
-            self._cuts[tokens] = choose_cut(self.cost, tokens)
+            pieces = [count for fewest, count in self.pieces if fewest <= tokens]
+            self._cuts[tokens] = choose_cuts(self.cost, tokens, pieces=pieces[-1]) if pieces else None
         return self._cuts[tokens]
 
 
 def measure_split(
     group: Collectives,
-    run: Callable[[int, int | None, OverlapMeter], None],
+    run: Callable[[int, Cuts | None, OverlapMeter], None],
     *,
     collectives: int,
     bytes_per_token: int,
@@ -57,35 +56,33 @@ def measure_split(
 ) -> TokenSplit:
     """Measure passes and collectives of some sizes; every rank of the group calls it at the same time.
 
-    ``run`` makes a pass over so many tokens, cut after some of them or not at all, and notes its times in the meter.
+    ``run`` makes a pass over so many tokens, cut at some of them or not at all, and notes its times in the meter.
     """
     sizes = sorted({min(size, most_tokens) for size in _SIZES})
     compute_s = Curve.rising((float(size), _compute_s(run, size)) for size in sizes)
-    before_s, before_work_s = monotonic_clock(), processor_clock()
     nbytes = [size * bytes_per_token for size in sizes]
-    collective_s = measure_collective(group, group.all_reduce, nbytes, clock=monotonic_clock, device=device)
-    work = (processor_clock() - before_work_s) / max(monotonic_clock() - before_s, 1e-9)
+    clocks = Clocks(wall=monotonic_clock, work=processor_clock)
+    collective_s, wire_work = measure_sums(group, nbytes, clocks=clocks, device=device)
     cost = PassCost(
         compute_s=agree(group, compute_s, device=device),
         collective_s=collective_s,
         collectives=collectives,
         bytes_per_token=bytes_per_token,
-        # Where a GPU moves the bytes, the processor's time is not what computing takes.
-        wire_work=agree(group, Curve((1.0,), (min(work, 1.0),)), device=device)(1.0) if device.type == "cpu" else 0.0,
+        wire_work=wire_work,
     )
-    fewest = fewest_worth_cutting(
+    pieces = pieces_worth_cutting(
         group,
-        lambda tokens, cut: run(tokens, cut, _no_meter()),
+        lambda tokens, cuts: run(tokens, cuts, _no_meter()),
         sizes,
-        lambda tokens: choose_cut(cost, tokens),
+        lambda tokens, pieces: choose_cuts(cost, tokens, pieces=pieces),
         clock=monotonic_clock,
         device=device,
         repeats=_REPEATS,
     )
-    return TokenSplit(cost, element_bytes=element_bytes, fewest=fewest)
+    return TokenSplit(cost, element_bytes=element_bytes, pieces=pieces)
 
 
-def _compute_s(run: Callable[[int, int | None, OverlapMeter], None], tokens: int) -> float:
+def _compute_s(run: Callable[[int, Cuts | None, OverlapMeter], None], tokens: int) -> float:
     """Return the seconds that a pass computes, the least of some."""
     times = []
     for _ in range(_REPEATS + 1):

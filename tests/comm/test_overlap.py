@@ -15,6 +15,7 @@ from slipstream.comm.errors import CommTimeout, PeerLost
 from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap import Deadline, Steps, run_interleaved, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
+from slipstream.comm.overlap_split import Cuts
 from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
 
 
@@ -159,7 +160,7 @@ EXPERTS = StackShape(hidden=256, intermediate=128, layers=2, experts=4)
 
 
 def _run_stack(
-    shape: StackShape, seed: int, *, ranks: int, tokens: int, cut: int | None, order: Order = "plain"
+    shape: StackShape, seed: int, *, ranks: int, tokens: int, cuts: Cuts = (), order: Order = "plain"
 ) -> list[Tensor]:
     """Return every rank's hidden states."""
 
@@ -167,7 +168,7 @@ def _run_stack(
         stack = Stack(shape, rank=group.rank, ranks=ranks, seed=seed, most_tokens=tokens, deterministic=True)
         x_TH = torch.randn((tokens, shape.hidden), generator=torch.Generator().manual_seed(seed))
         with torch.inference_mode():
-            return torch.cat(run_interleaved(stack.pieces(group, x_TH, stack.parts(tokens, cut), order)))
+            return torch.cat(run_interleaved(stack.pieces(group, x_TH, stack.parts(tokens, cuts), order)))
 
     return run_ranks(local_group(ranks), run)
 
@@ -175,46 +176,46 @@ def _run_stack(
 @pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_parts_in_turns_give_the_bits_of_the_whole(shape: StackShape, ranks: int, seed: int) -> None:
-    whole = _run_stack(shape, seed, ranks=ranks, tokens=48, cut=None)
+    whole = _run_stack(shape, seed, ranks=ranks, tokens=48)
     # A part of one token is another matter: the router's fp32 product takes another path for one row.
-    for cut in (16, 29, 46):
-        parts = _run_stack(shape, seed, ranks=ranks, tokens=48, cut=cut)
+    for cuts in ((16,), (29,), (46,), (10, 33), (2, 5, 20)):
+        parts = _run_stack(shape, seed, ranks=ranks, tokens=48, cuts=cuts)
         for rank in range(ranks):
-            assert torch.equal(parts[rank], whole[rank]), f"cut after {cut}"
+            assert torch.equal(parts[rank], whole[rank]), f"cut after {cuts}"
 
 
 @pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
 def test_ranks_share_one_model(shape: StackShape, seed: int) -> None:
     """Without this the stack would prove nothing: its ranks' slices make up one model."""
-    (alone,) = _run_stack(shape, seed, ranks=1, tokens=48, cut=None)
+    (alone,) = _run_stack(shape, seed, ranks=1, tokens=48)
     for order in ("plain", "sharded"):
-        for found in _run_stack(shape, seed, ranks=2, tokens=48, cut=20, order=order):
+        for found in _run_stack(shape, seed, ranks=2, tokens=48, cuts=(20,), order=order):
             torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_norms_in_shares_give_the_bits_of_the_plain_way(tokens: int, ranks: int, seed: int) -> None:
-    plain = _run_stack(DENSE, seed, ranks=ranks, tokens=tokens, cut=None)
-    for cut in (None, 20):
-        sharded = _run_stack(DENSE, seed, ranks=ranks, tokens=tokens, cut=cut, order="sharded")
+    plain = _run_stack(DENSE, seed, ranks=ranks, tokens=tokens)
+    for cuts in ((), (20,), (9, 30)):
+        sharded = _run_stack(DENSE, seed, ranks=ranks, tokens=tokens, cuts=cuts, order="sharded")
         for rank in range(ranks):
             assert torch.equal(sharded[rank], plain[rank])
 
 
 def test_experts_over_ranks_in_two_batches_give_the_bits_of_the_whole(seed: int) -> None:
     shape = replace(EXPERTS, spread=True)
-    whole = _run_stack(shape, seed, ranks=2, tokens=48, cut=None)
-    parts = _run_stack(shape, seed, ranks=2, tokens=48, cut=20)
+    whole = _run_stack(shape, seed, ranks=2, tokens=48)
+    parts = _run_stack(shape, seed, ranks=2, tokens=48, cuts=(20,))
     assert torch.equal(torch.stack(parts), torch.stack(whole))
-    (alone,) = _run_stack(shape, seed, ranks=1, tokens=48, cut=None)
+    (alone,) = _run_stack(shape, seed, ranks=1, tokens=48)
     torch.testing.assert_close(whole[0], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_ladder_order_is_the_same_function_on_any_number_of_ranks_and_cuts(seed: int) -> None:
-    (alone,) = _run_stack(DENSE, seed, ranks=1, tokens=48, cut=None, order="ladder")
-    whole = _run_stack(DENSE, seed, ranks=2, tokens=48, cut=None, order="ladder")
+    (alone,) = _run_stack(DENSE, seed, ranks=1, tokens=48, order="ladder")
+    whole = _run_stack(DENSE, seed, ranks=2, tokens=48, order="ladder")
     torch.testing.assert_close(whole[0], alone, atol=1e-4, rtol=1e-4)
-    assert torch.equal(_run_stack(DENSE, seed, ranks=2, tokens=48, cut=20, order="ladder")[1], whole[1])
-    (plain,) = _run_stack(DENSE, seed, ranks=1, tokens=48, cut=None)
+    assert torch.equal(_run_stack(DENSE, seed, ranks=2, tokens=48, cuts=(20,), order="ladder")[1], whole[1])
+    (plain,) = _run_stack(DENSE, seed, ranks=1, tokens=48)
     assert not torch.allclose(alone, plain, atol=1e-2), "another model than the plain order"

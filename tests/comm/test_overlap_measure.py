@@ -10,11 +10,13 @@ from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_measure import (
     Clocks,
-    fewest_worth_cutting,
+    PiecesBySize,
     measure_collective,
     measure_curve,
     measure_pass,
+    pieces_worth_cutting,
 )
+from slipstream.comm.overlap_split import Cuts
 from slipstream.tests.fakes.scripted_work import HandClock
 
 CPU = torch.device("cpu")
@@ -85,40 +87,45 @@ def test_a_pass_is_measured_alike_on_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
-        ({64: 0.9, 128: 0.8, 256: 0.7}, 64),
-        ({64: 0.9, 128: 0.99, 256: 0.7}, 256),
-        ({64: 1.1, 128: 0.9, 256: 0.9}, 128),
-        ({64: 0.5, 128: 0.5, 256: 1.0}, None),
+        ({64: (0.9, 0.9), 128: (0.8, 0.9), 256: (0.8, 0.7)}, ((64, 2), (128, 2), (256, 3))),
+        ({64: (0.9, 0.9), 128: (0.99, 1.1), 256: (0.7, 1.0)}, ((256, 2),)),
+        ({64: (1.1, 1.1), 128: (1.1, 0.9), 256: (0.9, 0.95)}, ((128, 3), (256, 2))),
+        ({64: (0.5, 0.5), 128: (0.5, 0.5), 256: (1.0, 0.99)}, ()),
     ],
 )
-def test_cutting_begins_where_every_larger_size_gains(gains: dict[int, float], expected: int | None) -> None:
-    def run(group: Collectives) -> int | None:
+def test_cutting_begins_where_every_larger_size_gains(
+    gains: dict[int, tuple[float, float]], expected: PiecesBySize
+) -> None:
+    def run(group: Collectives) -> PiecesBySize:
         clock = HandClock()
         # Rank 1 is three times as slow, and alone sees what a cut brings: it is its time that counts.
-        slowness, seen = (3.0, gains) if group.rank else (1.0, dict.fromkeys(gains, 0.5))
+        slowness, seen = (3.0, gains) if group.rank else (1.0, dict.fromkeys(gains, (0.5, 0.4)))
 
-        def step(tokens: int, cut: int | None) -> None:
-            clock.advance(slowness * tokens * (1.0 if cut is None else seen[tokens]))
+        def step(tokens: int, cuts: Cuts | None) -> None:
+            clock.advance(slowness * tokens * (1.0 if cuts is None else seen[tokens][len(cuts) - 1]))
 
-        return fewest_worth_cutting(
-            group, step, list(gains), lambda tokens: tokens // 2, clock=clock, device=CPU, repeats=3
-        )
+        def choose(tokens: int, pieces: int) -> Cuts | None:
+            return tuple(range(1, pieces)) if pieces < 4 else None
+
+        return pieces_worth_cutting(group, step, list(gains), choose, clock=clock, device=CPU, repeats=3)
 
     assert run_ranks(local_group(2), run) == [expected] * 2
 
 
 def test_what_the_model_would_not_cut_is_not_tried() -> None:
-    tried: list[int] = []
+    tried: list[tuple[int, Cuts | None]] = []
 
-    def run(group: Collectives) -> int | None:
+    def run(group: Collectives) -> PiecesBySize:
         clock = HandClock()
 
-        def step(tokens: int, cut: int | None) -> None:
-            tried.append(tokens)
-            clock.advance(tokens if cut is None else tokens / 2)
+        def step(tokens: int, cuts: Cuts | None) -> None:
+            tried.append((tokens, cuts))
+            clock.advance(tokens if cuts is None else tokens / 2)
 
-        choose = {4: 2, 8: None, 16: 8}.get
-        return fewest_worth_cutting(group, step, [4, 8, 16], choose, clock=clock, device=CPU, repeats=1)
+        choose = {(4, 2): (2,), (16, 2): (8,)}.get
+        return pieces_worth_cutting(
+            group, step, [4, 8, 16], lambda *asked: choose(asked), clock=clock, device=CPU, repeats=1
+        )
 
-    assert run_ranks(local_group(1), run) == [16]
-    assert set(tried) == {16}
+    assert run_ranks(local_group(1), run) == [((16, 2),)]
+    assert set(tried) == {(16, None), (16, (8,))}

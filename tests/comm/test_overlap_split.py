@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from slipstream.comm.overlap_cost import Curve, PassCost
-from slipstream.comm.overlap_split import choose_cut, cut_rows
+from slipstream.comm.overlap_split import PIECES, Cuts, choose_cuts, cut_rows, part_sizes
 from slipstream.comm.overlap_waves import Tiles, choose_wave_cut
 
 COST = PassCost(
@@ -36,38 +36,29 @@ def test_a_curve_that_cannot_be_is_refused(sizes: tuple[float, ...], seconds: tu
         Curve(sizes, seconds)
 
 
-def _simulate(cost: PassCost, first: int, second: int) -> float:
-    """Play two parts in turns: one thread computes, one wire takes works in the order in which they begin."""
-    free_s, wire_free_s, arrives_s = 0.0, 0.0, [0.0, 0.0]
-    for _ in range(cost.collectives):
-        for part, tokens in enumerate((first, second)):
-            free_s = max(free_s, arrives_s[part]) + cost.compute_s(tokens) / cost.collectives
-            wire_free_s = max(free_s, wire_free_s) + cost.collective_s(tokens * cost.bytes_per_token)
-            arrives_s[part] = wire_free_s
-    return max(arrives_s)
-
-
-@given(
-    first=st.integers(1, 2000),
-    second=st.integers(1, 2000),
-    fixed_s=st.floats(0, 1e-2),
-    latency_s=st.floats(0, 1e-2),
-    per_byte_s=st.floats(1e-10, 1e-6),
-    collectives=st.integers(4, 60),
+@pytest.mark.parametrize(
+    ("parts", "work", "expected_s"),
+    [
+        # Two collectives; compute 1 s and wire 1 s a token.
+        ([4], 0.0, 4 + 4 + 4 + 4),
+        # a computes 0-2, b 2-4, a's sum is there at 4: nobody ever waits, and b's last sum takes 2.
+        ([2, 2], 0.0, 2 + 2 + 2 + 2 + 2),
+        # a computes 0-1, b 1-4; the wire has a until 2, b 4-7; a computes 4-5, its sum 7-8; b 7-10, its sum 10-13.
+        ([1, 3], 0.0, 13),
+        # Half of each transfer is the thread's work: a 0-2, works until 3, b 3-5, 6, a 6-8, 9, b 9-11 and its sum.
+        ([2, 2], 0.5, 13),
+        ([1, 1, 1, 1], 0.0, 4 + 4 + 1),
+    ],
 )
-def test_the_cost_of_two_parts_is_that_of_a_simulation(
-    first: int, second: int, fixed_s: float, latency_s: float, per_byte_s: float, collectives: int
-) -> None:
+def test_parts_take_turns_on_one_thread_and_one_wire(parts: list[int], work: float, expected_s: float) -> None:
     cost = PassCost(
-        compute_s=Curve.line(fixed_s=fixed_s, per_unit_s=1e-4),
-        collective_s=Curve.line(fixed_s=latency_s, per_unit_s=per_byte_s),
-        collectives=collectives,
-        bytes_per_token=100,
+        compute_s=Curve.line(fixed_s=0.0, per_unit_s=2.0),
+        collective_s=Curve.line(fixed_s=0.0, per_unit_s=1.0),
+        collectives=2,
+        bytes_per_token=1,
+        wire_work=work,
     )
-    # What is left out is at the ends: a round or less.
-    assert cost.overlapped_s(first, second) == pytest.approx(
-        _simulate(cost, first, second), rel=1.5 / collectives, abs=1e-9
-    )
+    assert cost.overlapped_s(parts) == pytest.approx(expected_s)
 
 
 def test_even_parts_come_to_the_longer_of_compute_and_wire() -> None:
@@ -79,24 +70,33 @@ def test_even_parts_come_to_the_longer_of_compute_and_wire() -> None:
             collectives=1000,
         )
         ideal_s = max(cost.compute_s(512), cost.wire_s(512))
-        assert cost.overlapped_s(256, 256) == pytest.approx(ideal_s, rel=2e-3)
+        assert cost.overlapped_s([256, 256]) == pytest.approx(ideal_s, rel=2e-3)
 
 
 def test_wire_work_is_never_hidden() -> None:
     cost = replace(COST, wire_work=1.0)
-    assert cost.overlapped_s(256, 256) >= cost.serial_s(512)
+    assert cost.overlapped_s([256, 256]) >= cost.serial_s(512)
 
 
-@given(tokens=st.integers(0, 5000), unit=st.sampled_from([1, 16, 32, 128]), fewest=st.integers(0, 600))
-def test_a_cut_leaves_both_parts_something_and_never_comes_below_the_threshold(
-    tokens: int, unit: int, fewest: int
+@given(
+    tokens=st.integers(0, 5000),
+    pieces=st.sampled_from(PIECES),
+    unit=st.sampled_from([1, 16, 32, 128]),
+    fewest=st.integers(0, 600),
+)
+def test_cuts_leave_all_parts_something_and_never_come_below_the_threshold(
+    tokens: int, pieces: int, unit: int, fewest: int
 ) -> None:
-    cut = choose_cut(COST, tokens, unit=unit, fewest_tokens=fewest)
-    if cut is not None:
-        assert unit <= cut <= tokens - unit
-        assert cut % unit == 0
+    cuts = choose_cuts(COST, tokens, pieces=pieces, unit=unit, fewest_tokens=fewest)
+    if cuts is not None:
+        sizes = part_sizes(cuts, tokens)
+        assert len(sizes) == pieces
+        assert sum(sizes) == tokens
+        assert min(sizes) >= unit
+        assert not any(cut % unit for cut in cuts)
+        assert max(sizes) - min(sizes) < (2 * unit if pieces > 2 else tokens)
         assert tokens >= fewest
-        assert COST.overlapped_s(cut, tokens - cut) < COST.serial_s(tokens)
+        assert COST.overlapped_s(sizes) < COST.serial_s(tokens)
 
 
 @given(
@@ -115,18 +115,18 @@ def test_what_is_cut_is_cut_with_more_tokens_too(
         bytes_per_token=2048,
     )
     # A margin that is a share of the time asks for more with more tokens.
-    if choose_cut(cost, tokens, unit=1, margin=0.0) is not None:
-        assert choose_cut(cost, 2 * tokens, unit=1, margin=0.0) is not None
+    if choose_cuts(cost, tokens, unit=1, margin=0.0) is not None:
+        assert choose_cuts(cost, 2 * tokens, unit=1, margin=0.0) is not None
 
 
 def test_few_tokens_a_dear_second_pass_or_a_wire_without_bytes_are_not_cut() -> None:
-    assert choose_cut(COST, 1024) is not None
-    assert choose_cut(COST, 63) is None, "less than two units"
-    assert choose_cut(COST, 1, unit=1) is None
-    assert choose_cut(replace(COST, compute_s=Curve.line(fixed_s=1.0, per_unit_s=2e-4)), 1024) is None
-    assert choose_cut(replace(COST, collective_s=Curve.line(fixed_s=0.0, per_unit_s=0.0)), 1024) is None
-    assert choose_cut(replace(COST, collectives=0), 1024) is None
-    assert choose_cut(replace(COST, wire_work=0.99), 1024) is None
+    assert choose_cuts(COST, 1024) is not None
+    assert choose_cuts(COST, 63) is None, "less than two units"
+    assert choose_cuts(COST, 1, unit=1) is None
+    assert choose_cuts(replace(COST, compute_s=Curve.line(fixed_s=1.0, per_unit_s=2e-4)), 1024) is None
+    assert choose_cuts(replace(COST, collective_s=Curve.line(fixed_s=0.0, per_unit_s=0.0)), 1024) is None
+    assert choose_cuts(replace(COST, collectives=0), 1024) is None
+    assert choose_cuts(replace(COST, wire_work=0.99), 1024) is None
 
 
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), data=st.data())
@@ -134,20 +134,18 @@ def test_cut_rows_cover_every_token_once_and_in_order(lengths: list[int], data: 
     total = sum(lengths)
     if total < 2:
         return
-    cut = data.draw(st.integers(1, total - 1))
+    cuts = tuple(sorted(data.draw(st.sets(st.integers(1, total - 1), min_size=1, max_size=3))))
     tokens = [(row, index) for row, length in enumerate(lengths) for index in range(length)]
-    first, second = (
-        [(piece.row, piece.first + index) for piece in pieces for index in range(piece.tokens)]
-        for pieces in cut_rows(lengths, cut)
-    )
-    assert (first, second) == (tokens[:cut], tokens[cut:])
-    assert all(piece.tokens for pieces in cut_rows(lengths, cut) for piece in pieces)
+    parts = cut_rows(lengths, cuts)
+    found = [[(piece.row, piece.first + index) for piece in part for index in range(piece.tokens)] for part in parts]
+    assert found == [tokens[begin:end] for begin, end in zip((0, *cuts), (*cuts, total), strict=True)]
+    assert all(piece.tokens for part in parts for piece in part)
 
 
-@pytest.mark.parametrize("cut", [0, 7, 8])
-def test_an_empty_part_is_refused(cut: int) -> None:
-    with pytest.raises(ValueError, match=f"a cut after {cut} of 7 tokens"):
-        cut_rows([3, 4], cut)
+@pytest.mark.parametrize("cuts", [(0,), (7,), (8,), (3, 3), (4, 2)])
+def test_an_empty_part_is_refused(cuts: Cuts) -> None:
+    with pytest.raises(ValueError, match=f"cuts after {', '.join(map(str, cuts))} of 7 tokens"):
+        cut_rows([3, 4], cuts)
 
 
 TILES = Tiles(multiprocessors=132)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -89,3 +90,17 @@ def test_nobody_hosts() -> None:
         free.store("x", timeout_s=1.0)
     with pytest.raises(CommTimeout, match=f"nobody answered at {LOOPBACK}:{port} within 0.5 s"):
         Rendezvous.join(LOOPBACK, port, timeout_s=0.5)
+
+
+def test_a_rendezvous_is_reached_at_its_address_only() -> None:
+    meeting = Rendezvous.host(LOOPBACK, timeout_s=5.0)
+    Rendezvous.join(LOOPBACK, meeting.port, timeout_s=5.0).close()
+    # Another address of the same host: a store that listens everywhere would answer there.
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.2", meeting.port), timeout=5.0):
+        pass
+    meeting.close()
+
+
+def test_a_rendezvous_at_an_address_of_another_host() -> None:
+    with pytest.raises(CommMisuse, match=r"cannot listen on 192\.0\.2\.1:0: Cannot assign"):
+        Rendezvous.host("192.0.2.1", timeout_s=5.0)

@@ -14,6 +14,7 @@ import pytest
 
 from slipstream import LLM, SamplingParams, StructuredOutputsParams
 from slipstream.comm.overlap_cost import Curve, PassCost
+from slipstream.comm.overlap_split import Cuts
 from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
 from slipstream.runtime.worker import token_split
@@ -145,19 +146,20 @@ def test_even_and_full_steps_give_the_same(
 
 
 @pytest.mark.parametrize(
-    ("name", "degrees"),
+    ("name", "degrees", "pieces"),
     [
-        ("parallel_dense", {"tp": 2}),
-        ("parallel_dense", {"tp": 2, "pp": 2}),
-        ("parallel_experts", {"tp": 2}),
-        ("parallel_experts", {"ep": 2}),
-        ("parallel_experts", {"tp": 2, "ep": 2, "pp": 2}),
+        ("parallel_dense", {"tp": 2}, 2),
+        ("parallel_dense", {"tp": 2, "pp": 2}, 3),
+        ("parallel_experts", {"tp": 2}, 4),
+        ("parallel_experts", {"ep": 2}, 2),
+        ("parallel_experts", {"tp": 2, "ep": 2, "pp": 2}, 3),
     ],
     ids=str,
 )
-def test_steps_in_two_parts_give_the_same(
+def test_steps_in_parts_give_the_same(
     name: str,
     degrees: dict[str, int],
+    pieces: int,
     reference: Callable[[str], Reference],
     alone: Callable[[str], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -172,14 +174,14 @@ def test_steps_in_two_parts_give_the_same(
     splits: list[TokenSplit] = []
 
     def measured(*_: object, **__: object) -> TokenSplit:
-        splits.append(TokenSplit(slow, element_bytes=4))
+        splits.append(TokenSplit(slow, element_bytes=4, pieces=((0, pieces),)))
         return splits[-1]
 
     monkeypatch.setattr(rank_module, "measure_split", measured)
-    cuts: list[int] = []
+    cuts: list[Cuts] = []
     choose = TokenSplit.cut
 
-    def noted(self: TokenSplit, tokens: int) -> int | None:
+    def noted(self: TokenSplit, tokens: int) -> Cuts | None:
         cut = choose(self, tokens)
         cuts.extend([] if cut is None else [cut])
         return cut
@@ -188,7 +190,7 @@ def test_steps_in_two_parts_give_the_same(
     # Steps of many tokens, to have something to cut.
     room = {"num_gpu_blocks_override": 100, "long_prefill_token_threshold": 0}
     assert_same(generate(reference(name).path, overlap=True, **room, **options_of(degrees)), alone(name))
-    assert cuts, "no step was cut"
+    assert {len(cut) for cut in cuts} == {pieces - 1}, "no step was cut, or not into so many parts"
     assert all(split.meter.totals.works for split in splits)
 
 
