@@ -1,7 +1,7 @@
 """Measures at start-up what the choice of a cut needs, such that every rank ends with the same figures.
 
-``measure_pass`` feeds the cost model, which says where to cut; ``pieces_worth_cutting`` tries it, and says into how
-many parts, and from how many tokens on at all. Knows a group and clocks; what a pass computes is its caller's.
+``measure_pass`` feeds the cost model, which says where to cut; ``ways_that_gain`` tries it, and says from how many
+tokens on which way is the fastest. Knows a group and clocks; what a pass computes is its caller's.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .collectives import Collectives, Work
 from .overlap_cost import Curve, PassCost
-from .overlap_split import PIECES, Cuts
 
-PiecesBySize: TypeAlias = tuple[tuple[int, int], ...]
-"""(from so many tokens on, into so many parts), by tokens."""
+WayT = TypeVar("WayT")
 
 _BYTES = 4
 """Of a float32."""
@@ -64,57 +62,64 @@ def measure_pass(
 
 
 def measure_sums(
-    group: Collectives, nbytes: Sequence[int], *, clocks: Clocks, device: torch.device, repeats: int = 5
+    group: Collectives,
+    nbytes: Sequence[int],
+    *,
+    clocks: Clocks,
+    device: torch.device,
+    also: Collectives | None = None,
+    repeats: int = 5,
 ) -> tuple[Curve, float]:
     """Return the time of a sum over the ranks for some sizes, and the share of it in which the processor is at work."""
     began_s, began_work_s = clocks.wall(), clocks.work()
     collective_s = measure_collective(
-        group, group.all_reduce, nbytes, clock=clocks.wall, device=device, repeats=repeats
+        group, group.all_reduce, nbytes, clock=clocks.wall, device=device, also=also, repeats=repeats
     )
     share = min((clocks.work() - began_work_s) / max(clocks.wall() - began_s, 1e-9), 1.0)
     if device.type != "cpu":
         # Such a device moves bytes by itself: what the host does meanwhile is not taken from anyone.
         share = 0.0
-    return collective_s, agree(group, Curve((1.0,), (share,)), device=device)(1.0)
+    return collective_s, agree(group, Curve((1.0,), (share,)), device=device, also=also)(1.0)
 
 
-def pieces_worth_cutting(
+def ways_that_gain(
     group: Collectives,
-    run: Callable[[int, Cuts | None], None],
+    run: Callable[[int, WayT | None], None],
     sizes: Sequence[int],
-    choose: Callable[[int, int], Cuts | None],
+    ways: Callable[[int], Sequence[WayT]],
     *,
     clock: Callable[[], float],
     device: torch.device,
+    also: Collectives | None = None,
     repeats: int = 7,
     margin: float = 0.02,
-) -> PiecesBySize:
-    """Return into how many parts steps are best cut: from so many tokens on, so many; the fewest tokens first.
+) -> tuple[tuple[int, WayT], ...]:
+    """Return from how many tokens on passes are best made which other way than plainly; the fewest tokens first.
 
-    It ends above the largest of ``sizes`` at which no cut was faster than the whole by ``margin``.
-    ``run(tokens, cuts)`` runs a pass for real, cut or whole; ``choose(tokens, pieces)`` says where. All ranks call it
-    at once, and the slowest rank's medians count.
+    It ends above the largest of ``sizes`` at which no way was faster than the plain one by ``margin``.
+    ``run(tokens, way)`` runs a pass for real, None is the plain way; ``ways`` says which others are worth trying. All
+    ranks, of ``also`` too, call it at once, and the slowest rank's medians count.
     """
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, WayT]] = []
     for tokens in sorted(sizes, reverse=True):
-        chosen = {pieces: cuts for pieces in PIECES if (cuts := choose(tokens, pieces)) is not None}
-        if not chosen:
+        others = list(ways(tokens))
+        if not others:
             break
-        ways: list[Cuts | None] = [None, *chosen.values()]
-        times_s: list[list[float]] = [[] for _ in ways]
+        tried: list[WayT | None] = [None, *others]
+        times_s: list[list[float]] = [[] for _ in tried]
         for round_ in range(repeats + 1):
-            for place in range(len(ways)):
-                way = (round_ + place) % len(ways)
+            for place in range(len(tried)):
+                number = (round_ + place) % len(tried)
                 group.barrier()
                 began_s = clock()
-                run(tokens, ways[way])
-                times_s[way].append(clock() - began_s)
+                run(tokens, tried[number])
+                times_s[number].append(clock() - began_s)
         # The first round does not count.
-        whole_s, *cut_s = _slowest(group, [statistics.median(times[1:]) for times in times_s], device=device)
-        best_s, best = min(zip(cut_s, chosen, strict=True))
-        if best_s > whole_s * (1 - margin):
+        medians_s = [statistics.median(times[1:]) for times in times_s]
+        plain_s, *others_s = _slowest(group, medians_s, device=device, also=also)
+        if min(others_s) > plain_s * (1 - margin):
             break
-        found.append((tokens, best))
+        found.append((tokens, others[others_s.index(min(others_s))]))
     return tuple(reversed(found))
 
 
@@ -141,9 +146,11 @@ def measure_collective(
     *,
     clock: Callable[[], float],
     device: torch.device,
+    also: Collectives | None = None,
     repeats: int = 5,
 ) -> Curve:
-    """Return the time of a collective for each size in bytes; every rank of the group calls it at the same time.
+    """Return the time of a collective for each size in bytes; every rank of the group, and of those groups with which
+    it has to agree ``also``, calls it at the same time.
 
     ``start`` begins the collective on a tensor [float32 values] whose count divides by the group's size.
     """
@@ -155,15 +162,22 @@ def measure_collective(
         start(tensors[nbytes]).wait()
 
     group.barrier()
-    return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device)
+    return agree(group, measure_curve(run, sizes, clock=clock, repeats=repeats), device=device, also=also)
 
 
-def agree(group: Collectives, curve: Curve, *, device: torch.device) -> Curve:
-    """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes."""
-    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device), strict=True))
+def agree(group: Collectives, curve: Curve, *, device: torch.device, also: Collectives | None = None) -> Curve:
+    """Return a curve with the slowest rank's times, the same bits on every rank; all call it with the same sizes.
+
+    ``also``: another axis of a mesh, along which ranks pass through the same layers.
+    """
+    return Curve.rising(zip(curve.sizes, _slowest(group, curve.seconds, device=device, also=also), strict=True))
 
 
-def _slowest(group: Collectives, seconds: Sequence[float], *, device: torch.device) -> list[float]:
-    own = torch.tensor(seconds, dtype=torch.float64, device=device)
-    slowest: list[float] = group.all_reduce(own, op="max").wait().tolist()
-    return slowest
+def _slowest(
+    group: Collectives, seconds: Sequence[float], *, device: torch.device, also: Collectives | None = None
+) -> list[float]:
+    slowest = group.all_reduce(torch.tensor(seconds, dtype=torch.float64, device=device), op="max").wait()
+    if also is not None:
+        slowest = also.all_reduce(slowest, op="max").wait()
+    times_s: list[float] = slowest.tolist()
+    return times_s

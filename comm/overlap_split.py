@@ -58,6 +58,12 @@ def choose_cuts(
     return best if best_s < cost.serial_s(tokens) * (1 - margin) else None
 
 
+def cuts_worth_trying(cost: PassCost, tokens: int, *, unit: int = 32) -> list[Cuts]:
+    """Return, for each number of pieces with which a gain is expected, where to cut."""
+    chosen = (choose_cuts(cost, tokens, pieces=pieces, unit=unit) for pieces in PIECES)
+    return [cuts for cuts in chosen if cuts is not None]
+
+
 def part_sizes(cuts: Cuts, tokens: int) -> list[int]:
     """Return how many tokens each part has."""
     return [end - begin for begin, end in zip((0, *cuts), (*cuts, tokens), strict=True)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.norm import add_rms_norm
 from .collectives import Collectives
-from .overlap import Steps
+from .overlap import Parts, Steps
 from .overlap_cost import Curve
 
 
@@ -76,9 +76,24 @@ def reduce_add_norm(
     if not sharded:
         summed_TH = yield group.all_reduce(partial_TH)
         return add_rms_norm(summed_TH, residual, weight_H, epsilon)
-    tokens = partial_TH.shape[0]
-    filled = functional.pad(partial_TH, (0, 0, 0, residual.shape[0] * group.size - tokens))
-    summed_SH = yield group.reduce_scatter(filled)
+    summed_SH = yield from reduce_to_share(group, partial_TH)
     normed_SH, residual = add_rms_norm(summed_SH, residual, weight_H, epsilon)
-    normed = yield group.all_gather(normed_SH)
-    return normed[:tokens], residual
+    return (yield from gather_shares(group, normed_SH, partial_TH.shape[0])), residual
+
+
+def reduce_to_share(group: Collectives, partial_TH: Tensor) -> Parts:
+    """Sum over the ranks and return this rank's share of the tokens; overwrites ``partial``.
+
+    Shapes: partial_TH [tokens, size] contiguous; returns [share, size], rows past the end zero
+    """
+    missing = -partial_TH.shape[0] % group.size
+    filled_TH = functional.pad(partial_TH, (0, 0, 0, missing)) if missing else partial_TH
+    return (yield group.reduce_scatter(filled_TH))
+
+
+def gather_shares(group: Collectives, x_SH: Tensor, tokens: int) -> Parts:
+    """Return all tokens' rows of which each rank has its share.
+
+    Shapes: x_SH [share, size] contiguous; returns [tokens, size]
+    """
+    return (yield group.all_gather(x_SH))[:tokens]

@@ -53,7 +53,11 @@ PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", 
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
 SequenceOption = Annotated[int, typer.Option("--sequence-parallel-size", "-sp", help="ranks that share long prompts")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
+EplbOption = Annotated[bool, typer.Option(help="move experts between ranks so that all have as much to do")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
+ShardedNormOption = Annotated[
+    bool | None, typer.Option(help="each tensor-parallel rank normalizes its share of the tokens; default: if faster")
+]
 EvenOption = Annotated[bool, typer.Option(help="with stages: steps that take equally long")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
 
@@ -98,6 +102,7 @@ def generate(
     sequence_parallel_size: SequenceOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    sharded_norm: ShardedNormOption = None,
     even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
@@ -121,6 +126,7 @@ def generate(
         "sequence_parallel_size": sequence_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
         "overlap": overlap,
+        "sharded_norm": sharded_norm,
         "even_chunks": even_chunks,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -176,6 +182,7 @@ def serve(
     sequence_parallel_size: SequenceOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
+    sharded_norm: ShardedNormOption = None,
     even_chunks: EvenOption = True,
     max_model_len: LengthOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once")] = 256,
@@ -186,9 +193,7 @@ def serve(
     gpu_memory_utilization: Annotated[float, typer.Option(help="share of free memory to use")] = 0.9,
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority")] = "fcfs",
-    enable_eplb: Annotated[
-        bool, typer.Option(help="move experts between ranks so that all have as much to do")
-    ] = False,
+    enable_eplb: EplbOption = False,
     num_redundant_experts: Annotated[int, typer.Option(help="slots in every layer for replicas of experts")] = 0,
     eplb_step_interval: Annotated[int, typer.Option(help="steps between two looks at the experts' loads")] = 3000,
     step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,

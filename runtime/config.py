@@ -106,6 +106,8 @@ class EngineOptions:
       much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
     - ``overlap``: with several ranks, cut a step's tokens where one part's exchange hides behind the other's
       arithmetic; what passes and exchanges take is measured at the start.
+    - ``sharded_norm``: with several tensor-parallel ranks, keep the residual in shares, so that each rank normalizes
+      its share of the tokens only; None does so for steps of as many tokens as were found to gain at the start.
     - ``even_chunks``: with several stages, cut prompts so that steps are equally long and stages do not wait for one
       another; false fills each step to ``max_num_batched_tokens``.
     - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
@@ -143,6 +145,7 @@ class EngineOptions:
     sequence_parallel_size: int = 1
     enable_expert_parallel: bool = False
     overlap: bool = False
+    sharded_norm: bool | None = None
     enable_eplb: bool = False
     num_redundant_experts: int = 0
     eplb_step_interval: int = 3000
@@ -190,6 +193,8 @@ class EngineOptions:
         for name in ("enable_expert_parallel", "overlap", "even_chunks", "enable_eplb"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.sharded_norm, bool | None):
+            raise ConfigError("sharded_norm", f"must be true, false or None, got {self.sharded_norm!r}")
         if self.enable_expert_parallel and self.expert_parallel_size != 1:
             raise ConfigError("expert_parallel_size", "give this or enable_expert_parallel, not both")
         if self.sequence_parallel_size > 1 and (self.expert_parallel_size > 1 or self.enable_expert_parallel):

@@ -117,11 +117,26 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTime:
-    """What a pipeline stage spent on steps: in ``waiting_s`` other stages' hidden states and tokens were not there."""
+    """What a rank of a pipeline stage spent on steps: in ``waiting_s`` other stages' hidden states and tokens were not
+    there. In ``wire_s`` something that layers exchange was on its way between the ranks of the stage, and for
+    ``wire_hidden_s`` of that the rank computed meanwhile.
+    """
 
     stage: int
     busy_s: float
     waiting_s: float
+    wire_s: float = 0.0
+    wire_hidden_s: float = 0.0
+
+    def plus(self, other: StageTime) -> StageTime:
+        """Return the sum of two times of one stage."""
+        return StageTime(
+            stage=self.stage,
+            busy_s=self.busy_s + other.busy_s,
+            waiting_s=self.waiting_s + other.waiting_s,
+            wire_s=self.wire_s + other.wire_s,
+            wire_hidden_s=self.wire_hidden_s + other.wire_hidden_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +146,8 @@ class StepResult:
     Shapes: token_ids [rows of the plan] int32, -1 where nothing was drawn
     ``logprobs`` by row; ``prompt_logprobs`` by row: entry ``i`` belongs to position ``starts[row] + 1 + i``.
     ``invalid_rows`` had logits that no token can be drawn from (NaN, infinities), and the grammars of ``grammar_rows``
-    no longer said which tokens may be: their sequences fail. ``stages``: of a pipeline, a rank's own time, and of a
-    replica's result that of each stage's first rank.
+    no longer said which tokens may be: their sequences fail. ``stages``: a rank's own time, and of a replica's
+    result that of each stage's first rank; of one rank alone, nothing.
     Units: execute_s, seconds the executor worked
     """
 

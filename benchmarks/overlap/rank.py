@@ -25,9 +25,9 @@ from slipstream.comm.local_groups import local_group
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_interleaved, run_plain
 from slipstream.comm.overlap_cost import PassCost
-from slipstream.comm.overlap_measure import Clocks, measure_pass, pieces_worth_cutting
+from slipstream.comm.overlap_measure import Clocks, measure_pass, ways_that_gain
 from slipstream.comm.overlap_meter import OverlapMeter
-from slipstream.comm.overlap_split import Cuts, choose_cuts, part_sizes
+from slipstream.comm.overlap_split import Cuts, cuts_worth_trying, part_sizes
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous, open_groups
 
 _CPU = torch.device("cpu")
@@ -59,15 +59,15 @@ class Bench:
         self.x_TH = torch.randn((self.tokens, shape.hidden), generator=torch.Generator().manual_seed(6))
         self.zeros_TH = torch.zeros_like(self.x_TH)
         self.cost = self._measure_cost()
-        found = pieces_worth_cutting(
+        found = ways_that_gain(
             group,
             lambda tokens, cuts: self._run(group, tokens, cuts),
             [self.tokens],
-            self._choose,
+            lambda tokens: cuts_worth_trying(self.cost, tokens, unit=UNIT),
             clock=time.perf_counter,
             device=_CPU,
         )
-        self.cuts = self._choose(self.tokens, found[0][1]) if found else None
+        self.cuts = found[0][1] if found else None
         self.meter = OverlapMeter(time.perf_counter, wire_s=self._expected_s)
 
     def arms(self) -> dict[str, Callable[[], None]]:
@@ -113,9 +113,6 @@ class Bench:
         # expert's comes back: two exchanges of about so many of an all-reduce's bytes.
         away = (self.group.size - 1) / self.group.size
         return replace(cost, bytes_per_token=cost.bytes_per_token * away * self.stack.shape.top_k)
-
-    def _choose(self, tokens: int, pieces: int) -> Cuts | None:
-        return choose_cuts(self.cost, tokens, pieces=pieces, unit=UNIT)
 
     def _expected_s(self, result: Tensor) -> float:
         return self.cost.collective_s(result.numel() * _BYTES)

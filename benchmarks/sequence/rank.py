@@ -22,7 +22,6 @@ from slipstream.benchmarks.overlap.core_watch import CoreWatch
 from slipstream.comm.groups import MeshGroups
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.open_mesh import open_mesh_groups
-from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.ring import RingPass
 from slipstream.comm.ring_order import ring_hops
 from slipstream.comm.sequence_split import SequenceSplit
@@ -31,8 +30,8 @@ from slipstream.runtime.models.decoder import load_decoder
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
-from slipstream.runtime.worker.sequence_ranks import measure_ring
 from slipstream.runtime.worker.step_forward import StepForward, StepRows
+from slipstream.runtime.worker.wire_meter import ring_meter
 
 _CPU = torch.device("cpu")
 _BLOCK = 16
@@ -54,17 +53,12 @@ class Bench:
         )
         blocks = -(-self.tokens // _BLOCK)
         cache = KvCache.allocate(spec, num_blocks=blocks, block_size=_BLOCK, dtype=torch.float32, device=_CPU)
-        self.layers = StepForward(self.model, cache, block_size=_BLOCK, deterministic=False)
         self.table = np.arange(blocks, dtype=np.int32)[None]
         self.prompt = torch.randint(0, spec.vocab_size, (self.tokens,), generator=torch.Generator().manual_seed(1))
         self.split = SequenceSplit(rank=self.group.rank, ranks=self.group.size, fewest_tokens=1, grain=_GRAIN)
         self.kv_shape = (2 * spec.num_kv_heads, spec.head_dim)
-        self.wire_s = measure_ring(self.group, bytes_per_token=4 * int(np.prod(self.kv_shape)), device=_CPU)
-        self.meter = self.new_meter()
-
-    def new_meter(self) -> OverlapMeter:
-        """Return a meter that has seen nothing."""
-        return OverlapMeter(time.perf_counter, wire_s=lambda result: self.wire_s(result.nbytes))
+        self.meter = ring_meter(self.group, bytes_per_token=4 * int(np.prod(self.kv_shape)))
+        self.layers = StepForward(self.model, cache, block_size=_BLOCK, deterministic=False, ring_meter=self.meter)
 
     def arms(self) -> dict[str, Callable[[], None]]:
         """Return what is compared."""
@@ -95,7 +89,7 @@ class Bench:
         for rows in self._rows():
             division = self.split.divide(rows.starts, rows.counts)
             assert division is not None, "chunks are long"
-            self.layers.run_divided(rows, None, division, self.meter)
+            self.layers.run_divided(rows, None, division)
 
     def _wire(self) -> None:
         """Exchange as much as often, and compute nothing."""
@@ -117,10 +111,11 @@ def measure(groups: MeshGroups, question: dict[str, Any], core: int) -> dict[str
     arms = list(bench.arms().items())
     times_s: dict[str, list[float]] = {name: [] for name, _ in arms}
     others: list[float] = []
+    warm = bench.meter.totals
     for number in range(question["repeats"] + 1):
         if number == 1:
             # The first round warms up.
-            bench.meter = bench.new_meter()
+            warm = bench.meter.totals
         for place in range(len(arms)):
             name, run = arms[(number + place) % len(arms)]
             bench.group.barrier(_TIMEOUT_S)
@@ -135,9 +130,8 @@ def measure(groups: MeshGroups, question: dict[str, Any], core: int) -> dict[str
     return {
         "times_s": times_s,
         "others": max(others),
-        "compute_s": totals.compute_s / rounds,
-        "metered_wire_s": totals.wire_s / rounds,
-        "exposed_s": totals.exposed_s / rounds,
+        "compute_s": (totals.compute_s - warm.compute_s) / rounds,
+        "exposed_s": (totals.exposed_s - warm.exposed_s) / rounds,
     }
 
 

@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def stage_times(self) -> tuple[StageTime, ...]:
-        """What each stage of a pipeline has spent on all steps so far; empty where there is none."""
+        """What each stage has spent on all steps so far; empty where there is one rank alone."""
         return tuple(self._stages[stage] for stage in sorted(self._stages))
 
     def step(self) -> StepOutputs:
@@ -108,9 +108,8 @@ class Engine:
         except Exception as error:
             raise self._fail(EngineError(f"step {plan.step} failed: {error!r}"), error) from error
         for time in result.stages:
-            before = self._stages.get(time.stage, StageTime(stage=time.stage, busy_s=0.0, waiting_s=0.0))
-            busy_s, waiting_s = before.busy_s + time.busy_s, before.waiting_s + time.waiting_s
-            self._stages[time.stage] = StageTime(stage=time.stage, busy_s=busy_s, waiting_s=waiting_s)
+            before = self._stages.get(time.stage)
+            self._stages[time.stage] = time if before is None else before.plus(time)
         return self.scheduler.update(plan, result)
 
     def _fail(self, failure: EngineError, cause: BaseException | None) -> EngineError:

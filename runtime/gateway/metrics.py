@@ -7,13 +7,14 @@ live in one process.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..messages import StageTime
 from ..rpc.engine_client import EngineLoadReport
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -49,13 +50,20 @@ class _Gauges(Collector):
             ("engine_draining", int(load.draining), "whether the engine takes no more requests"),
         ):
             yield GaugeMetricFamily(f"slipstream_{name}", text, value=value)
-        busy = CounterMetricFamily("slipstream_stage_busy_seconds", "a pipeline stage's work", labels=["stage"])
-        text = "a pipeline stage's waiting for other stages during its steps"
-        waiting = CounterMetricFamily("slipstream_stage_waiting_seconds", text, labels=["stage"])
-        for time in load.stages:
-            busy.add_metric([str(time.stage)], time.busy_s)
-            waiting.add_metric([str(time.stage)], time.waiting_s)
-        yield from (busy, waiting)
+        yield from _stage_metrics(load.stages)
+
+
+def _stage_metrics(stages: Sequence[StageTime]) -> Iterator[Metric]:
+    for name, seconds, text in (
+        ("stage_busy", "busy_s", "a pipeline stage's work"),
+        ("stage_waiting", "waiting_s", "a pipeline stage's waiting for other stages during its steps"),
+        ("wire", "wire_s", "time in which layers' exchanges between a stage's ranks were on the wire"),
+        ("wire_hidden", "wire_hidden_s", "how much of that the stage computed meanwhile"),
+    ):
+        family = CounterMetricFamily(f"slipstream_{name}_seconds", text, labels=["stage"])
+        for time in stages:
+            family.add_metric([str(time.stage)], getattr(time, seconds))
+        yield family
 
 
 class TokenTally(Collector):

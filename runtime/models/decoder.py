@@ -18,7 +18,7 @@ from ...comm.groups import ALONE, MeshGroups
 from ...comm.overlap import Parts, run_plain
 from ...kernels.attention import prepare_attention
 from ...kernels.attention_workspace import AttentionWorkspace
-from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
@@ -27,8 +27,9 @@ from .kv_cache import KvCache
 from .linear_format import choose_format
 from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
-from .parallel import summed
+from .parallel import Output, summed
 from .parameters import Parameters
+from .residual import open_residual
 from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
@@ -37,7 +38,7 @@ from .weights import read_parameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """One layer: attention and MLP, each behind a norm.
+    """One layer: attention and MLP, each behind a norm; ``ladder`` as in ``LayerSpec``.
 
     Shapes: input_norm_H, mlp_norm_H [hidden size]
     """
@@ -46,6 +47,7 @@ class DecoderLayer:
     attention: Attention
     mlp_norm_H: Tensor
     mlp: Mlp
+    ladder: bool
 
 
 class Decoder:
@@ -75,28 +77,41 @@ class Decoder:
         """Run all layers over the batch and return normalized hidden states; see ``forward_parts``."""
         return run_plain(self.forward_parts(batch, cache))
 
-    def forward_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Parts:
+    def forward_parts(
+        self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None, *, sharded_norm: bool = False
+    ) -> Parts:
         """Run this stage's layers over the batch and write its keys and values to ``cache``.
 
         ``hidden_TH`` comes from the stage before; the first one embeds the batch's tokens. The last stage returns
-        normalized hidden states, every other what goes to the next.
+        normalized hidden states, every other what goes to the next. ``sharded_norm``: keep the residual in shares, one
+        on each tensor-parallel rank.
 
-        Shapes: hidden_TH, and what is returned, [tokens, hidden size] of the weights' type
+        Shapes: hidden_TH [tokens, ``received_size``]; returns [tokens, hidden size], or what the next stage receives,
+        of the weights' type
         """
         inputs = self._attention_inputs(batch, cache)
-        epsilon = self.spec.rms_norm_eps
-        residual_TH = (yield from self._embed(batch.token_ids_T)) if hidden_TH is None else hidden_TH
+        if hidden_TH is None:
+            hidden_TH = yield from self._embed(batch.token_ids_T)
+        epsilon, tp = self.spec.rms_norm_eps, self._groups.tp
+        residual, residual_TH = open_residual(
+            hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
+        )
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended_TH = yield from layer.attention.parts(normed_TH, layer_cache, inputs)
-            attended_TH = yield from summed(attended_TH, self._groups.tp)
-            normed_TH, residual_TH = add_rms_norm(attended_TH, residual_TH, layer.mlp_norm_H, epsilon)
-            added_TH = yield from layer.mlp.parts(normed_TH)
-            next_norm_H = self._norm_after(index)
+            attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs)), tp)
+            normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
+            added = yield from layer.mlp.parts(normed_TH)
+            next_norm_H, next_ladder = self._after(index)
             if next_norm_H is None:
-                return residual_TH + added_TH
-            normed_TH, residual_TH = add_rms_norm(added_TH, residual_TH, next_norm_H, epsilon)
+                return (yield from residual.end(added, ladder=next_ladder))
+            normed_TH = yield from residual.add(added, next_norm_H, ladder=next_ladder)
         return normed_TH
+
+    @property
+    def received_size(self) -> int:
+        """The values of a token that come from the stage before: a ladder that crosses stages takes two rows."""
+        crossed = self._layers[0].ladder and not self._groups.place.is_first_stage
+        return self.spec.hidden_size * (2 if crossed else 1)
 
     @property
     def expert_layers(self) -> dict[int, ExpertRanks]:
@@ -116,9 +131,11 @@ class Decoder:
         assert self._head is not None, "only the last stage has a head"
         return self._head(hidden_NH, None).float()
 
-    def _norm_after(self, index: int) -> Tensor | None:
-        """Return the norm behind a layer; None where the next stage has it."""
-        return self._layers[index + 1].input_norm_H if index + 1 < len(self._layers) else self._final_norm_H
+    def _after(self, index: int) -> tuple[Tensor | None, bool]:
+        """Return the norm behind a layer, None where the next stage has it, and whether a ladder layer follows."""
+        if index + 1 < len(self._layers):
+            return self._layers[index + 1].input_norm_H, self._layers[index + 1].ladder
+        return self._final_norm_H, self.spec.ladder_follows
 
     def _embed(self, token_ids_T: Tensor) -> Parts:
         assert self._embedding_VH is not None, "only the first stage has an embedding"
@@ -196,4 +213,5 @@ def _take_layer(spec: ModelSpec, parameters: Parameters, index: int, groups: Mes
         attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
         mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard),
+        ladder=layer.ladder,
     )

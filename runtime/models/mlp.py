@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
-from ...comm.overlap import Parts
+from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
 from ...kernels.moe_gemm import moe_mlp
 from ...kernels.moe_route import route
 from .expert_ranks import ExpertRanks, SlotProducts, map_of
 from .linear import Linear
 from .model_spec import DenseMlpSpec, MoeSpec
-from .parallel import summed
+from .parallel import Output
 from .parameters import Parameters
 from .sharding import Shard
 
@@ -32,9 +32,10 @@ class DenseMlp:
     down: Linear
     tp: Collectives | None
 
-    def parts(self, x_TH: Tensor) -> Parts:
-        """Return [tokens, hidden size]."""
-        return (yield from summed(self.down(silu_and_mul(self.gate_up(x_TH))), self.tp))
+    def parts(self, x_TH: Tensor) -> Steps[Output]:
+        """Return [tokens, hidden size], to be summed over ``tp``."""
+        yield from ()
+        return Output(self.down(silu_and_mul(self.gate_up(x_TH))), self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +54,14 @@ class MoeMlp:
     normalize_top_k: bool
     tp: Collectives | None
 
-    def parts(self, x_TH: Tensor) -> Parts:
-        """Return [tokens, hidden size]."""
+    def parts(self, x_TH: Tensor) -> Steps[Output]:
+        """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""
         choose = partial(route, gate_EH=self.router_EH, top_k=self.top_k, normalize=self.normalize_top_k)
         if isinstance(self.experts, ExpertRanks):
-            return (yield from self.experts.mix(x_TH, choose))
+            return Output((yield from self.experts.mix(x_TH, choose)))
         weights_TA, experts_TA = choose(x_TH)
         gate_up, down = zip(*self.experts, strict=True)
-        return (yield from summed(moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down), self.tp))
+        return Output(moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down), self.tp)
 
 
 Mlp = DenseMlp | MoeMlp

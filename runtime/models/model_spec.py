@@ -95,10 +95,15 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One layer: token i sees token j when 0 <= i - j < ``window``; None sees all before it."""
+    """One layer: token i sees token j when 0 <= i - j < ``window``; None sees all before it.
+
+    ``ladder``: attention and MLP read the residual without what the module before them adds, so that its sum over
+    ranks may be on the wire while they compute.
+    """
 
     window: int | None
     mlp: DenseMlpSpec | MoeSpec
+    ladder: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +111,7 @@ class ModelSpec:
     """One model, complete: two equal specs compute the same function of their weights.
 
     ``dtype`` is the name the checkpoint gives ("float32", "bfloat16", "float16"), None when it gives none.
+    ``ladder_follows``: of a stage that is not the last, whether the next one begins with a ladder layer.
     """
 
     architecture: str
@@ -127,6 +133,7 @@ class ModelSpec:
     dtype: str | None
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    ladder_follows: bool = False
 
     @property
     def windows(self) -> tuple[int | None, ...]:

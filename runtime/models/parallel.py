@@ -5,10 +5,24 @@ Shapes: T tokens, H hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ...comm.collectives import Collectives
 from ...comm.overlap import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an attention or an MLP adds to the residual: this rank's part of a sum over ``group``, or without one all
+    of it. Whoever gets it may overwrite it.
+
+    Shapes: x_TH [tokens, hidden]
+    """
+
+    x_TH: Tensor
+    group: Collectives | None = None
 
 
 def summed(x_TH: Tensor, group: Collectives | None) -> Parts:

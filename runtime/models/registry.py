@@ -69,6 +69,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
     head_dim = _head_dim(family, fields, num_heads)
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
     windows, mlps = family.windows(fields, num_layers), family.mlps(fields, num_layers)
+    ladders = _ladder_layers(architecture, fields, num_layers)
     bos_token_ids = fields.token_ids("bos_token_id", family.bos_token_id)
     return ModelSpec(
         architecture=architecture,
@@ -85,7 +86,10 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         mlp_bias=family.mlp_bias(fields),
         qk_norm=family.qk_norm,
         rope=read_rope(fields, head_dim=head_dim, max_positions=max_positions, default_theta=family.rope_theta),
-        layers=tuple(LayerSpec(window=w, mlp=m) for w, m in zip(windows, mlps, strict=True)),
+        layers=tuple(
+            LayerSpec(window=window, mlp=mlp, ladder=layer in ladders)
+            for layer, (window, mlp) in enumerate(zip(windows, mlps, strict=True))
+        ),
         max_position_embeddings=max_positions,
         dtype=_dtype(fields),
         eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
@@ -129,6 +133,27 @@ def _head_dim(family: Family, fields: ConfigFields, num_heads: int) -> int:
     if hidden_size % num_heads:
         raise fields.problem("hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
     return hidden_size // num_heads
+
+
+def _ladder_layers(architecture: str, fields: ConfigFields, num_layers: int) -> frozenset[int]:
+    """Return the layers with a ladder residual: a list of them, or how many of the last ones.
+
+    Source: Ladder-residual (arXiv 2501.06589), and its authors' configuration class
+    """
+    if not fields.is_set("ladder_layers"):
+        if architecture == _LADDER:
+            raise fields.problem("ladder_layers", "is missing; it is a list of layers, or a number of the last ones")
+        return frozenset()
+    given = fields.values["ladder_layers"]
+    if not isinstance(given, list):
+        count = fields.integer("ladder_layers", minimum=0)
+        if count > num_layers:
+            raise fields.problem("ladder_layers", f"{count} is more than the {num_layers} layers there are")
+        return frozenset(range(num_layers - count, num_layers))
+    for layer in given:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise fields.problem("ladder_layers", f"must name layers from 0 to {num_layers - 1}, got {layer!r}")
+    return frozenset(given)
 
 
 def _never(_: ConfigFields) -> bool:
@@ -236,18 +261,22 @@ def _moe(fields: ConfigFields, *, experts: int, top_k: int, size: int, normalize
     return MoeSpec(num_experts=experts, top_k=top_k, intermediate_size=size, normalize_top_k=normalize)
 
 
+_LADDER = "LlamaLadderForCausalLM"
+_LLAMA = Family(
+    kv_heads=None,
+    max_positions=2048,
+    bos_token_id=1,
+    eos_token_id=2,
+    qkv_bias=_attention_bias,
+    o_bias=_attention_bias,
+    mlp_bias=_llama_mlp_bias,
+    windows=_no_windows,
+    mlps=_dense_mlps,
+)
+
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        kv_heads=None,
-        max_positions=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        qkv_bias=_attention_bias,
-        o_bias=_attention_bias,
-        mlp_bias=_llama_mlp_bias,
-        windows=_no_windows,
-        mlps=_dense_mlps,
-    ),
+    "LlamaForCausalLM": _LLAMA,
+    _LADDER: _LLAMA,
     "MistralForCausalLM": Family(
         kv_heads=8,
         max_positions=131_072,

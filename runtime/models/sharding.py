@@ -90,13 +90,15 @@ class Shard:
         Raises: ConfigError as ``check_degrees``
         """
         check_degrees(spec, self.place.shape, experts_over_tp=self.experts_over_tp)
-        layers = tuple(self._local_layer(spec.layers[index]) for index in self.layers(spec))
+        own = self.layers(spec)
+        layers = tuple(self._local_layer(spec.layers[index]) for index in own)
         return replace(
             spec,
             num_layers=len(layers),
             layers=layers,
             num_heads=len(self.heads(spec)),
             num_kv_heads=len(self.kv_heads(spec)),
+            ladder_follows=any(layer.ladder for layer in spec.layers[own.stop : own.stop + 1]),
         )
 
     def _local_layer(self, layer: LayerSpec) -> LayerSpec:

@@ -227,7 +227,7 @@ def _load_to_wire(load: EngineLoadReport) -> pb.Load:
         prefix_hits=load.prefix_hits,
         prefix_misses=load.prefix_misses,
         draining=load.draining,
-        stages=[pb.StageTime(stage=t.stage, busy_s=t.busy_s, waiting_s=t.waiting_s) for t in load.stages],
+        stages=[_stage_time_to_wire(time) for time in load.stages],
     )
 
 
@@ -242,5 +242,25 @@ def _load_from_wire(message: pb.Load) -> EngineLoadReport:
         prefix_hits=message.prefix_hits,
         prefix_misses=message.prefix_misses,
         draining=message.draining,
-        stages=tuple(StageTime(stage=t.stage, busy_s=t.busy_s, waiting_s=t.waiting_s) for t in message.stages),
+        stages=tuple(_stage_time_from_wire(time) for time in message.stages),
+    )
+
+
+def _stage_time_to_wire(time: StageTime) -> pb.StageTime:
+    return pb.StageTime(
+        stage=time.stage,
+        busy_s=time.busy_s,
+        waiting_s=time.waiting_s,
+        wire_s=time.wire_s,
+        wire_hidden_s=time.wire_hidden_s,
+    )
+
+
+def _stage_time_from_wire(message: pb.StageTime) -> StageTime:
+    return StageTime(
+        stage=message.stage,
+        busy_s=message.busy_s,
+        waiting_s=message.waiting_s,
+        wire_s=message.wire_s,
+        wire_hidden_s=message.wire_hidden_s,
     )

@@ -34,7 +34,7 @@ class EngineFacts:
 class EngineLoadReport:
     """How busy a replica is; sent with steps, and on a timer while there are none.
 
-    ``stages``: what each stage of a pipeline has spent on steps since the engine started.
+    ``stages``: what each stage of several ranks has spent on steps since the engine started.
     """
 
     running: int

@@ -33,7 +33,6 @@ from .sampler import SampledRows, Sampler, prompt_token_logprobs
 from .sequence_ranks import SequenceRanks
 from .stage_link import StageLink
 from .step_forward import StepForward, StepRows
-from .token_split import TokenSplit
 from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
@@ -80,6 +79,7 @@ class ModelExecutor:
         self,
         *,
         model: Decoder,
+        layers: StepForward,
         cache: KvCache,
         block_size: int,
         max_slots: int,
@@ -88,16 +88,16 @@ class ModelExecutor:
         grammars: GrammarCompiler,
         thread: ThreadPoolExecutor,
         groups: MeshGroups = ALONE,
-        deterministic: bool = False,
-        split: TokenSplit | None = None,
         balance: ExpertBalance | None = None,
         sequences: SequenceRanks | None = None,
     ) -> None:
-        """Take a loaded model and the ``step_thread`` that has loaded it; ``close`` ends the thread and the groups."""
+        """Take a loaded model, its ``layers`` over ``cache``, and the ``step_thread`` that has loaded it; ``close``
+        ends the thread and the groups.
+        """
         self._model = model
         self._groups = groups
         self._cache = cache
-        self._layers = StepForward(model, cache, block_size=block_size, deterministic=deterministic, split=split)
+        self._layers = layers
         self._sequences = sequences or SequenceRanks(groups.sp, block_size=block_size)
         self._device = device
         self._sampler = Sampler(max_slots)
@@ -113,7 +113,7 @@ class ModelExecutor:
         self._thread = thread
         self._link = None
         if groups.pp is not None:
-            self._link = StageLink(groups.pp, hidden_size=model.spec.hidden_size, dtype=model.dtype, device=device)
+            self._link = StageLink(groups.pp, hidden_size=model.received_size, dtype=model.dtype, device=device)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a step behind those submitted before."""
@@ -170,10 +170,16 @@ class ModelExecutor:
         )
 
     def _stage_time(self, execute_s: float, waited_before_s: float) -> tuple[StageTime, ...]:
-        if self._link is None:
+        """Return what the step took here; of a rank without others there is nothing to say."""
+        place = self._groups.place
+        if place.shape.size == 1:
             return ()
-        waiting_s = self._link.waited_s - waited_before_s
-        return (StageTime(stage=self._groups.place.pp, busy_s=execute_s - waiting_s, waiting_s=waiting_s),)
+        waiting_s = 0.0 if self._link is None else self._link.waited_s - waited_before_s
+        wire_s, hidden_s = self._layers.take_wire_s()
+        time = StageTime(
+            stage=place.pp, busy_s=execute_s - waiting_s, waiting_s=waiting_s, wire_s=wire_s, wire_hidden_s=hidden_s
+        )
+        return (time,)
 
     def _pass_on(self, plan: StepPlan, rows: _Rows) -> None:
         """Compute a stage that is not the last, and be ready for the tokens that the last one draws."""
@@ -221,7 +227,7 @@ class ModelExecutor:
         if self._link is not None and not self._groups.place.is_first_stage:
             hidden_TH = self._link.receive_hidden(plan.num_tokens if division is None else division.num_tokens)
         if division is not None:
-            return self._layers.run_divided(step_rows, hidden_TH, division, self._sequences.meter)
+            return self._layers.run_divided(step_rows, hidden_TH, division)
         return self._layers.run(step_rows, hidden_TH)
 
     def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:

@@ -60,6 +60,8 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     generation = read_generation_defaults(path)
     mesh = _mesh(options)
     check_degrees(spec, mesh, experts_over_tp=options.enable_expert_parallel)
+    if options.sharded_norm and any(layer.ladder for layer in spec.layers):
+        raise ConfigError("sharded_norm", "is not for models with ladder layers: their sums are hidden as they are")
     device = choose_device(options.device)
     check_devices(device, mesh)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
@@ -97,19 +99,13 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         sp=mesh.sp,
         experts_over_tp=options.enable_expert_parallel,
         overlap=options.overlap,
+        sharded_norm=options.sharded_norm,
         redundant_experts=options.num_redundant_experts,
         expert_balance_steps=options.eplb_step_interval if options.enable_eplb else 0,
     )
     rank, executor = _build(setup, start_peers)
-    engine = Engine(
-        Scheduler(config, prefix_key=spec.prefix_cache_key),
-        executor,
-        clock=clock,
-        ahead=options.async_scheduling,
-        step_timeout_s=options.step_timeout_s,
-    )
     return LaunchedEngine(
-        engine=engine,
+        engine=_engine(options, config, spec, executor, clock=clock),
         spec=spec,
         generation=generation,
         config=config,
@@ -126,6 +122,18 @@ def _mesh(options: EngineOptions) -> MeshShape:
         sp=options.sequence_parallel_size,
         ep=options.expert_parallel_size,
         tp=options.tensor_parallel_size,
+    )
+
+
+def _engine(
+    options: EngineOptions, config: SchedulerConfig, spec: ModelSpec, executor: Executor, *, clock: Clock
+) -> Engine:
+    return Engine(
+        Scheduler(config, prefix_key=spec.prefix_cache_key),
+        executor,
+        clock=clock,
+        ahead=options.async_scheduling,
+        step_timeout_s=options.step_timeout_s,
     )
 
 

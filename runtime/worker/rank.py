@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...comm.collectives import Collectives
 from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
 from ...comm.overlap_meter import OverlapMeter
@@ -31,9 +31,11 @@ from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
-from .sequence_ranks import SequenceRanks, measure_ring
+from .norm_shares import fewest_in_shares
+from .sequence_ranks import SequenceRanks
 from .step_forward import StepForward, StepRows
-from .token_split import TokenSplit, measure_split
+from .token_split import measure_split
+from .wire_meter import ring_meter, wire_meter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class RankSetup:
     - ``device``: of all ranks; with several of them, ``cuda`` is one GPU each, in the order of the ranks.
     - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
     - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
+    - ``sharded_norm``: None is what was found to be faster.
     """
 
     model: str
@@ -63,6 +66,7 @@ class RankSetup:
     sp: int = 1
     experts_over_tp: bool = False
     overlap: bool = False
+    sharded_norm: bool | None = None
     redundant_experts: int = 0
     expert_balance_steps: int = 0
 
@@ -122,11 +126,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         cache = KvCache.allocate(
             local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
         )
-        split = None
-        group = groups.tp or groups.ep
-        if setup.overlap and group is not None:
-            split = thread.submit(_measure, setup, model, cache, group).result()
-        sequences = thread.submit(_sequences, setup, model, groups).result()
+        layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
@@ -137,6 +137,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
     )
     executor = ModelExecutor(
         model=model,
+        layers=layers,
         cache=cache,
         block_size=setup.block_size,
         max_slots=setup.max_slots,
@@ -145,10 +146,8 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         grammars=grammars,
         thread=thread,
         groups=groups,
-        deterministic=setup.deterministic,
-        split=split,
         balance=_balance(setup, spec, model, shard),
-        sequences=sequences,
+        sequences=SequenceRanks(groups.sp, block_size=setup.block_size),
     )
     return Rank(executor=executor, grammars=grammars)
 
@@ -184,42 +183,84 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
     )
 
 
-def _sequences(setup: RankSetup, model: Decoder, groups: MeshGroups) -> SequenceRanks:
-    """Return the rank's side of what sequence-parallel ranks do together; if there are any, measure their exchange."""
-    wire_s = None
-    if groups.sp is not None:
-        spec = model.spec
-        bytes_per_token = 2 * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
-        wire_s = measure_ring(groups.sp, bytes_per_token=bytes_per_token, device=model.device)
-    return SequenceRanks(groups.sp, block_size=setup.block_size, wire_s=wire_s)
-
-
 @torch.inference_mode()
-def _measure(setup: RankSetup, model: Decoder, cache: KvCache, group: Collectives) -> TokenSplit:
-    """Measure, with the other ranks, what passes and collectives take; the cache's first block is written to."""
-    spec = model.spec
-    layers = StepForward(model, cache, block_size=setup.block_size, deterministic=setup.deterministic)
-
-    def run(tokens: int, cuts: Cuts | None, meter: OverlapMeter) -> None:
-        rows = StepRows(
-            token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=model.device),
-            starts=np.zeros(1, np.int32),
-            counts=np.full(1, tokens, np.int32),
-            prompt_lengths=np.full(1, tokens, np.int32),
-            block_tables=np.zeros((1, -(-tokens // setup.block_size)), np.int32),
-        )
-        hidden_TH = torch.zeros((tokens, spec.hidden_size), dtype=model.dtype, device=model.device)
-        layers.run_cut(rows, hidden_TH, cuts, meter)
-
-    return measure_split(
-        group,
-        run,
-        collectives=2 * spec.num_layers,
-        bytes_per_token=spec.hidden_size * model.dtype.itemsize,
-        element_bytes=model.dtype.itemsize,
-        most_tokens=min(setup.max_length, setup.num_blocks * setup.block_size),
-        device=model.device,
+def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, groups: MeshGroups) -> StepForward:
+    """Return the rank's layers; which ways steps go through them is measured with the other ranks of the stage."""
+    make = partial(
+        StepForward,
+        model,
+        cache,
+        block_size=setup.block_size,
+        deterministic=setup.deterministic,
+        ring_meter=_ring_meter(model, groups),
     )
+    group, also = (groups.tp, groups.ep) if groups.tp is not None else (groups.ep, None)
+    if group is None:
+        return make()
+    spent = model.spec.hidden_size * model.dtype.itemsize
+    most_tokens = min(setup.max_length, setup.num_blocks * setup.block_size)
+    on_cpu, ladder = model.device.type == "cpu", any(layer.ladder for layer in spec.layers)
+    # A ladder's sums are hidden as they are; on a GPU what is measured here would be the time to ask for it.
+    shares_from = 0 if setup.sharded_norm else None
+    if setup.sharded_norm is None and groups.tp is not None and on_cpu and not ladder:
+        shares_from = fewest_in_shares(
+            groups.tp,
+            lambda tokens, in_shares: _try(setup, model, make(shares_from=0 if in_shares else None), tokens),
+            hidden_size=model.spec.hidden_size,
+            dtype=model.dtype,
+            most_tokens=most_tokens,
+            device=model.device,
+            also=groups.ep,
+        )
+    split = None
+    if setup.overlap:
+        layers = make(shares_from=shares_from)
+        split = measure_split(
+            group,
+            lambda tokens, cuts, meter: _try(setup, model, layers, tokens, cuts, meter),
+            collectives=2 * model.spec.num_layers,
+            bytes_per_token=spent,
+            element_bytes=model.dtype.itemsize,
+            most_tokens=most_tokens,
+            device=model.device,
+            also=also,
+        )
+    meter = None
+    if on_cpu:
+        meter = (
+            split.meter if split is not None else wire_meter(group, bytes_per_token=spent, estimates=ladder, also=also)
+        )
+    for experts in model.expert_layers.values():
+        # Made-up tokens say nothing about the experts' loads.
+        experts.load_E.zero_()
+    return make(split=split, shares_from=shares_from, meter=meter)
+
+
+def _ring_meter(model: Decoder, groups: MeshGroups) -> OverlapMeter | None:
+    if groups.sp is None or model.device.type != "cpu":
+        return None
+    spec = model.spec
+    return ring_meter(groups.sp, bytes_per_token=2 * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize)
+
+
+def _try(
+    setup: RankSetup,
+    model: Decoder,
+    layers: StepForward,
+    tokens: int,
+    cuts: Cuts | None = None,
+    meter: OverlapMeter | None = None,
+) -> None:
+    """Make a pass over one row of made-up tokens; the cache's first block is written to."""
+    rows = StepRows(
+        token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=model.device),
+        starts=np.zeros(1, np.int32),
+        counts=np.full(1, tokens, np.int32),
+        prompt_lengths=np.full(1, tokens, np.int32),
+        block_tables=np.zeros((1, -(-tokens // setup.block_size)), np.int32),
+    )
+    hidden_TH = torch.zeros((tokens, model.received_size), dtype=model.dtype, device=model.device)
+    layers.run_cut(rows, hidden_TH, cuts, meter)
 
 
 def rank_device(setup: RankSetup, rank: int) -> torch.device:

@@ -14,25 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...comm.collectives import Collectives, Work
-from ...comm.overlap_cost import Curve
-from ...comm.overlap_measure import measure_collective
-from ...comm.overlap_meter import OverlapMeter
 from ...comm.sequence_split import SequenceSplit, StepDivision, tokens_of
-from ..clock import monotonic_clock
 from ..messages import Int32Array
 
 FEWEST_TOKENS = 256
 """Rows of fewer are computed by every rank: dividing them would save less than the exchanges of all layers take."""
 _GRAIN = 64
-_MEASURED_TOKENS = (64, 512, 4096)
-_REPEATS = 3
 
 
 class SequenceRanks:
-    """One rank's side of it; without a group it is the only one, and all of it is nothing.
-
-    ``meter`` has what was hidden of the exchanges of divided steps. One thread uses it.
-    """
+    """One rank's side of it; without a group it is the only one, and all of it is nothing. One thread uses it."""
 
     def __init__(
         self,
@@ -41,12 +32,8 @@ class SequenceRanks:
         block_size: int,
         fewest_tokens: int = FEWEST_TOKENS,
         grain: int = _GRAIN,
-        wire_s: Curve | None = None,
     ) -> None:
-        """Divide rows of at least ``fewest_tokens``, at multiples of ``grain`` positions and whole blocks.
-
-        ``wire_s``: what an exchange takes, from its bytes; only the meter needs it.
-        """
+        """Divide rows of at least ``fewest_tokens``, at multiples of ``grain`` positions and whole blocks."""
         self._group = group
         self._split = None
         if group is not None:
@@ -57,7 +44,6 @@ class SequenceRanks:
                 grain=block_size * max(1, -(-grain // block_size)),
             )
         self._given: Work | None = None
-        self.meter = OverlapMeter(monotonic_clock, wire_s=lambda x: 0.0 if wire_s is None else wire_s(x.nbytes))
 
     @property
     def draws(self) -> bool:
@@ -117,17 +103,3 @@ class SequenceRanks:
     @staticmethod
     def _on_device(tokens: NDArray[np.int64], like: Tensor) -> Tensor:
         return torch.from_numpy(tokens).to(like.device)
-
-
-def measure_ring(group: Collectives, *, bytes_per_token: int, device: torch.device) -> Curve:
-    """Return what exchanging keys and values takes, from their bytes; all ranks of the group call it at once."""
-
-    def start(x: Tensor) -> Work:
-        # As in a hop: to one neighbour, from the other.
-        counts = [0] * group.size
-        to, source = counts.copy(), counts.copy()
-        to[(group.rank + 1) % group.size] = source[(group.rank - 1) % group.size] = x.shape[0]
-        return group.all_to_all(x, send_counts=to, receive_counts=source)
-
-    sizes = [tokens * bytes_per_token for tokens in _MEASURED_TOKENS]
-    return measure_collective(group, start, sizes, clock=monotonic_clock, device=device, repeats=_REPEATS)

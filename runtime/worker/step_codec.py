@@ -143,7 +143,7 @@ def encode_result(result: StepResult) -> bytes:
         if rows := getattr(result, name):
             wire[name] = _integers(name, rows)
     if result.stages:
-        wire["stages"] = [[int(time.stage), float(time.busy_s), float(time.waiting_s)] for time in result.stages]
+        wire["stages"] = [_stage_time_to_wire(time) for time in result.stages]
     return _pack(wire)
 
 
@@ -183,12 +183,18 @@ def decode_result(data: bytes) -> StepResult:
     return result
 
 
+def _stage_time_to_wire(time: StageTime) -> list[int | float]:
+    seconds = (time.busy_s, time.waiting_s, time.wire_s, time.wire_hidden_s)
+    return [int(time.stage), *map(float, seconds)]
+
+
 def _stage_time(item: object) -> StageTime:
     match item:
-        case (int(stage), float(busy_s), float(waiting_s)) if not isinstance(stage, bool):
-            if 0 <= stage < _MAX_STAGES and math.isfinite(busy_s) and math.isfinite(waiting_s):
-                return StageTime(stage=stage, busy_s=busy_s, waiting_s=waiting_s)
-    raise StepCodecError("result.stages", f"must be a stage and two numbers of seconds, got {shown(item)}")
+        case (int(stage), float(busy_s), float(waiting_s), float(wire_s), float(hidden_s)):
+            finite = all(map(math.isfinite, (busy_s, waiting_s, wire_s, hidden_s)))
+            if not isinstance(stage, bool) and 0 <= stage < _MAX_STAGES and finite:
+                return StageTime(stage=stage, busy_s=busy_s, waiting_s=waiting_s, wire_s=wire_s, wire_hidden_s=hidden_s)
+    raise StepCodecError("result.stages", f"must be a stage and four numbers of seconds, got {shown(item)}")
 
 
 def _rows_of(plan: StepPlan) -> Rows:

@@ -7,15 +7,15 @@ takes the processors that compute, nothing is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ...comm.collectives import Collectives
 from ...comm.overlap_cost import Curve, PassCost
-from ...comm.overlap_measure import Clocks, PiecesBySize, agree, measure_sums, pieces_worth_cutting
+from ...comm.overlap_measure import Clocks, agree, measure_sums, ways_that_gain
 from ...comm.overlap_meter import OverlapMeter
-from ...comm.overlap_split import Cuts, choose_cuts
+from ...comm.overlap_split import Cuts, choose_cuts, cuts_worth_trying
 from ..clock import monotonic_clock, processor_clock
 
 _SIZES = (16, 64, 256, 1024)
@@ -25,10 +25,10 @@ _REPEATS = 3
 class TokenSplit:
     """The choice of a cut, and a meter of what was hidden. One thread uses it.
 
-    ``pieces``: into how many parts cutting was found to pay, from how many tokens on; nothing is cut below.
+    ``pieces``: from how many tokens on into how many parts cutting was found to pay; nothing is cut below.
     """
 
-    def __init__(self, cost: PassCost, *, element_bytes: int, pieces: PiecesBySize = ((0, 2),)) -> None:
+    def __init__(self, cost: PassCost, *, element_bytes: int, pieces: Sequence[tuple[int, int]] = ((0, 2),)) -> None:
         self.cost = cost
         self.pieces = pieces
         self.meter = OverlapMeter(
@@ -53,8 +53,10 @@ def measure_split(
     element_bytes: int,
     most_tokens: int,
     device: torch.device,
+    also: Collectives | None = None,
 ) -> TokenSplit:
-    """Measure passes and collectives of some sizes; every rank of the group calls it at the same time.
+    """Measure passes and collectives of some sizes; every rank of the group, and of ``also``, which pass through the
+    same layers, calls it at the same time.
 
     ``run`` makes a pass over so many tokens, cut at some of them or not at all, and notes its times in the meter.
     """
@@ -62,23 +64,25 @@ def measure_split(
     compute_s = Curve.rising((float(size), _compute_s(run, size)) for size in sizes)
     nbytes = [size * bytes_per_token for size in sizes]
     clocks = Clocks(wall=monotonic_clock, work=processor_clock)
-    collective_s, wire_work = measure_sums(group, nbytes, clocks=clocks, device=device)
+    collective_s, wire_work = measure_sums(group, nbytes, clocks=clocks, device=device, also=also)
     cost = PassCost(
-        compute_s=agree(group, compute_s, device=device),
+        compute_s=agree(group, compute_s, device=device, also=also),
         collective_s=collective_s,
         collectives=collectives,
         bytes_per_token=bytes_per_token,
         wire_work=wire_work,
     )
-    pieces = pieces_worth_cutting(
+    found = ways_that_gain(
         group,
         lambda tokens, cuts: run(tokens, cuts, _no_meter()),
         sizes,
-        lambda tokens, pieces: choose_cuts(cost, tokens, pieces=pieces),
+        lambda tokens: cuts_worth_trying(cost, tokens),
         clock=monotonic_clock,
         device=device,
+        also=also,
         repeats=_REPEATS,
     )
+    pieces = [(tokens, len(cuts) + 1) for tokens, cuts in found]
     return TokenSplit(cost, element_bytes=element_bytes, pieces=pieces)
 
 

@@ -13,7 +13,7 @@ from slipstream.benchmarks.overlap.stack import Order, Stack, StackShape
 from slipstream.comm.collectives import Collectives, Work
 from slipstream.comm.errors import CommTimeout, PeerLost
 from slipstream.comm.local_groups import local_group, run_ranks
-from slipstream.comm.overlap import Deadline, Steps, run_interleaved, run_plain
+from slipstream.comm.overlap import Begun, Deadline, Steps, run_interleaved, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.comm.overlap_split import Cuts
 from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
@@ -139,6 +139,61 @@ def test_without_a_deadline_the_groups_own_counts() -> None:
 
     run_plain(piece())
     assert work.timeouts == [None]
+
+
+def _ahead(name: str, rounds: int, log: list[str], clock: HandClock) -> Steps[str]:
+    """A piece whose works stay in flight while it computes the next round."""
+    pending: Work | None = None
+    for number in range(rounds):
+        log.append(f"run {name}{number}")
+        work = ScriptedWork(clock, name=f"{name}{number}", log=log)
+        yield Begun(work)
+        if pending is not None:
+            yield pending
+        pending = work
+    if pending is not None:
+        yield pending
+    return name
+
+
+def test_what_a_piece_has_begun_is_waited_for_when_it_asks() -> None:
+    log: list[str] = []
+    assert run_plain(_ahead("a", 3, log, HandClock())) == "a"
+    assert log == ["run a0", "run a1", "wait a0", "run a2", "wait a1", "wait a2"]
+
+
+def test_beginning_a_work_is_no_turn() -> None:
+    log: list[str] = []
+    clock = HandClock()
+    assert run_interleaved([_ahead("a", 3, log, clock), _ahead("b", 3, log, clock)]) == ["a", "b"]
+    assert log == [
+        *("run a0", "run a1", "run b0", "run b1"),
+        *("wait a0", "run a2", "wait b0", "run b2"),
+        *("wait a1", "wait b1", "wait a2", "wait b2"),
+    ]
+
+
+def test_what_was_begun_is_waited_for_when_a_piece_fails() -> None:
+    log: list[str] = []
+    clock = HandClock()
+
+    def failing() -> Steps[str]:
+        yield ScriptedWork(clock, name="b0", log=log)
+        yield Begun(ScriptedWork(clock, name="b1", log=log, error=PeerLost("rank 1 ended, seen again")))
+        yield Begun(ScriptedWork(clock, name="b2", log=log))
+        raise ArithmeticError("no such layer")
+
+    with pytest.raises(ArithmeticError, match="no such layer"):
+        run_interleaved([_ahead("a", 4, log, clock), failing()])
+    assert log == ["run a0", "run a1", "wait a0", "run a2", "wait b0", *("wait a1", "wait a2", "wait b1", "wait b2")]
+
+
+def test_a_piece_must_wait_for_what_it_has_begun() -> None:
+    def careless() -> Steps[None]:
+        yield Begun(ScriptedWork(HandClock()))
+
+    with pytest.raises(AssertionError, match="waits for all that it has begun"):
+        run_plain(careless())
 
 
 def test_a_failed_step_leaves_nothing_in_the_meter() -> None:

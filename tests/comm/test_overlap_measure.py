@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from slipstream.comm.collectives import Collectives
+from slipstream.comm.groups import MeshGroups
 from slipstream.comm.local_groups import local_group, run_ranks
+from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_measure import (
     Clocks,
-    PiecesBySize,
     measure_collective,
     measure_curve,
     measure_pass,
-    pieces_worth_cutting,
+    ways_that_gain,
 )
-from slipstream.comm.overlap_split import Cuts
 from slipstream.tests.fakes.scripted_work import HandClock
+from slipstream.tests.fakes.thread_peers import local_mesh
 
 CPU = torch.device("cpu")
 
@@ -50,6 +53,20 @@ def test_all_ranks_know_the_slowest_ones_times() -> None:
         return measure_collective(group, group.all_reduce, [8, 64], clock=clock, device=CPU, repeats=3)
 
     assert run_ranks(local_group(2), run) == [Curve((8.0, 64.0), (3.0, 3.0))] * 2
+
+
+def test_ranks_along_another_axis_know_them_too() -> None:
+    def run(groups: MeshGroups) -> Curve:
+        assert groups.tp is not None
+        assert groups.ep is not None
+        clock = SteppingClock([1.0, 3.0, 9.0, 5.0][groups.place.rank])
+        return measure_collective(
+            groups.tp, groups.tp.all_reduce, [8, 64], clock=clock, device=CPU, also=groups.ep, repeats=3
+        )
+
+    meshes = local_mesh(MeshShape(ep=2, tp=2))
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        assert list(threads.map(run, meshes)) == [Curve((8.0, 64.0), (9.0, 9.0))] * 4
 
 
 def test_a_pass_is_measured_alike_on_all_ranks() -> None:
@@ -87,45 +104,40 @@ def test_a_pass_is_measured_alike_on_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
-        ({64: (0.9, 0.9), 128: (0.8, 0.9), 256: (0.8, 0.7)}, ((64, 2), (128, 2), (256, 3))),
-        ({64: (0.9, 0.9), 128: (0.99, 1.1), 256: (0.7, 1.0)}, ((256, 2),)),
-        ({64: (1.1, 1.1), 128: (1.1, 0.9), 256: (0.9, 0.95)}, ((128, 3), (256, 2))),
+        ({64: (0.9, 0.9), 128: (0.8, 0.9), 256: (0.8, 0.7)}, ((64, "a"), (128, "a"), (256, "b"))),
+        ({64: (0.9, 0.9), 128: (0.99, 1.1), 256: (0.7, 1.0)}, ((256, "a"),)),
+        ({64: (1.1, 1.1), 128: (1.1, 0.9), 256: (0.9, 0.95)}, ((128, "b"), (256, "a"))),
         ({64: (0.5, 0.5), 128: (0.5, 0.5), 256: (1.0, 0.99)}, ()),
     ],
 )
-def test_cutting_begins_where_every_larger_size_gains(
-    gains: dict[int, tuple[float, float]], expected: PiecesBySize
+def test_a_way_is_taken_where_every_larger_size_gains_too(
+    gains: dict[int, tuple[float, float]], expected: tuple[tuple[int, str], ...]
 ) -> None:
-    def run(group: Collectives) -> PiecesBySize:
+    def run(group: Collectives) -> tuple[tuple[int, str], ...]:
         clock = HandClock()
-        # Rank 1 is three times as slow, and alone sees what a cut brings: it is its time that counts.
+        # Rank 1 is three times as slow, and alone sees what a way brings: it is its time that counts.
         slowness, seen = (3.0, gains) if group.rank else (1.0, dict.fromkeys(gains, (0.5, 0.4)))
 
-        def step(tokens: int, cuts: Cuts | None) -> None:
-            clock.advance(slowness * tokens * (1.0 if cuts is None else seen[tokens][len(cuts) - 1]))
+        def step(tokens: int, way: str | None) -> None:
+            clock.advance(slowness * tokens * (1.0 if way is None else seen[tokens]["ab".index(way)]))
 
-        def choose(tokens: int, pieces: int) -> Cuts | None:
-            return tuple(range(1, pieces)) if pieces < 4 else None
-
-        return pieces_worth_cutting(group, step, list(gains), choose, clock=clock, device=CPU, repeats=3)
+        return ways_that_gain(group, step, list(gains), lambda tokens: "ab", clock=clock, device=CPU, repeats=3)
 
     assert run_ranks(local_group(2), run) == [expected] * 2
 
 
-def test_what_the_model_would_not_cut_is_not_tried() -> None:
-    tried: list[tuple[int, Cuts | None]] = []
+def test_what_is_not_worth_trying_is_not_tried() -> None:
+    tried: list[tuple[int, str | None]] = []
 
-    def run(group: Collectives) -> PiecesBySize:
+    def run(group: Collectives) -> tuple[tuple[int, str], ...]:
         clock = HandClock()
 
-        def step(tokens: int, cuts: Cuts | None) -> None:
-            tried.append((tokens, cuts))
-            clock.advance(tokens if cuts is None else tokens / 2)
+        def step(tokens: int, way: str | None) -> None:
+            tried.append((tokens, way))
+            clock.advance(tokens if way is None else tokens / 2)
 
-        choose = {(4, 2): (2,), (16, 2): (8,)}.get
-        return pieces_worth_cutting(
-            group, step, [4, 8, 16], lambda *asked: choose(asked), clock=clock, device=CPU, repeats=1
-        )
+        ways = {4: "a", 8: "", 16: "a"}
+        return ways_that_gain(group, step, [4, 8, 16], ways.__getitem__, clock=clock, device=CPU, repeats=1)
 
-    assert run_ranks(local_group(1), run) == [((16, 2),)]
-    assert set(tried) == {(16, None), (16, (8,))}
+    assert run_ranks(local_group(1), run) == [((16, "a"),)]
+    assert set(tried) == {(16, None), (16, "a")}

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from torch import Tensor
 
-from slipstream.comm.overlap import Steps, run_interleaved, run_plain
+from slipstream.comm.overlap import Begun, Steps, run_interleaved, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
 
@@ -51,6 +51,35 @@ def test_a_work_that_ended_unseen_counts_by_its_estimate_and_never_more_than_the
         totals = meter.totals
         assert (totals.compute_s, totals.exposed_s) == (8.0, 1.0)
         assert totals.hidden_s == pytest.approx(hidden_s), f"estimate {estimate_s}"
+
+
+def test_a_work_that_was_begun_counts_from_then_on() -> None:
+    clock = HandClock()
+    meter = OverlapMeter(clock, wire_s=lambda _: 3.0)
+
+    def ladder() -> Steps[None]:
+        first = ScriptedWork(clock, 3.0)
+        yield Begun(first)
+        clock.advance(2.0)
+        second = ScriptedWork(clock, 3.0)
+        yield Begun(second)
+        yield first
+        clock.advance(1.0)
+        yield second
+
+    run_plain(ladder(), meter=meter)
+    # first 0..3, second 2..5: waited for from 2 to 3 and from 4 to 5.
+    totals = meter.totals
+    assert (clock(), totals.works, totals.compute_s) == (5.0, 2, 3.0)
+    assert (totals.wire_s, totals.exposed_s, totals.hidden_s) == (5.0, 2.0, 3.0)
+
+
+def test_a_plain_run_hides_not_even_the_time_between_two_readings_of_the_clock() -> None:
+    now_s = iter(range(1000))
+    meter = OverlapMeter(lambda: float(next(now_s)), wire_s=lambda _: 1.0)
+    run_plain(_part(HandClock(), rounds=5, compute_s=0.0, wire_s=0.0), meter=meter)
+    assert meter.totals.wire_s > 0.0
+    assert meter.totals.hidden_s == 0.0
 
 
 def test_nothing_measured_is_nothing_hidden() -> None:

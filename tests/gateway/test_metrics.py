@@ -23,5 +23,17 @@ def test_stages_of_a_pipeline_are_told_apart() -> None:
     assert 'slipstream_stage_waiting_seconds_total{stage="1"} 1.25' in lines
 
 
-def test_without_a_pipeline_there_are_no_stages() -> None:
-    assert not any(line.startswith("slipstream_stage_") for line in exposition(LOAD))
+def test_the_wire_and_what_was_hidden_of_it_are_told_by_stage() -> None:
+    stages = (
+        StageTime(stage=0, busy_s=2.5, waiting_s=0.0, wire_s=1.5, wire_hidden_s=0.5),
+        StageTime(stage=1, busy_s=1.5, waiting_s=0.0, wire_s=0.75, wire_hidden_s=0.0),
+    )
+    lines = exposition(replace(LOAD, stages=stages))
+    assert 'slipstream_wire_seconds_total{stage="0"} 1.5' in lines
+    assert 'slipstream_wire_seconds_total{stage="1"} 0.75' in lines
+    assert 'slipstream_wire_hidden_seconds_total{stage="0"} 0.5' in lines
+    assert 'slipstream_wire_hidden_seconds_total{stage="1"} 0.0' in lines
+
+
+def test_a_rank_alone_has_no_stages() -> None:
+    assert not any(line.startswith(("slipstream_stage_", "slipstream_wire_")) for line in exposition(LOAD))

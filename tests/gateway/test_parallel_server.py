@@ -29,6 +29,12 @@ def test_four_ranks_serve_what_one_does_and_come_back_when_one_is_killed(tmp_pat
             return answer.choices[0].text
 
         assert ask() == expected
+        for stage in range(2):
+            wire_s, hidden_s = (
+                server.metric(f'slipstream_{name}_seconds_total{{stage="{stage}"}}') for name in ("wire", "wire_hidden")
+            )
+            assert wire_s > 0.0, "each layer's sums"
+            assert hidden_s == 0.0, "nothing to hide them behind was asked for"
         ranks = server.driver().children()
         assert len(ranks) == 3
         stream = server.openai.completions.create(

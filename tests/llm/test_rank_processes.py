@@ -82,6 +82,7 @@ def test_tensor_and_pipeline_parallel_processes_give_the_same(dense: Path, start
     assert found == alone(dense)
     assert [time.stage for time in stages] == [0, 1]
     assert all(time.busy_s > 0.0 for time in stages) and stages[1].waiting_s > 0.0
+    assert all(time.wire_s > 0.0 and time.wire_hidden_s == 0.0 for time in stages)
     assert gone(started[0])
 
 

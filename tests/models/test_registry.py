@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def spec_of(tmp_path: Path) -> Spec:
     ("architecture", "kv_heads", "head_dim", "positions", "theta", "epsilon", "bos", "eos"),
     [
         ("LlamaForCausalLM", 32, 8, 2048, 1e4, 1e-6, 1, (2,)),
+        ("LlamaLadderForCausalLM", 32, 8, 2048, 1e4, 1e-6, 1, (2,)),
         ("MistralForCausalLM", 8, 8, 131072, 1e4, 1e-6, 1, (2,)),
         ("Qwen2ForCausalLM", 32, 8, 32768, 1e4, 1e-6, None, ()),
         ("Qwen3ForCausalLM", 32, 128, 32768, 1e4, 1e-6, None, ()),
@@ -64,7 +66,7 @@ def test_defaults_of_absent_keys(
     bos: int | None,
     eos: tuple[int, ...],
 ) -> None:
-    spec = spec_of(architecture, moe_intermediate_size=64)
+    spec = spec_of(architecture, moe_intermediate_size=64, ladder_layers=0)
     assert (spec.num_kv_heads, spec.head_dim) == (kv_heads, head_dim)
     assert (spec.max_position_embeddings, spec.rms_norm_eps) == (positions, epsilon)
     assert spec.rope == RopeSpec(theta=theta, head_dim=head_dim)
@@ -76,6 +78,7 @@ def test_defaults_of_absent_keys(
 def test_every_family_is_covered_by_the_defaults_above() -> None:
     assert set(FAMILIES) == {
         "LlamaForCausalLM",
+        "LlamaLadderForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
@@ -247,6 +250,41 @@ def test_original_length_beside_the_rope_table_wins(spec_of: Spec) -> None:
 )
 def test_dtype_of_either_age(spec_of: Spec, fields: dict[str, object], dtype: str) -> None:
     assert spec_of("LlamaForCausalLM", **fields).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("ladder_layers", "ladders"),
+    [(0, ()), (2, (2, 3)), (4, (0, 1, 2, 3)), ([], ()), ([1, 3], (1, 3)), ([3, 1, 3], (1, 3))],
+)
+@pytest.mark.parametrize("architecture", ["LlamaLadderForCausalLM", "Qwen2ForCausalLM"])
+def test_ladder_layers_are_a_list_or_the_last_ones(
+    spec_of: Spec, architecture: str, ladder_layers: object, ladders: tuple[int, ...]
+) -> None:
+    spec = spec_of(architecture, ladder_layers=ladder_layers)
+    assert tuple(index for index, layer in enumerate(spec.layers) if layer.ladder) == ladders
+
+
+@pytest.mark.parametrize(
+    ("ladder_layers", "problem"),
+    [
+        (None, "is missing; it is a list of layers, or a number of the last ones"),
+        (5, "5 is more than the 4 layers there are"),
+        (-1, "must be an integer of at least 0, got -1"),
+        (True, "must be an integer of at least 0, got True"),
+        ("all", "must be an integer of at least 0, got 'all'"),
+        ([0, 4], "must name layers from 0 to 3, got 4"),
+        ([-1], "must name layers from 0 to 3, got -1"),
+        ([True], "must name layers from 0 to 3, got True"),
+        ([1.0], "must name layers from 0 to 3, got 1.0"),
+    ],
+)
+def test_ladder_layers_that_are_none_are_refused(spec_of: Spec, ladder_layers: object, problem: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"ladder_layers: {problem}")):
+        spec_of("LlamaLadderForCausalLM", ladder_layers=ladder_layers)
+
+
+def test_other_models_need_not_name_ladder_layers(spec_of: Spec) -> None:
+    assert not any(layer.ladder for layer in spec_of("LlamaForCausalLM").layers)
 
 
 def test_end_tokens_may_be_several(spec_of: Spec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,12 @@ def test_query_heads_find_their_kv_head(specs: dict[str, ModelSpec]) -> None:
             for place, head in enumerate(shard.heads(spec)):
                 mine = shard.kv_heads(spec)[place // (local.num_heads // local.num_kv_heads)]
                 assert mine == head // group
+
+
+def test_a_stage_knows_whether_a_ladder_follows(specs: dict[str, ModelSpec]) -> None:
+    whole = specs["parallel_dense"]
+    layers = tuple(replace(layer, ladder=index in (2, 4)) for index, layer in enumerate(whole.layers))
+    spec = replace(whole, layers=layers)
+    stages = [Shard(place=MeshShape(pp=3).place(rank)).local_spec(spec) for rank in range(3)]
+    assert [[layer.ladder for layer in stage.layers] for stage in stages] == [[False] * 2, [True, False], [True]]
+    assert [stage.ladder_follows for stage in stages] == [True, True, False]

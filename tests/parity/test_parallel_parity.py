@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 
 from slipstream import LLM, SamplingParams, StructuredOutputsParams
+from slipstream.comm.collectives import Collectives
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_split import Cuts
+from slipstream.comm.reduce_norm import NormCost
 from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
 from slipstream.runtime.worker import token_split
 from slipstream.runtime.worker.expert_balance import ExpertBalance
 from slipstream.runtime.worker.launch import launch_engine
+from slipstream.runtime.worker.norm_shares import fewest_in_shares
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import CheckpointError, ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
@@ -145,6 +148,7 @@ def test_even_and_full_steps_give_the_same(
     assert_same(found, alone("parallel_dense"))
 
 
+@pytest.mark.parametrize("sharded_norm", [False, True])
 @pytest.mark.parametrize(
     ("name", "degrees", "pieces"),
     [
@@ -160,6 +164,7 @@ def test_steps_in_parts_give_the_same(
     name: str,
     degrees: dict[str, int],
     pieces: int,
+    sharded_norm: bool,
     reference: Callable[[str], Reference],
     alone: Callable[[str], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -189,9 +194,62 @@ def test_steps_in_parts_give_the_same(
     monkeypatch.setattr(TokenSplit, "cut", noted)
     # Steps of many tokens, to have something to cut.
     room = {"num_gpu_blocks_override": 100, "long_prefill_token_threshold": 0}
+    room |= {"sharded_norm": sharded_norm}
     assert_same(generate(reference(name).path, overlap=True, **room, **options_of(degrees)), alone(name))
     assert {len(cut) for cut in cuts} == {pieces - 1}, "no step was cut, or not into so many parts"
     assert all(split.meter.totals.works for split in splits)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("parallel_dense", {"tp": 2}),
+        ("parallel_dense", {"tp": 4}),
+        ("parallel_dense", {"tp": 2, "pp": 3}),
+        ("parallel_experts", {"tp": 2}),
+        ("parallel_experts", {"tp": 2, "ep": 4}),
+        ("parallel_experts", {"tp": 2, "ep": 2, "pp": 2}),
+    ],
+    ids=str,
+)
+def test_norms_in_shares_give_the_same(
+    name: str, options: dict[str, int], reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    # Decoding alone has fewer tokens than ranks.
+    assert_same(generate(reference(name).path, sharded_norm=True, **options_of(options)), alone(name))
+
+
+def test_norms_in_shares_where_experts_are_over_the_same_ranks(
+    reference: Callable[[str], Reference], alone: Callable[[str], list[Any]]
+) -> None:
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "sharded_norm": True}
+    assert_same(generate(reference("parallel_experts").path, **options), alone("parallel_experts"))
+
+
+def test_where_norms_go_is_tried_and_the_same_on_all_ranks(
+    reference: Callable[[str], Reference], alone: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, bool]] = []
+    found: list[int | None] = []
+
+    def as_if_it_won(self: NormCost, tokens: int, *, margin: float = 0.03) -> bool:
+        return True
+
+    def noted(group: Collectives, run: Callable[[int, bool], None], **options: Any) -> int | None:
+        def trial(tokens: int, in_shares: bool) -> None:
+            tried.append((tokens, in_shares))
+            run(tokens, in_shares)
+
+        found.append(fewest_in_shares(group, trial, **options))
+        return found[-1]
+
+    monkeypatch.setattr(NormCost, "sharding_wins", as_if_it_won)
+    monkeypatch.setattr(rank_module, "fewest_in_shares", noted)
+    degrees = options_of({"tp": 2, "ep": 2})
+    assert_same(generate(reference("parallel_experts").path, **degrees), alone("parallel_experts"))
+    assert {in_shares for _, in_shares in tried} == {False, True}
+    assert len(found) == 4
+    assert len(set(found)) == 1
 
 
 def test_what_passes_and_exchanges_take_is_the_same_on_all_ranks(

@@ -279,7 +279,9 @@ def test_what_cannot_travel_is_refused_before_it_is_sent(field: str, request_: E
 
 counts = st.integers(0, 2**32 - 1)
 seconds = st.floats(0, 1e9)
-stage_times = st.builds(StageTime, stage=counts, busy_s=seconds, waiting_s=seconds)
+stage_times = st.builds(
+    StageTime, stage=counts, busy_s=seconds, waiting_s=seconds, wire_s=seconds, wire_hidden_s=seconds
+)
 loads = st.builds(
     EngineLoadReport,
     **dict.fromkeys(("running", "waiting", "queue_room", "blocks_total", "blocks_available"), counts),

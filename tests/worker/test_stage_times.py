@@ -20,6 +20,7 @@ from slipstream.runtime.worker.stage_link import StageLink
 from slipstream.tests.engine.builders import request
 from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.models.checkpoints import make_checkpoint
+from slipstream.tests.models.ladder_llama import make_ladder_checkpoint
 
 
 class SlowWork:
@@ -85,6 +86,24 @@ def test_the_engine_knows_every_stages_time(tensor: int, tmp_path: Path) -> None
         assert time.busy_s > 0.0 and time.busy_s + time.waiting_s < elapsed_s
     # The later stages have nothing to compute before the first one is done with a step.
     assert all(time.waiting_s > 0.0 for time in engine.stage_times[1:])
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_without_anything_to_hide_it_behind_no_wire_time_is_hidden(stages: int, tmp_path: Path) -> None:
+    engine = launch(make_checkpoint("parallel_dense", tmp_path), stages=stages, tensor=2)
+    run(engine)
+    assert [time.stage for time in engine.stage_times] == list(range(stages))
+    for time in engine.stage_times:
+        assert 0.0 < time.wire_s < time.busy_s
+        assert time.wire_hidden_s == 0.0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_a_ladder_hides_is_known(stages: int, tmp_path: Path) -> None:
+    engine = launch(make_ladder_checkpoint(tmp_path, 5), stages=stages, tensor=2)
+    run(engine)
+    for time in engine.stage_times:
+        assert 0.0 < time.wire_hidden_s < time.wire_s
 
 
 def test_a_rank_alone_is_no_pipeline(tmp_path: Path) -> None:

@@ -131,7 +131,14 @@ def token_logprobs(draw: st.DrawFn) -> TokenLogprobs:
 
 
 seconds = st.floats(allow_nan=False, allow_infinity=False)
-stage_times = st.builds(StageTime, stage=st.integers(0, 1023), busy_s=seconds, waiting_s=seconds)
+stage_times = st.builds(
+    StageTime,
+    stage=st.integers(0, 1023),
+    busy_s=seconds,
+    waiting_s=seconds,
+    wire_s=seconds,
+    wire_hidden_s=seconds,
+)
 
 
 @st.composite
@@ -461,8 +468,13 @@ def result_of(rows: int) -> StepResult:
         (("token_ids",), np.array([-2, 0], "<i4").tobytes(), "result.token_ids: must be at least -1, got -2"),
         (("invalid_rows",), np.array([1, 1], "<i4").tobytes(), "result.invalid_rows: must name each of 2 rows"),
         (("invalid_rows",), np.array([2], "<i4").tobytes(), "result.invalid_rows: must name each of 2 rows"),
-        (("stages",), ((0, 0.5, float("nan")),), "result.stages: must be a stage and two numbers of seconds"),
-        (("stages",), ((-1, 0.5, 0.5),), "result.stages: must be a stage and two numbers of seconds"),
+        (
+            ("stages",),
+            ((0, 0.5, 0.5, 0.5, float("nan")),),
+            "result.stages: must be a stage and four numbers of seconds",
+        ),
+        (("stages",), ((-1, 0.5, 0.5, 0.5, 0.5),), "result.stages: must be a stage and four numbers of seconds"),
+        (("stages",), ((0, 0.5, 0.5),), "result.stages: must be a stage and four numbers of seconds"),
         (("logprobs", "rows"), b"", "result.logprobs.lengths: has 1 entries, due are 0"),
         (
             ("logprobs", "lengths"),

@@ -312,14 +312,18 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_room: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_available: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_misses: _Optional[int] = ..., draining: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ...) -> None: ...
 
 class StageTime(_message.Message):
-    __slots__ = ("stage", "busy_s", "waiting_s")
+    __slots__ = ("stage", "busy_s", "waiting_s", "wire_s", "wire_hidden_s")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     stage: int
     busy_s: float
     waiting_s: float
-    def __init__(self, stage: _Optional[int] = ..., busy_s: _Optional[float] = ..., waiting_s: _Optional[float] = ...) -> None: ...
+    wire_s: float
+    wire_hidden_s: float
+    def __init__(self, stage: _Optional[int] = ..., busy_s: _Optional[float] = ..., waiting_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., wire_hidden_s: _Optional[float] = ...) -> None: ...
 
 class Drained(_message.Message):
     __slots__ = ()
