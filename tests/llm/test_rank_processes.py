@@ -105,10 +105,12 @@ def test_sequence_parallel_processes_give_the_same(dense: Path, started: list[Ra
     with LLM(str(dense), **OPTIONS, sequence_parallel_size=2, tensor_parallel_size=2) as llm:
         found, found_scores = answer(llm)
         assert len(started[0].process_ids) == 3
+        (stage,) = llm._engine.stage_times
     with LLM(str(dense), **OPTIONS) as llm:
         expected, expected_scores = answer(llm)
     assert found == expected
     assert found_scores == pytest.approx(expected_scores, abs=1e-4)
+    assert stage.wire_s > 0.0 and stage.wire_hidden_s > 0.0
     assert gone(started[0])
 
 

@@ -23,6 +23,7 @@ from slipstream.runtime.worker.sequence_ranks import SequenceRanks
 from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.models.checkpoints import VOCABULARY
+from slipstream.tests.models.ladder_llama import make_ladder_checkpoint
 from slipstream.tests.parity.references import Reference, load_reference
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
@@ -173,10 +174,19 @@ def test_other_models(
 def test_room_for_all_gives_the_same(
     reference: Callable[[str], Reference], alone: Callable[[str], list[Any]], divided: Counter[str]
 ) -> None:
-    """Nobody is preempted, and parts of steps that are not divided may hide one another's sums."""
+    """Nobody is preempted, residuals are in shares, parts of steps that are not divided may hide one another's sums."""
     name = "parallel_dense"
-    room = {"num_gpu_blocks_override": 600, "overlap": True, "enable_prefix_caching": False}
+    room = {"num_gpu_blocks_override": 600, "overlap": True, "enable_prefix_caching": False, "sharded_norm": True}
     assert_same(generate(reference(name).path, **room, **options_of({"sp": 2, "tp": 2})), alone(name))
+    assert divided["steps"]
+
+
+def test_ladders_give_the_same(tmp_path: Path, divided: Counter[str]) -> None:
+    # Sums are on the wire beside keys and values, also from one stage to the next.
+    path = make_ladder_checkpoint(tmp_path, [1, 2, 3])
+    expected = generate(path)
+    for degrees in ({"sp": 2, "tp": 2}, {"sp": 2, "pp": 2}):
+        assert_same(generate(path, **options_of(degrees)), expected)
     assert divided["steps"]
 
 
