@@ -1,10 +1,11 @@
 """How much sooner a long prompt is computed when sequence-parallel ranks share it, and how much wire time they hide.
 
 Ranks of one core and one thread each, in network namespaces joined by links that ``tbf`` shapes (0: not at all). For
-each prompt: alone (one rank computes all of it, the others stand idle), divided, and of that, by the slower rank's
-meter, compute and the wait that was left; wire is the same exchange with nothing computed. ``hidden`` is the share of
-the wire's time that was not waited for; ``speedup`` is alone over divided, at most the number of ranks. The arms take
-turns; each time is the slower rank's, each figure a median. ``others`` is the largest share of a rank's core that other
+each prompt: alone (one rank computes all of it, the others stand idle), divided, serial (divided, but each hop is
+waited for at once), and wire, the same exchange with nothing computed. ``hidden`` is the share of the wire's time by
+which divided is faster than serial; ``speedup`` is alone over divided, at most the number of ranks. By the slower
+rank's meter, divided is compute and what was waited, for the wire or for the other rank. The arms take turns; each time
+is the slower rank's, each figure a median. ``others`` is the largest share of a rank's core that other
 processes used meanwhile: above some per cent, the line says little. Needs root, for the namespaces.
 
     python -P benchmarks/bench_sequence_parallel.py --json benchmarks/results/sequence_parallel.json
@@ -44,6 +45,7 @@ class Figures:
     link_mbit_per_s: int
     alone_s: float
     divided_s: float
+    serial_s: float
     wire_s: float
     compute_s: float
     exposed_s: float
@@ -56,14 +58,13 @@ class Figures:
 
     @property
     def hidden(self) -> float:
-        """The share of the wire's time that was not waited for."""
-        return max(0.0, 1 - self.exposed_s / self.wire_s)
+        """The share of the wire's time that was hidden."""
+        return (self.serial_s - self.divided_s) / self.wire_s
 
     def line(self) -> str:
         """Return the line of the table."""
-        times = "".join(
-            f"{cell:9.2f}" for cell in (self.alone_s, self.divided_s, self.compute_s, self.wire_s, self.exposed_s)
-        )
+        cells = (self.alone_s, self.divided_s, self.serial_s, self.compute_s, self.exposed_s, self.wire_s)
+        times = "".join(f"{cell:9.2f}" for cell in cells)
         return (
             f"{self.ranks:5}{self.tokens:8}{self.chunk:7}{self.link_mbit_per_s or '-':>7}{times}"
             f"{self.hidden:8.0%}{self.speedup:9.2f}{self.others:8.0%}"
@@ -71,8 +72,8 @@ class Figures:
 
 
 HEADER = (
-    f"{'ranks':>5}{'prompt':>8}{'chunk':>7}{'Mb/s':>7}{'alone s':>9}{'divided':>9}{'compute':>9}{'wire':>9}"
-    f"{'waited':>9}{'hidden':>8}{'speedup':>9}{'others':>8}"
+    f"{'ranks':>5}{'prompt':>8}{'chunk':>7}{'Mb/s':>7}{'alone s':>9}{'divided':>9}{'serial':>9}"
+    f"{'compute':>9}{'waited':>9}{'wire':>9}{'hidden':>8}{'speedup':>9}{'others':>8}"
 )
 
 
@@ -96,6 +97,7 @@ def figures_of(answers: Sequence[dict[str, Any]], *, tokens: int, chunk: int, li
         link_mbit_per_s=link,
         alone_s=median_s("alone"),
         divided_s=median_s("divided"),
+        serial_s=median_s("serial"),
         wire_s=median_s("wire"),
         compute_s=max(answer["compute_s"] for answer in answers),
         exposed_s=max(answer["exposed_s"] for answer in answers),

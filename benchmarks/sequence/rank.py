@@ -13,20 +13,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slipstream.benchmarks.overlap.core_watch import CoreWatch
 from slipstream.comm.groups import MeshGroups
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.open_mesh import open_mesh_groups
+from slipstream.comm.overlap import Begun, Parts, run_plain
 from slipstream.comm.ring import RingPass
 from slipstream.comm.ring_order import ring_hops
 from slipstream.comm.sequence_split import SequenceSplit
 from slipstream.comm.torch_groups import GroupSettings, Rendezvous
 from slipstream.runtime.models.decoder import load_decoder
+from slipstream.runtime.models.forward import build_divided_batch
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
@@ -52,17 +55,17 @@ class Bench:
             question["model"], spec, dtype=torch.float32, device=_CPU, groups=groups, shard=Shard(place=groups.place)
         )
         blocks = -(-self.tokens // _BLOCK)
-        cache = KvCache.allocate(spec, num_blocks=blocks, block_size=_BLOCK, dtype=torch.float32, device=_CPU)
+        self.cache = KvCache.allocate(spec, num_blocks=blocks, block_size=_BLOCK, dtype=torch.float32, device=_CPU)
         self.table = np.arange(blocks, dtype=np.int32)[None]
         self.prompt = torch.randint(0, spec.vocab_size, (self.tokens,), generator=torch.Generator().manual_seed(1))
         self.split = SequenceSplit(rank=self.group.rank, ranks=self.group.size, fewest_tokens=1, grain=_GRAIN)
         self.kv_shape = (2 * spec.num_kv_heads, spec.head_dim)
         self.meter = ring_meter(self.group, bytes_per_token=4 * int(np.prod(self.kv_shape)))
-        self.layers = StepForward(self.model, cache, block_size=_BLOCK, deterministic=False, ring_meter=self.meter)
+        self.layers = StepForward(self.model, self.cache, block_size=_BLOCK, deterministic=False, ring_meter=self.meter)
 
     def arms(self) -> dict[str, Callable[[], None]]:
         """Return what is compared."""
-        return {"alone": self._alone, "divided": self._divided, "wire": self._wire}
+        return {"alone": self._alone, "divided": self._divided, "serial": self._serial, "wire": self._wire}
 
     def _rows(self) -> list[StepRows]:
         rows = []
@@ -91,6 +94,23 @@ class Bench:
             assert division is not None, "chunks are long"
             self.layers.run_divided(rows, None, division)
 
+    def _serial(self) -> None:
+        """As divided, but for each hop is waited for before anything is attended to."""
+        for rows in self._rows():
+            division = self.split.divide(rows.starts, rows.counts)
+            assert division is not None, "chunks are long"
+            batch = build_divided_batch(
+                division,
+                token_ids=rows.token_ids_T,
+                prompt_lengths=rows.prompt_lengths,
+                block_tables=rows.block_tables,
+                block_size=_BLOCK,
+                spec=self.model.spec,
+                dtype=torch.float32,
+                device=_CPU,
+            )
+            run_plain(_at_once(self.model.forward_parts(batch, self.cache)))
+
     def _wire(self) -> None:
         """Exchange as much as often, and compute nothing."""
         hops = ring_hops(self.group.rank, self.group.size)
@@ -102,6 +122,21 @@ class Bench:
                 passing = RingPass(self.group, own, division.tokens_of_piece)
                 for hop in hops:
                     passing.take(hop, passing.begin(hop).wait())
+
+
+def _at_once(steps: Parts) -> Parts:
+    """Run a piece that waits for each work as soon as it has begun."""
+    said = next(steps)
+    while True:
+        result = None
+        if isinstance(said, Begun):
+            said.work.wait()
+        else:
+            result = yield said
+        try:
+            said = next(steps) if result is None else steps.send(result)
+        except StopIteration as stop:
+            return cast("Tensor", stop.value)
 
 
 @torch.inference_mode()
