@@ -5,7 +5,8 @@ each prompt: alone (one rank computes all of it, the others stand idle), divided
 waited for at once), and wire, the same exchange with nothing computed. ``hidden`` is the share of the wire's time by
 which divided is faster than serial; ``speedup`` is alone over divided, at most the number of ranks. By the slower
 rank's meter, divided is compute and what was waited, for the wire or for the other rank. The arms take turns; each time
-is the slower rank's, each figure a median. ``others`` is the largest share of a rank's core that other
+is the slower rank's, each figure a median. ``work`` is the speedup in processor time, gloo's threads included: what is
+left of it where others use the cores too. ``others`` is the largest share of a rank's core that other
 processes used meanwhile: above some per cent, the line says little. Needs root, for the namespaces.
 
     python -P benchmarks/bench_sequence_parallel.py --json benchmarks/results/sequence_parallel.json
@@ -49,12 +50,19 @@ class Figures:
     wire_s: float
     compute_s: float
     exposed_s: float
+    alone_work_s: float
+    divided_work_s: float
     others: float
 
     @property
     def speedup(self) -> float:
         """How many times sooner the prompt is computed."""
         return self.alone_s / self.divided_s
+
+    @property
+    def work_speedup(self) -> float:
+        """How many times less processor time the busier rank takes than one alone."""
+        return self.alone_work_s / self.divided_work_s
 
     @property
     def hidden(self) -> float:
@@ -67,13 +75,13 @@ class Figures:
         times = "".join(f"{cell:9.2f}" for cell in cells)
         return (
             f"{self.ranks:5}{self.tokens:8}{self.chunk:7}{self.link_mbit_per_s or '-':>7}{times}"
-            f"{self.hidden:8.0%}{self.speedup:9.2f}{self.others:8.0%}"
+            f"{self.hidden:8.0%}{self.speedup:9.2f}{self.work_speedup:7.2f}{self.others:8.0%}"
         )
 
 
 HEADER = (
     f"{'ranks':>5}{'prompt':>8}{'chunk':>7}{'Mb/s':>7}{'alone s':>9}{'divided':>9}{'serial':>9}"
-    f"{'compute':>9}{'waited':>9}{'wire':>9}{'hidden':>8}{'speedup':>9}{'others':>8}"
+    f"{'compute':>9}{'waited':>9}{'wire':>9}{'hidden':>8}{'speedup':>9}{'work':>7}{'others':>8}"
 )
 
 
@@ -86,8 +94,8 @@ def measure(ranks: Sequence[Rank], model: Path, tokens: int, chunk: int, link: i
 def figures_of(answers: Sequence[dict[str, Any]], *, tokens: int, chunk: int, link: int) -> Figures:
     """Return what the ranks' answers come to."""
 
-    def median_s(arm: str) -> float:
-        slower_s = [max(times) for times in zip(*(answer["times_s"][arm] for answer in answers), strict=True)]
+    def median_s(arm: str, what: str = "times_s") -> float:
+        slower_s = [max(times) for times in zip(*(answer[what][arm] for answer in answers), strict=True)]
         return statistics.median(slower_s)
 
     return Figures(
@@ -101,13 +109,20 @@ def figures_of(answers: Sequence[dict[str, Any]], *, tokens: int, chunk: int, li
         wire_s=median_s("wire"),
         compute_s=max(answer["compute_s"] for answer in answers),
         exposed_s=max(answer["exposed_s"] for answer in answers),
+        alone_work_s=median_s("alone", "work_s"),
+        divided_work_s=median_s("divided", "work_s"),
         others=max(answer["others"] for answer in answers),
     )
 
 
 def as_values(figures: Figures) -> dict[str, Any]:
     """Return a line with what follows from it, for the report."""
-    return {**asdict(figures), "speedup": figures.speedup, "hidden": figures.hidden}
+    return {
+        **asdict(figures),
+        "speedup": figures.speedup,
+        "work_speedup": figures.work_speedup,
+        "hidden": figures.hidden,
+    }
 
 
 def main() -> None:

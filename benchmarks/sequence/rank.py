@@ -145,6 +145,7 @@ def measure(groups: MeshGroups, question: dict[str, Any], core: int) -> dict[str
     bench, watch = Bench(groups, question), CoreWatch(core)
     arms = list(bench.arms().items())
     times_s: dict[str, list[float]] = {name: [] for name, _ in arms}
+    work_s: dict[str, list[float]] = {name: [] for name, _ in arms}
     others: list[float] = []
     warm = bench.meter.totals
     for number in range(question["repeats"] + 1):
@@ -155,15 +156,17 @@ def measure(groups: MeshGroups, question: dict[str, Any], core: int) -> dict[str
             name, run = arms[(number + place) % len(arms)]
             bench.group.barrier(_TIMEOUT_S)
             watch.start()
-            began_s = time.perf_counter()
+            began_s, began_work_s = time.perf_counter(), time.process_time()
             run()
             if number:
                 times_s[name].append(time.perf_counter() - began_s)
+                work_s[name].append(time.process_time() - began_work_s)
                 others.append(watch.others_share())
             bench.group.barrier(_TIMEOUT_S)
     totals, rounds = bench.meter.totals, question["repeats"]
     return {
         "times_s": times_s,
+        "work_s": work_s,
         "others": max(others),
         "compute_s": (totals.compute_s - warm.compute_s) / rounds,
         "exposed_s": (totals.exposed_s - warm.exposed_s) / rounds,

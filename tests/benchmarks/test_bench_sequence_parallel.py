@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_slower_rank_counts() -> None:
     def answer(divided: list[float], *, exposed_s: float) -> dict[str, object]:
         times_s = {"alone": [0.1, 0.1, 0.1], "divided": divided, "serial": [6.4] * 3, "wire": [0.4, 0.5, 0.6]}
-        return {"times_s": times_s, "compute_s": 4.0, "exposed_s": exposed_s, "others": 0.02}
+        work_s = {"alone": [8.0, 8.0, 8.0], "divided": [4.0, 5.0, 6.0]}
+        return {"times_s": times_s, "work_s": work_s, "compute_s": 4.0, "exposed_s": exposed_s, "others": 0.02}
 
     first = answer([5.0, 7.0, 4.0], exposed_s=0.1)
     first["times_s"] = {**first["times_s"], "alone": [9.0, 10.0, 11.0]}  # type: ignore[dict-item]
     found = figures_of([first, answer([6.0, 5.0, 3.0], exposed_s=0.25)], tokens=4096, chunk=2048, link=1000)
     assert (found.alone_s, found.divided_s, found.wire_s) == (10.0, 6.0, 0.5)
     assert found.speedup == pytest.approx(10 / 6)
+    assert found.work_speedup == pytest.approx(8 / 5)
     assert found.hidden == pytest.approx((6.4 - 6.0) / 0.5)
 
 
