@@ -18,13 +18,16 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
+import torch
+
 from slipstream.benchmarks.expert_workloads import PlantedRouter, drifted, lognormal_loads, zipf_loads
 from slipstream.benchmarks.report import write_report
+from slipstream.comm.expert_map import map_of
+from slipstream.comm.expert_traffic import traffic
 from slipstream.placement.expert_affinity import place_by_affinity
 from slipstream.placement.expert_balance import balance_globally, balance_hierarchically, balancedness
 from slipstream.placement.expert_counts import count_together
 from slipstream.placement.expert_moves import moves_between, rebalance
-from slipstream.placement.expert_traffic import exchange_bytes
 from slipstream.placement.experts import ExpertPlacement, round_robin
 
 LAYERS, EXPERTS, RANKS_PER_HOST = 58, 256, 8
@@ -147,18 +150,27 @@ def measure_grouping(inside: float, groups: int, slots: int, seed: int) -> Group
         lambda: place_by_affinity([together], [loads], num_slots=slots, num_ranks=ranks, ranks_per_host=RANKS_PER_HOST),
         1,
     )
-    choices = router.batch(ranks, 50)
-    before = exchange_bytes(round_robin(EXPERTS, ranks, ranks_per_host=RANKS_PER_HOST), 0, choices, token_bytes=1)
-    after = exchange_bytes(grouped, 0, choices, token_bytes=1)
+    choices = [torch.tensor(rows) for rows in router.batch(ranks, 50)]
+    flat, across, inner = moved_rows(grouped, choices)
+    dealt = round_robin(EXPERTS, ranks, ranks_per_host=RANKS_PER_HOST)
+    flat_before, across_before, inner_before = moved_rows(dealt, choices)
     return Grouping(
         inside=inside,
         groups=groups,
         num_slots=slots,
-        flat=after.flat / before.flat,
-        between_hosts=after.between_hosts / before.between_hosts,
-        hierarchical=(after.between_hosts + after.inside_hosts) / (before.between_hosts + before.inside_hosts),
+        flat=flat / flat_before,
+        between_hosts=across / across_before,
+        hierarchical=(across + inner) / (across_before + inner_before),
         layer_s=seconds,
     )
+
+
+def moved_rows(placement: ExpertPlacement, choices: Sequence[torch.Tensor]) -> tuple[int, int, int]:
+    """Return the copies of tokens that travel: flat; over two levels, between hosts and inside them."""
+    placed, hosts = map_of(placement, 0), placement.num_hosts
+    (flat,) = traffic(choices, placed, sizes=(placement.num_ranks,))
+    across, inner = traffic(choices, placed, sizes=(hosts, placement.ranks_per_host))
+    return flat.moved_rows, across.moved_rows, inner.moved_rows
 
 
 def print_row(*cells: str) -> None:

@@ -2,9 +2,9 @@
 
 A rank has ``slots_per_rank`` slots, each with the weights of one expert or of none; slots count through the ranks of
 the group. Which replica a rank's tokens go to depends on the rank alone, so that a step can be repeated. Why an expert
-lives where is for ``placement`` to say.
+lives where, and who takes which replica, is for ``placement`` to say.
 
-Shapes: N ranks, E experts, R most replicas of an expert, S slots of a rank.
+Shapes: N ranks, E experts, S slots of a rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..placement.expert_routes import slots_by_source
+from ..placement.experts import ExpertPlacement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,50 +50,50 @@ class ExpertMap:
         return self.slots_NE.shape[1]
 
 
-def expert_map(slots_ER: Tensor, *, ranks: int, slots_per_rank: int, device: torch.device | None = None) -> ExpertMap:
-    """Return the map in which each expert's replicas live in the given slots, with its tables on ``device``.
+def expert_map(experts_NS: Tensor, slots_NE: Tensor, *, device: torch.device | None = None) -> ExpertMap:
+    """Return the map with these experts in the slots, and these slots for each rank's tokens; tables on ``device``.
 
-    The replicas of an expert, in the order of their slots, each serve an equal share of neighbouring ranks: ranks of
-    one host tend to use the same one, and often it is theirs.
-
-    Shapes: slots_ER [experts, most replicas] int64, -1 where an expert has fewer
-    Raises: ValueError naming the expert or slot that does not fit
+    Shapes: experts_NS [ranks, slots of a rank] int64, -1 for none; slots_NE [ranks, experts] int64
+    Raises: ValueError naming the expert and the slot that do not fit
     """
-    _check(slots_ER, ranks, slots_per_rank)
-    num_experts, most = slots_ER.shape
-    num_slots = ranks * slots_per_rank
-    # Missing replicas sort behind all others.
-    sorted_ER = torch.where(slots_ER < 0, num_slots, slots_ER).sort(dim=1).values
-    replicas_E = (slots_ER >= 0).sum(1)
-    choice_NE = torch.div(torch.arange(ranks)[:, None] * replicas_E, ranks, rounding_mode="floor")
-    slots_NE = sorted_ER.gather(1, choice_NE.T).T.contiguous()
-    experts_L = torch.full((num_slots + 1,), -1, dtype=torch.int64)
-    experts_L[sorted_ER.flatten()] = torch.arange(num_experts).repeat_interleave(most)
-    experts_NS = experts_L[:num_slots].view(ranks, slots_per_rank)
-    return ExpertMap(
-        slots_NE=slots_NE.to(device),
-        experts_NS=experts_NS.to(device),
-        digest=zlib.crc32(experts_NS.numpy().tobytes(), ranks),
+    _check(experts_NS, slots_NE)
+    tables = [table.contiguous() for table in (experts_NS, slots_NE)]
+    digest = len(experts_NS)
+    for table in tables:
+        digest = zlib.crc32(table.numpy().tobytes(), digest)
+    experts_NS, slots_NE = (table.to(device) for table in tables)
+    return ExpertMap(slots_NE=slots_NE, experts_NS=experts_NS, digest=digest)
+
+
+def map_of(placement: ExpertPlacement, layer: int, *, device: torch.device | None = None) -> ExpertMap:
+    """Return the map of one layer of a placement: each rank's tokens use the replicas that are near."""
+    return expert_map(
+        torch.tensor(placement.experts_by_rank(layer)), torch.tensor(slots_by_source(placement, layer)), device=device
     )
 
 
 def even_map(num_experts: int, *, ranks: int, device: torch.device | None = None) -> ExpertMap:
     """Return the map without replicas: neighbouring experts share a rank, the last ranks may have empty slots."""
     slots_per_rank = -(-num_experts // ranks)
-    return expert_map(torch.arange(num_experts)[:, None], ranks=ranks, slots_per_rank=slots_per_rank, device=device)
+    experts_L = torch.full((ranks * slots_per_rank,), -1)
+    experts_L[:num_experts] = torch.arange(num_experts)
+    return expert_map(
+        experts_L.view(ranks, slots_per_rank), torch.arange(num_experts).expand(ranks, num_experts), device=device
+    )
 
 
-def _check(slots_ER: Tensor, ranks: int, slots_per_rank: int) -> None:
-    if ranks < 1 or slots_per_rank < 1:
-        raise ValueError(f"ranks and slots_per_rank must be at least 1, got {ranks} and {slots_per_rank}")
-    if slots_ER.dim() != 2 or slots_ER.dtype != torch.int64:
-        raise ValueError(f"slots must be int64 [experts, replicas], got {slots_ER.dtype} {list(slots_ER.shape)}")
-    homeless = (slots_ER < 0).all(1).nonzero().flatten().tolist()
-    if homeless:
-        raise ValueError(f"expert {homeless[0]} has no slot; every expert needs one")
-    used = slots_ER[slots_ER >= 0].tolist()
-    if max(used, default=0) >= ranks * slots_per_rank:
-        raise ValueError(f"slot {max(used)} does not exist: {ranks} ranks have {slots_per_rank} slots each")
-    if len(set(used)) < len(used):
-        twice = next(slot for slot in used if used.count(slot) > 1)
-        raise ValueError(f"slot {twice} is given to two experts")
+def _check(experts_NS: Tensor, slots_NE: Tensor) -> None:
+    for name, table in (("experts", experts_NS), ("slots", slots_NE)):
+        if table.dim() != 2 or table.dtype != torch.int64 or not table.numel():
+            raise ValueError(f"{name} must be int64 [ranks, ...], not empty, got {table.dtype} {list(table.shape)}")
+    if len(experts_NS) != len(slots_NE):
+        raise ValueError(f"experts are of {len(experts_NS)} ranks, slots of {len(slots_NE)}")
+    num_slots, num_experts = experts_NS.numel(), slots_NE.shape[1]
+    outside = ((slots_NE < 0) | (slots_NE >= num_slots)).nonzero().tolist()
+    if outside:
+        rank, expert = outside[0]
+        raise ValueError(f"slot {slots_NE[rank, expert]} does not exist: there are {num_slots}")
+    wrong = (experts_NS.flatten()[slots_NE] != torch.arange(num_experts)).nonzero().tolist()
+    if wrong:
+        rank, expert = wrong[0]
+        raise ValueError(f"rank {rank} looks for expert {expert} in slot {slots_NE[rank, expert]}, which has another")

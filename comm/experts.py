@@ -2,24 +2,25 @@
 
 Nothing is dropped and nothing rounds on the way, so a token's result has the bits that ``kernels.moe_gemm.moe_mlp``
 gives it on one rank: experts see their rows in the order of ranks and tokens, and each token's sum runs in float32 in
-the order of its choices, on its own rank. That is why each expert's row comes back, and no sum of several: a sum of the
-rows of one host would save bytes and change bits.
+the order of its choices. A token all of whose experts are on one rank is summed there, and one row comes back
+(``whole_tokens``). Of any other each expert's row comes back, and its own rank adds them up: a sum of some of them
+would save bytes and change bits.
 
 The ranks are given as ``levels``, from the outermost: one group of all of them (flat), or the group of the ranks with
 this one's place on each host, then the group of this host's ranks (hierarchical). With several levels a token crosses
 each of them at most once on the way there, whatever number of its experts lies behind; on the way back each row crosses
 them all. A rank's number counts with the last level fastest.
 
-Below: ``expert_hop`` (one level), ``expert_map`` (where experts live). Beside: ``expert_padded`` (fixed shapes),
-``expert_traffic`` (what all this sends). Knows neither layers nor weights: products are the caller's.
+Below: ``expert_hop`` (one level), ``whole_tokens``, ``expert_map`` (where experts live). Beside: ``expert_gather`` (for
+few tokens that all ranks have), ``expert_padded`` (fixed shapes), ``expert_traffic`` (what all this sends). Knows
+neither layers nor weights: products are the caller's.
 
 Shapes: T tokens, H hidden size, A chosen experts per token, K entries (a row for one expert), E experts, S slots of a
-rank.
+rank, B bytes of a row with its token's choices.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -27,11 +28,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..kernels.moe_gemm import count_by_expert, unsort, weighted_sum
+from ..kernels.moe_gemm import count_by_expert, unsort
 from .collectives import Collectives
-from .expert_hop import Arrival, Entries, hop, hop_back, misuse, movable
+from .expert_hop import Arrival, hop, hop_back, misuse, movable
 from .expert_map import ExpertMap
+from .level_gather import place_in
 from .overlap import Steps
+from .whole_tokens import Expanded, choice_bytes, expanded, folded, outgoing, restored
 
 Products: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """What the experts in a rank's slots make of rows sorted by slot: (rows [rows, hidden], counts [slots] int64) to
@@ -58,13 +61,16 @@ class Dispatched:
     """The rows that reached this rank's experts.
 
     Shapes: rows_KH [entries, hidden], sorted by slot, then by the rank and the place among its tokens that they came
-    from; counts_S [slots] int64; order_K [entries] int64, where each stood on arrival
+    from; counts_S [slots] int64; order_K [entries] int64, where each stood on arrival; whole_T [this rank's tokens]
+    bool, those that are summed where their experts are
     """
 
     rows_KH: Tensor
     counts_S: Tensor
     order_K: Tensor
+    arrived: Expanded
     arrivals: tuple[Arrival, ...]
+    whole_T: Tensor
 
 
 def mix(
@@ -88,10 +94,9 @@ def mix(
     check_choice(levels, x_TH, weights_TA, experts_TA, placed)
     added: list[Tensor] = []
     meanwhile = None if shared is None else lambda: added.append(shared())
-    sent = yield from dispatch(levels, x_TH, experts_TA, placed=placed, meanwhile=meanwhile)
+    sent = yield from dispatch(levels, x_TH, weights_TA, experts_TA, placed=placed, meanwhile=meanwhile)
     results_KH = products(sent.rows_KH, sent.counts_S)
-    by_choice_KH = yield from combine(sent, results_KH)
-    output_TH = weighted_sum(by_choice_KH.view(*experts_TA.shape, by_choice_KH.shape[1]), weights_TA)
+    output_TH = yield from combine(sent, results_KH, weights_TA)
     for shared_TH in added:
         output_TH += shared_TH
     return Mixed(output_TH=output_TH, load_E=count_by_expert(experts_TA.flatten(), placed.num_experts))
@@ -100,6 +105,7 @@ def mix(
 def dispatch(
     levels: Sequence[Collectives],
     x_TH: Tensor,
+    weights_TA: Tensor,
     experts_TA: Tensor,
     *,
     placed: ExpertMap,
@@ -107,62 +113,60 @@ def dispatch(
 ) -> Steps[Dispatched]:
     """Bring each token to its experts; get the rows for one's own. ``meanwhile`` runs while rows are on their way.
 
-    Shapes: x_TH [tokens, hidden], of any type: 8-bit floats go as bytes; experts_TA [tokens, chosen] int64
+    Shapes: x_TH [tokens, hidden], of any type; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
     Raises: as ``mix``
     """
     rank, ranks = place_in(levels)
-    num_tokens, chosen = experts_TA.shape
-    slot_K = placed.slots_NE[rank].index_select(0, experts_TA.flatten())
-    token_K = torch.arange(num_tokens, device=x_TH.device).repeat_interleave(chosen)
-    rows_RH = x_TH
-    entries = Entries(row_K=token_K, place_K=slot_K, origin_K=torch.full_like(slot_K, rank))
+    chosen, slots_per_rank = experts_TA.shape[1], placed.slots_per_rank
+    slot_TA = placed.slots_NE[rank].index_select(0, experts_TA.flatten()).view_as(experts_TA)
+    leaving = outgoing(x_TH, weights_TA, slot_TA, slots_per_rank=slots_per_rank, rank=rank)
+    rows_RB, entries = leaving.rows_TB, leaving.entries
     arrivals: list[Arrival] = []
     behind = ranks
     for level in levels:
         behind //= level.size
         arrival = yield from hop(
             level,
-            rows_RH,
+            rows_RB,
             entries,
-            width=behind * placed.slots_per_rank,
+            width=behind * (slots_per_rank + 1),
             digest=placed.digest,
             meanwhile=None if arrivals else meanwhile,
         )
         arrivals.append(arrival)
-        rows_RH, entries = arrival.rows_RH, arrival.entries
+        rows_RB, entries = arrival.rows_RH, arrival.entries
+    arrived = expanded(rows_RB, entries, chosen=chosen, slots_per_rank=slots_per_rank)
     # Experts see rows by origin, whichever way they came: so a product that rounds by a row's company gives the same
     # bits as on one rank with all tokens.
-    order_K = torch.argsort(entries.place_K * ranks + entries.origin_K, stable=True)
+    order_K = torch.argsort(arrived.slot_E * ranks + arrived.origin_E, stable=True)
+    if chosen > 1:
+        rows_RB = rows_RB[:, : -choice_bytes(chosen)]
+    rows_KB = gather(rows_RB, arrived.row_E.index_select(0, order_K))
     return Dispatched(
-        rows_KH=gather(rows_RH, entries.row_K.index_select(0, order_K)),
-        counts_S=count_by_expert(entries.place_K, placed.slots_per_rank),
+        rows_KH=rows_KB.view(x_TH.dtype),
+        counts_S=count_by_expert(arrived.slot_E, slots_per_rank),
         order_K=order_K,
+        arrived=arrived,
         arrivals=tuple(arrivals),
+        whole_T=leaving.whole_T,
     )
 
 
-def combine(sent: Dispatched, results_KH: Tensor) -> Steps[Tensor]:
-    """Bring what experts made of rows back to the tokens' ranks; get a row for each token and choice, in that order.
+def combine(sent: Dispatched, results_KH: Tensor, weights_TA: Tensor) -> Steps[Tensor]:
+    """Bring what experts made of rows back to the tokens' ranks; get this rank's tokens' weighted sums.
 
-    Shapes: results_KH [entries, hidden], as ``rows_KH`` was; returns [tokens * chosen, hidden]
+    Shapes: results_KH [entries, hidden], as ``rows_KH`` was; weights_TA [tokens, chosen] float32, as dispatched;
+    returns [tokens, hidden]
     Raises: CommMisuse when there are more or fewer results than rows; as ``Work.wait``
     """
     if len(results_KH) != len(sent.rows_KH):
         raise misuse(
             sent.arrivals[-1].group, f"the experts made {len(results_KH)} rows of {len(sent.rows_KH)}; one each is due"
         )
-    back_KH = unsort(results_KH, sent.order_K)
+    back_KH = folded(unsort(results_KH, sent.order_K), sent.arrived)
     for arrival in reversed(sent.arrivals):
         back_KH = yield from hop_back(arrival, back_KH)
-    return back_KH
-
-
-def place_in(levels: Sequence[Collectives]) -> tuple[int, int]:
-    """Return this rank's number over all levels, and how many there are."""
-    rank = 0
-    for level in levels:
-        rank = rank * level.size + level.rank
-    return rank, math.prod(level.size for level in levels)
+    return restored(back_KH, weights_TA, sent.whole_T)
 
 
 def check_choice(

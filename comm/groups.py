@@ -12,7 +12,8 @@ from .mesh import MeshPlace, MeshShape
 class MeshGroups:
     """A rank's place and its groups; None along an axis with one rank, where there is nothing to say.
 
-    A group's ranks count as in the place's tuples. ``opened``: what is closed with them.
+    A group's ranks count as in the place's tuples. ``expert_levels``: where experts are spread over several hosts, the
+    levels of their exchange (``host_levels``). ``opened``: what is closed with them.
     """
 
     place: MeshPlace
@@ -20,11 +21,12 @@ class MeshGroups:
     ep: Collectives | None = None
     pp: Collectives | None = None
     sp: Collectives | None = None
+    expert_levels: tuple[Collectives, ...] = ()
     opened: tuple[Collectives, ...] = ()
 
     def close(self) -> None:
         """End every group, here; the other ranks' fail. Idempotent."""
-        for group in (self.tp, self.ep, self.pp, self.sp, *self.opened):
+        for group in (self.tp, self.ep, self.pp, self.sp, *self.expert_levels, *self.opened):
             if group is not None:
                 group.close()
 

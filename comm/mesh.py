@@ -12,17 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshShape:
-    """The degrees of parallelism of a replica.
+    """The degrees of parallelism of a replica, and how many of its ranks, in their order, share a host: None is all.
 
-    Raises: ValueError naming the degree that is below 1
+    Raises: ValueError naming what is below 1
     """
 
     pp: int = 1
     sp: int = 1
     ep: int = 1
     tp: int = 1
+    ranks_per_host: int | None = None
 
     def __post_init__(self) -> None:
+        if self.ranks_per_host is not None and self.ranks_per_host < 1:
+            raise ValueError(f"ranks_per_host must be at least 1, got {self.ranks_per_host}")
         for axis in ("pp", "sp", "ep", "tp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} must be at least 1, got {getattr(self, axis)}")
@@ -82,6 +85,10 @@ class MeshPlace:
         """All ranks of this stage."""
         size = self.shape.size // self.shape.pp
         return tuple(range(self.pp * size, (self.pp + 1) * size))
+
+    def expert_ranks(self, *, over_tp: bool) -> tuple[int, ...]:
+        """The ranks that a layer's experts are spread over: those of tp, or of ep."""
+        return self.tp_ranks if over_tp else self.ep_ranks
 
     @property
     def is_first_stage(self) -> bool:

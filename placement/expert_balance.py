@@ -2,7 +2,8 @@
 
 *Global*: any expert's replicas go to any ranks. *Hierarchical*: groups of experts are dealt to hosts first, and an
 expert's replicas stay on its group's host, so that a router that picks few groups a token reaches few hosts. Both
-assume that a replica carries an even share of its expert's load, which ``expert_routes`` sees to.
+assume that a replica carries an even share of its expert's load, which ``expert_routes`` sees to, as far as ranks
+divide.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is observed of a router: tokens per expert, and which experts are chosen together, the past fading out.
 
-Owns the counting. Numbers come in per step, or per several steps at once when somebody faster has summed them; what is
-kept is plain numbers, so that ranks can send theirs and one of them can merge. Must not know what is decided from them.
+Owns the counting. Numbers come in per step, or per several steps at once when somebody faster has summed them, over
+ranks too. Must not know what is decided from them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 class DecayedCounts:
     """A table of counts in which a step weighs half after ``half_life_steps`` further ones.
 
-    For loads: a row a layer, a column an expert. For choices made together: one table a layer, experts by experts.
-    Only ratios between counts mean anything.
+    For loads: a row a layer, a column an expert. Only ratios between counts mean anything.
     """
 
     def __init__(self, rows: int, columns: int, *, half_life_steps: float) -> None:
@@ -53,17 +52,6 @@ class DecayedCounts:
             self._counts[index] = [kept * keep + count for kept, count in zip(old, new, strict=True)]
         self.steps += steps
 
-    def merged(self, others: Iterable[DecayedCounts]) -> DecayedCounts:
-        """Return the sum of this and the tables of other ranks over the same steps; it shares nothing with them."""
-        total = DecayedCounts(len(self._counts), len(self._counts[0]), half_life_steps=self.half_life_steps)
-        for part in (self, *others):
-            if part.half_life_steps != self.half_life_steps:
-                raise ValueError(f"half_life_steps must be {self.half_life_steps} on all, got {part.half_life_steps}")
-            # Summed as they are: each has decayed up to the same step.
-            total._counts = _sum(total._counts, part._counts)
-            total.steps = max(total.steps, part.steps)
-        return total
-
 
 def count_together(choices: Iterable[Sequence[int]], num_experts: int) -> list[list[int]]:
     """Count for every pair of experts the tokens that chose both.
@@ -80,9 +68,3 @@ def count_together(choices: Iterable[Sequence[int]], num_experts: int) -> list[l
                 if other != one:
                     row[other] += 1
     return together
-
-
-def _sum(left: list[list[float]], right: list[list[float]]) -> list[list[float]]:
-    if (len(left), len(left[0])) != (len(right), len(right[0])):
-        raise ValueError(f"all tables must be {len(left)} rows of {len(left[0])}")
-    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(left, right, strict=True)]

@@ -63,10 +63,10 @@ def rebalance(
     for layer, own in enumerate(loads):
         before = [list(experts) for experts in present.experts_by_rank(layer)]
         limit = max(rank_loads(wanted, layer, own)) * (1 + tolerance)
-        renamed = _renamed(before, [list(experts) for experts in wanted.experts_by_rank(layer)], present.ranks_per_host)
+        after = renamed(before, [list(experts) for experts in wanted.experts_by_rank(layer)], present.ranks_per_host)
         repair = Repair(before, own, reach)
-        chosen = repair.ranks if repair.run(limit, most_moves=_arrivals(before, renamed)) else renamed
-        layers.append([_in_place(old, new) for old, new in zip(before, chosen, strict=True)])
+        chosen = repair.ranks if repair.run(limit, most_moves=_arrivals(before, after)) else after
+        layers.append([in_place(old, new) for old, new in zip(before, chosen, strict=True)])
     placement = ExpertPlacement.of_ranks(layers, num_experts=present.num_experts, ranks_per_host=present.ranks_per_host)
     return Rebalance(placement=placement, moves=moves_between(present, placement))
 
@@ -95,20 +95,26 @@ def moves_between(before: ExpertPlacement, after: ExpertPlacement) -> tuple[Move
     return tuple(moves)
 
 
-def _renamed(before: list[list[int]], after: list[list[int]], ranks_per_host: int) -> list[list[int]]:
+def renamed(before: list[list[int]], after: list[list[int]], ranks_per_host: int) -> list[list[int]]:
     """Give the ranks of ``after`` new numbers, whole hosts first, so that many experts stay where they are."""
 
     def hosts(ranks: list[list[int]]) -> list[list[int]]:
         firsts = range(0, len(ranks), ranks_per_host)
         return [[expert for rank in ranks[first : first + ranks_per_host] for expert in rank] for first in firsts]
 
-    renamed: list[list[int]] = []
+    found: list[list[int]] = []
     for host, other in enumerate(_matches(hosts(before), hosts(after))):
         own = before[host * ranks_per_host : (host + 1) * ranks_per_host]
         new = after[other * ranks_per_host : (other + 1) * ranks_per_host]
-        renamed += [new[index] for index in _matches(own, new)]
+        found += [new[index] for index in _matches(own, new)]
     # The best matches one by one are not always the best together.
-    return min((after, renamed), key=lambda ranks: _arrivals(before, ranks))
+    return min((after, found), key=lambda ranks: _arrivals(before, ranks))
+
+
+def in_place(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Order a rank's new experts so that those which stay keep their slots."""
+    arriving = iter(sorted(set(new).difference(old)))
+    return [expert if expert in new else next(arriving) for expert in old]
 
 
 def _matches(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int]:
@@ -126,12 +132,6 @@ def _matches(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) ->
 
 def _arrivals(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> int:
     return sum(len(set(new).difference(old)) for old, new in zip(before, after, strict=True))
-
-
-def _in_place(old: Sequence[int], new: Sequence[int]) -> list[int]:
-    """Order a rank's new experts so that those which stay keep their slots."""
-    arriving = iter(sorted(set(new).difference(old)))
-    return [expert if expert in new else next(arriving) for expert in old]
 
 
 def _check_same_shape(one: ExpertPlacement, other: ExpertPlacement) -> None:

@@ -5,9 +5,10 @@ Owns the value that the exchange between ranks and the loading of weights both r
 twice on one rank. Slots count through the ranks: rank r owns slots r * slots_per_rank and following. Knows nothing of
 loads: what makes a good placement is decided in ``expert_balance`` and ``expert_affinity``.
 
-Reading order of the files on experts: ``experts``, ``expert_routes`` (which replica a token takes), ``expert_traffic``
-(what that moves), ``expert_counts`` (what is observed), ``expert_packing``, ``expert_balance``, ``expert_affinity``
-(placements from what is observed), ``expert_moves`` (from one placement to the next).
+Reading order of the files on experts: ``experts``, ``expert_routes`` (which replica a token takes), ``expert_counts``
+(what is observed), ``expert_packing``, ``expert_balance``, ``expert_affinity`` (placements from what is observed),
+``expert_moves`` (from one placement to the next), ``expert_plan`` (which of all that a replica does). What an exchange
+moves is counted in ``comm.expert_traffic``.
 """
 
 from __future__ import annotations

@@ -53,13 +53,20 @@ PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", 
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
 SequenceOption = Annotated[int, typer.Option("--sequence-parallel-size", "-sp", help="ranks that share long prompts")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
-EplbOption = Annotated[bool, typer.Option(help="move experts between ranks so that all have as much to do")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
 ShardedNormOption = Annotated[
     bool | None, typer.Option(help="each tensor-parallel rank normalizes its share of the tokens; default: if faster")
 ]
 EvenOption = Annotated[bool, typer.Option(help="with stages: steps that take equally long")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and output together")]
+ServedNamesOption = Annotated[
+    list[str] | None, typer.Option(help="what clients call the model; may be repeated. Default: the folder's name")
+]
+ExpertBalanceOption = Annotated[bool, typer.Option(help="move experts between ranks so that all have as much to do")]
+ExpertPolicyOption = Annotated[str, typer.Option(help="balance, or affinity: together what the same tokens choose")]
+ExpertExchangeOption = Annotated[
+    str, typer.Option(help="auto, all_to_all or gather: how experts on several ranks get their tokens")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -158,9 +165,7 @@ def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is all of them")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes any free one")] = 8000,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="what clients call the model; may be repeated. Default: the folder's name")
-    ] = None,
+    served_model_name: ServedNamesOption = None,
     api_key_file: Annotated[Path | None, typer.Option(help="API keys that are let in, one a line")] = None,
     max_concurrent_requests: Annotated[int, typer.Option(help="prompts on their way at once; more get 429")] = 2048,
     max_body_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
@@ -193,9 +198,11 @@ def serve(
     gpu_memory_utilization: Annotated[float, typer.Option(help="share of free memory to use")] = 0.9,
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority")] = "fcfs",
-    enable_eplb: EplbOption = False,
+    enable_eplb: ExpertBalanceOption = False,
     num_redundant_experts: Annotated[int, typer.Option(help="slots in every layer for replicas of experts")] = 0,
     eplb_step_interval: Annotated[int, typer.Option(help="steps between two looks at the experts' loads")] = 3000,
+    eplb_policy: ExpertPolicyOption = "balance",
+    expert_exchange: ExpertExchangeOption = "auto",
     step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..placement.expert_plan import POLICIES as EPLB_POLICIES
 from ..sdk.errors import ConfigError
 
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -75,6 +76,7 @@ def require_positive(name: str, value: object) -> None:
 
 
 QUANTIZATIONS = ("none", "int8", "int4")
+EXPERT_EXCHANGES = ("auto", "all_to_all", "gather")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -104,6 +106,12 @@ class EngineOptions:
       prompts; experts may then not be spread.
     - ``enable_eplb``: while serving, every ``eplb_step_interval`` steps, move experts between ranks so that each has as
       much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
+      ``eplb_policy``: ``affinity`` also brings experts together that the same tokens choose; ``balance`` does not ask.
+    - ``expert_exchange``: how experts on several ranks get their tokens, ``all_to_all`` or by ``gather``-ing what each
+      rank's experts make of all tokens; ``auto`` tries at the start up to how many tokens a step the latter is faster.
+      The results have the same bits.
+    - ``ranks_per_host``: how many ranks, in their order, share a host, or what else is near to one another; None is all
+      of them. Tokens then cross to each host once, and experts' replicas stay on one host.
     - ``overlap``: with several ranks, cut a step's tokens where one part's exchange hides behind the other's
       arithmetic; what passes and exchanges take is measured at the start.
     - ``sharded_norm``: with several tensor-parallel ranks, keep the residual in shares, so that each rank normalizes
@@ -149,6 +157,9 @@ class EngineOptions:
     enable_eplb: bool = False
     num_redundant_experts: int = 0
     eplb_step_interval: int = 3000
+    eplb_policy: str = "balance"
+    expert_exchange: str = "auto"
+    ranks_per_host: int | None = None
     even_chunks: bool = True
     trust_remote_code: bool = False
     enforce_eager: bool = True
@@ -159,7 +170,8 @@ class EngineOptions:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError("quantization", f"must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads"):
+        whole = ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads", "ranks_per_host")
+        for name in whole:
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
@@ -171,6 +183,7 @@ class EngineOptions:
         if self.gpu_memory_utilization > 1:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
         self._check_ranks()
+        self._check_experts()
         if not isinstance(self.deterministic, bool):
             raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
         if self.trust_remote_code:
@@ -182,14 +195,6 @@ class EngineOptions:
     def _check_ranks(self) -> None:
         for name in ("tensor", "pipeline", "expert", "sequence"):
             require_positive(f"{name}_parallel_size", getattr(self, f"{name}_parallel_size"))
-        require_positive("eplb_step_interval", self.eplb_step_interval)
-        if isinstance(self.num_redundant_experts, bool) or self.num_redundant_experts < 0:
-            raise ConfigError("num_redundant_experts", f"must be 0 or more, got {self.num_redundant_experts!r}")
-        if (self.enable_eplb or self.num_redundant_experts) and not (
-            self.enable_expert_parallel or self.expert_parallel_size > 1
-        ):
-            field = "enable_eplb" if self.enable_eplb else "num_redundant_experts"
-            raise ConfigError(field, "is for experts over several ranks: see expert_parallel_size")
         for name in ("enable_expert_parallel", "overlap", "even_chunks", "enable_eplb"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
@@ -204,6 +209,24 @@ class EngineOptions:
                 f"{self.sequence_parallel_size} ranks cannot share prompts whose experts are spread ({spread}): "
                 "use one of the two; tensor_parallel_size alone cuts every expert",
             )
+
+    def _check_experts(self) -> None:
+        require_positive("eplb_step_interval", self.eplb_step_interval)
+        if isinstance(self.num_redundant_experts, bool) or self.num_redundant_experts < 0:
+            raise ConfigError("num_redundant_experts", f"must be 0 or more, got {self.num_redundant_experts!r}")
+        for name, known in (("eplb_policy", EPLB_POLICIES), ("expert_exchange", EXPERT_EXCHANGES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(name, f"must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        asked = {
+            "enable_eplb": self.enable_eplb,
+            "num_redundant_experts": self.num_redundant_experts > 0,
+            "expert_exchange": self.expert_exchange != "auto",
+        }
+        if not (self.enable_expert_parallel or self.expert_parallel_size > 1):
+            for name in (name for name, is_asked in asked.items() if is_asked):
+                raise ConfigError(name, "is for experts over several ranks: see expert_parallel_size")
+        if self.eplb_policy != "balance" and not self.enable_eplb:
+            raise ConfigError("eplb_policy", f"{self.eplb_policy!r} says how enable_eplb moves experts: give that too")
 
     def scheduler_config(self, *, max_model_len: int, num_blocks: int, attention_ratio: float = 0.0) -> SchedulerConfig:
         """Return the scheduler's part, with what was worked out from model and device."""

@@ -1,26 +1,33 @@
 """A layer's experts spread over the ranks of a group: each rank takes a share of the tokens through them.
 
 All ranks of the group hold the same tokens when a layer's MLP begins, because attention is not spread over them. Each
-routes its own share, the exchange (``comm.experts``) brings tokens to their experts and back, and the shares are put
-together again. Which expert lives where may change between two steps (``switch``).
+routes its own share. Then, by the number of tokens, one of two ways that give the same bits:
 
-Shapes: T tokens, H hidden size, A chosen experts per token, E experts.
+- *exchanged* (``comm.experts``): tokens go to their experts and back, and the shares' outputs are gathered;
+- *gathered* (``comm.expert_gather``): every rank computes its experts' rows for all tokens, and these are gathered.
+
+Weights stay where they are in both, so a layer may go another way from one step to the next; and which expert lives
+where may change between two steps (``switch``).
+
+Shapes: T tokens, W tokens of a rank's share, H hidden size, A chosen experts per token, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...comm.collectives import Collectives
-from ...comm.expert_map import ExpertMap, expert_map
-from ...comm.experts import mix
+from ...comm.expert_gather import mix_gathered, share_of
+from ...comm.expert_map import ExpertMap
+from ...comm.experts import Products, mix
+from ...comm.level_gather import gather_rows
 from ...comm.overlap import Parts
-from ...kernels.moe_gemm import expert_products
-from ...placement.experts import ExpertPlacement
+from ...kernels.moe_gemm import count_by_expert, expert_products
 from .linear_format import Product
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -29,11 +36,19 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 SlotProducts = tuple[Product, Product]
 """What multiplies with an expert's gate|up and with its down weights."""
 
+NEVER, ALWAYS = 0, sys.maxsize
+"""Values of ``most_gathered`` for one way whatever the number of tokens."""
+
+_SAMPLED_TOKENS = 64
+"""Tokens of a share, at most, whose choices are counted in pairs: enough over thousands of steps, and cheap."""
+
 
 class ExpertRanks:
     """One layer's experts, seen from a rank of the group.
 
-    ``load_E`` counts the tokens that this rank has routed to each expert; whoever reads it may set it back.
+    ``load_E`` counts the tokens that this rank has routed to each expert, and ``pairs_EE``, if somebody has asked for
+    that (``count_pairs``), those of a sample that chose both of two; whoever reads them may set them back.
+    ``most_gathered``: steps of so many tokens and fewer are gathered; the same on all ranks.
     """
 
     def __init__(
@@ -43,50 +58,76 @@ class ExpertRanks:
         slots: tuple[SlotProducts, ...],
         *,
         columns_group: Collectives | None,
+        levels: Sequence[Collectives] = (),
     ) -> None:
         """Take the group over which experts are spread, and the one over which each expert's columns are.
 
-        ``slots``: the weights of this rank's slots.
+        ``slots``: the weights of this rank's slots. ``levels``: where the group is on several hosts, the levels of its
+        exchange, as in ``comm.experts``.
         """
         self.group = group
         self.slots = slots
+        self.most_gathered = NEVER
+        self._levels = tuple(levels) or (group,)
         self._placed = placed
         self._columns_group = columns_group
-        self.load_E = torch.zeros(placed.num_experts, dtype=torch.int64)
+        self.load_E = torch.zeros(placed.num_experts, dtype=torch.int64, device=placed.slots_NE.device)
+        self.pairs_EE: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
         """The experts of the layer, on all ranks."""
         return self._placed.num_experts
 
+    @property
+    def groups(self) -> tuple[Collectives, ...]:
+        """The groups whose ranks all go the same way: what is agreed on in each, one after the other, all know."""
+        return (self.group,) if self._columns_group is None else (self.group, self._columns_group)
+
     def switch(self, placed: ExpertMap, slots: tuple[SlotProducts, ...]) -> None:
         """Use another placement from the next step on; all ranks of the group switch before the same step."""
         self._placed, self.slots = placed, slots
+
+    def count_pairs(self) -> None:
+        """Begin to count which experts are chosen together."""
+        self.pairs_EE = self.load_E.new_zeros((self.num_experts, self.num_experts), dtype=torch.int32)
 
     def mix(self, x_TH: Tensor, route: Route) -> Parts:
         """Return each token's weighted sum over its experts, on every rank of the group.
 
         Shapes: x_TH [tokens, hidden], the same on all ranks; returns [tokens, hidden]
         """
-        tokens, (rank, ranks) = x_TH.shape[0], (self.group.rank, self.group.size)
-        widest = -(-tokens // ranks)
-        own_TH = x_TH[rank * widest : (rank + 1) * widest]
-        weights_TA, experts_TA = route(own_TH)
+        tokens = x_TH.shape[0]
+        own_WH = x_TH[share_of(tokens, self.group.rank, self.group.size)]
+        weights_WA, experts_WA = route(own_WH)
+        self._count(experts_WA)
         gate_up, down = zip(*self.slots, strict=True)
         products = partial(expert_products, gate_up=gate_up, down=down)
-        mixed = yield from mix((self.group,), own_TH, weights_TA, experts_TA, placed=self._placed, products=products)
-        self.load_E += mixed.load_E.to(self.load_E.device)
-        output_TH = mixed.output_TH
-        if self._columns_group is not None:
-            output_TH = yield self._columns_group.all_reduce(output_TH)
-        share_WH = output_TH.new_zeros((widest, x_TH.shape[1]))
-        share_WH[: output_TH.shape[0]] = output_TH
-        return (yield self.group.all_gather(share_WH))[:tokens]
+        if tokens <= self.most_gathered:
+            output_TH = yield from mix_gathered(
+                self._levels, x_TH, weights_WA, experts_WA, placed=self._placed, products=products
+            )
+            return (yield from self._summed(output_TH))
+        return (yield from self._exchanged(own_WH, weights_WA, experts_WA, products, tokens))
 
+    def _exchanged(
+        self, own_WH: Tensor, weights_WA: Tensor, experts_WA: Tensor, products: Products, tokens: int
+    ) -> Parts:
+        mixed = yield from mix(self._levels, own_WH, weights_WA, experts_WA, placed=self._placed, products=products)
+        output_WH = yield from self._summed(mixed.output_TH)
+        share_WH = output_WH.new_zeros((-(-tokens // self.group.size), output_WH.shape[1]))
+        share_WH[: output_WH.shape[0]] = output_WH
+        return (yield from gather_rows(self._levels, share_WH))[:tokens]
 
-def map_of(placement: ExpertPlacement, layer: int, *, device: torch.device) -> ExpertMap:
-    """Return the exchange's tables for one layer of a placement."""
-    replicas = placement.logical_to_physical[layer]
-    most = max(len(slots) for slots in replicas)
-    slots_ER = torch.tensor([[*slots, *[-1] * (most - len(slots))] for slots in replicas], dtype=torch.int64)
-    return expert_map(slots_ER, ranks=placement.num_ranks, slots_per_rank=placement.slots_per_rank, device=device)
+    def _summed(self, output_TH: Tensor) -> Parts:
+        """Return the sum over the ranks that have the other columns of the same experts."""
+        if self._columns_group is None:
+            return output_TH
+        return (yield self._columns_group.all_reduce(output_TH))
+
+    def _count(self, experts_WA: Tensor) -> None:
+        self.load_E += count_by_expert(experts_WA.flatten(), self.num_experts)
+        if self.pairs_EE is not None and len(experts_WA):
+            some_SA = experts_WA[:: -(-len(experts_WA) // _SAMPLED_TOKENS)]
+            pair_K = (some_SA[:, :, None] * self.num_experts + some_SA[:, None, :]).flatten()
+            self.pairs_EE.view(-1).scatter_add_(0, pair_K, torch.ones_like(pair_K, dtype=torch.int32))

@@ -11,12 +11,13 @@ from functools import partial
 from torch import Tensor
 
 from ...comm.collectives import Collectives
+from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
 from ...kernels.moe_gemm import moe_mlp
 from ...kernels.moe_route import route
-from .expert_ranks import ExpertRanks, SlotProducts, map_of
+from .expert_ranks import ExpertRanks, SlotProducts
 from .linear import Linear
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import Output
@@ -82,7 +83,8 @@ def take_mlp(
     if over_experts is not None:
         placed = map_of(shard.expert_placement(spec.num_experts), 0, device=router_EH.device)
         columns_group = None if shard.experts_over_tp else groups.tp
-        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group)
+        levels = groups.expert_levels
+        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group, levels=levels)
     return MoeMlp(
         router_EH=router_EH,
         experts=experts,

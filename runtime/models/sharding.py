@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...comm.host_levels import ranks_on_a_host
 from ...comm.mesh import MeshPlace, MeshShape
-from ...placement.experts import ExpertPlacement, round_robin
+from ...placement.expert_plan import first_placement
+from ...placement.experts import ExpertPlacement
 from ...sdk.errors import ConfigError
 from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
 
@@ -60,20 +62,15 @@ class Shard:
         return _share(size, self.place.tp, self.place.shape.tp)
 
     @property
-    def expert_ranks(self) -> int:
-        """The ranks that experts are spread over."""
-        return self.place.shape.tp if self.experts_over_tp else self.place.shape.ep
-
-    @property
     def expert_rank(self) -> int:
-        """This rank's place among them."""
+        """This rank's place among those that experts are spread over."""
         return self.place.tp if self.experts_over_tp else self.place.ep
 
     def expert_placement(self, count: int) -> ExpertPlacement:
         """Return where a layer's experts are at the start; all its layers are alike."""
-        ranks = self.expert_ranks
-        slots = -(-(count + self.redundant_experts) // ranks) * ranks
-        return round_robin(count, ranks, num_slots=min(slots, count * ranks))
+        own = self.place.expert_ranks(over_tp=self.experts_over_tp)
+        per_host = ranks_on_a_host(own, self.place.shape.ranks_per_host)
+        return first_placement(count, len(own), ranks_per_host=per_host, spare_slots=self.redundant_experts)
 
     def experts(self, count: int) -> tuple[int, ...]:
         """Return the experts whose weights the rank reads, whole or its columns of them, slot by slot."""
@@ -132,6 +129,25 @@ def check_degrees(spec: ModelSpec, shape: MeshShape, *, experts_over_tp: bool = 
         raise ConfigError(option, f"is for models with experts; {spec.architecture} has none")
     if experts and ranks > min(experts):
         raise ConfigError(option, f"{ranks} ranks are more than the {min(experts)} experts of a layer")
+    if experts:
+        _check_hosts(shape, experts_over_tp=experts_over_tp)
+
+
+def _check_hosts(shape: MeshShape, *, experts_over_tp: bool) -> None:
+    """Refuse hosts on which the ranks of some experts do not lie evenly, or not as the others of their stage do."""
+    places = [shape.place(rank) for rank in range(shape.size)]
+    for stage in range(shape.pp):
+        groups = {place.expert_ranks(over_tp=experts_over_tp) for place in places if place.pp == stage}
+        try:
+            widths = {ranks_on_a_host(ranks, shape.ranks_per_host) for ranks in groups}
+        except ValueError as error:
+            raise ConfigError("ranks_per_host", str(error)) from error
+        if len(widths) > 1:
+            raise ConfigError(
+                "ranks_per_host",
+                f"{shape.ranks_per_host} puts {' or '.join(map(str, sorted(widths)))} ranks that experts are spread "
+                "over on a host; it has to be the same number for all columns of an expert",
+            )
 
 
 def _share(size: int, rank: int, ranks: int) -> range:

@@ -1,7 +1,8 @@
 """Moves experts between ranks while they serve, so that every rank has about as much to do.
 
-Every ``interval`` steps the ranks of a group add up which experts tokens went to, and all come to the same next
-placement (``placement.expert_balance``, ``expert_moves``), because they compute it from the same numbers. A rank that
+Every ``interval`` steps the ranks of a group add up which experts tokens went to, and by the policy ``affinity`` which
+experts the same tokens went to, and all come to the same next placement (``placement.expert_plan``), because they
+compute it from the same numbers. A rank that
 gets an expert reads it from the checkpoint on a thread of its own, and brings at most one a step into the form that it
 multiplies with; when all ranks say that they are ready, all switch before the same step. Nothing waits meanwhile, and
 no request notices: which replica computes changes no bits.
@@ -15,17 +16,19 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...comm.collectives import Collectives
-from ...placement.expert_balance import balance_globally
+from ...comm.expert_map import ExpertMap, map_of
 from ...placement.expert_counts import DecayedCounts
-from ...placement.expert_moves import Rebalance, rebalance
+from ...placement.expert_moves import Rebalance
+from ...placement.expert_plan import next_placement
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import CheckpointError
-from ..models.expert_ranks import ExpertRanks, SlotProducts, map_of
+from ..models.expert_ranks import ExpertRanks, SlotProducts
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +43,19 @@ _READY, _ON_ITS_WAY, _FAILED = 0, 1, 2
 _HALF_LIFE_INTERVALS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What to change to, and every layer's tables for it."""
+
+    rebalance: Rebalance
+    maps: tuple[ExpertMap, ...]
+
+
 @dataclass(slots=True)
 class _Change:
     """A placement on its way: planned, then read, then prepared; by layer and slot of this rank."""
 
-    planned: Future[Rebalance]
+    planned: Future[_Plan]
     reading: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
     prepared: dict[tuple[int, int], SlotProducts] = field(default_factory=dict)
     failed: bool = False
@@ -66,11 +77,15 @@ class ExpertBalance:
         placement: ExpertPlacement,
         *,
         interval: int,
+        policy: str,
         read: ReadExpert,
         prepare: Prepare,
         device: torch.device,
     ) -> None:
-        """Take the layers by their number, and the placement they begin with, whose layers are these in order."""
+        """Take the layers by their number, and the placement they begin with, whose layers are these in order.
+
+        ``policy``: one of ``placement.expert_plan``'s.
+        """
         self._numbers = tuple(layers)
         self._layers = tuple(layers.values())
         self._group: Collectives = self._layers[0].group
@@ -82,6 +97,11 @@ class ExpertBalance:
         self._counts = DecayedCounts(
             len(self._layers), placement.num_experts, half_life_steps=_HALF_LIFE_INTERVALS * interval
         )
+        self._pairs_LEE: Tensor | None = None
+        if policy == "affinity":
+            for layer in self._layers:
+                layer.count_pairs()
+            self._pairs_LEE = torch.zeros((len(self._layers), placement.num_experts, placement.num_experts))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-experts")
         self._change: _Change | None = None
         self._steps = 0
@@ -112,21 +132,34 @@ class ExpertBalance:
         # Counts add up exactly, in whatever order.
         all_LE = self._group.all_reduce(own_LE).wait()
         self._counts.observe(all_LE.tolist(), steps=self._interval)
+        if self._pairs_LEE is not None:
+            self._observe_pairs(self._pairs_LEE)
         loads = self._counts.counts
         if not all(any(layer) for layer in loads):
             return
         # Some layers take a while: beside the steps, on every rank for itself.
-        self._change = _Change(planned=self._worker.submit(self._next_placement, loads))
+        self._change = _Change(planned=self._worker.submit(self._next_plan, loads))
 
-    def _next_placement(self, loads: Sequence[Sequence[float]]) -> Rebalance:
-        present = self._placement
-        wanted = balance_globally(loads, num_slots=present.num_slots, num_ranks=present.num_ranks)
-        return rebalance(present, wanted, loads)
+    def _observe_pairs(self, pairs_LEE: Tensor) -> None:
+        """Let what was counted fade as loads do, and add what the ranks have counted since."""
+        pairs_LEE.mul_(0.5 ** (1 / _HALF_LIFE_INTERVALS))
+        for layer, all_EE in zip(self._layers, pairs_LEE, strict=True):
+            assert layer.pairs_EE is not None, "begun with this object"
+            all_EE += self._group.all_reduce(layer.pairs_EE).wait().to(all_EE.device)
+            layer.pairs_EE.zero_()
+
+    def _next_plan(self, loads: Sequence[Sequence[float]]) -> _Plan:
+        # Nobody writes to the pairs meanwhile: the next interval is looked at when this one's plan is in force.
+        pairs = None if self._pairs_LEE is None else partial(_pairs_of, self._pairs_LEE)
+        change = next_placement(self._placement, loads, pairs=pairs)
+        placement = change.placement
+        maps = tuple(map_of(placement, index, device=self._device) for index in range(placement.num_layers))
+        return _Plan(change, maps)
 
     def _go_on(self, change: _Change) -> None:
         if change.reading is None:
             if change.planned.done():
-                change.reading = self._begin_reading(change.planned.result())
+                change.reading = self._begin_reading(change.planned.result().rebalance)
         else:
             self._prepare_one(change, change.reading)
         if self._steps % _ASK_EVERY:
@@ -134,7 +167,7 @@ class ExpertBalance:
         state = torch.tensor([change.state], dtype=torch.int64, device=self._device)
         worst = int(self._group.all_reduce(state, op="max").wait())
         if worst == _READY:
-            self._switch(change, change.planned.result().placement)
+            self._switch(change, change.planned.result())
         elif worst == _FAILED:
             # Some rank cannot have its experts: all stay as they are, and try again at the next interval.
             self._change = None
@@ -162,14 +195,20 @@ class ExpertBalance:
                 del reading[place]
                 return
 
-    def _switch(self, change: _Change, placement: ExpertPlacement) -> None:
-        rank = self._group.rank
+    def _switch(self, change: _Change, plan: _Plan) -> None:
+        rank, placement = self._group.rank, plan.rebalance.placement
         for index, layer in enumerate(self._layers):
             held = dict(zip(self._placement.experts_on(index, rank), layer.slots, strict=True))
             slots = tuple(
                 change.prepared.get((index, slot)) or held[expert]
                 for slot, expert in enumerate(placement.experts_on(index, rank))
             )
-            layer.switch(map_of(placement, index, device=self._device), slots)
+            layer.switch(plan.maps[index], slots)
         self.switches += placement != self._placement
         self._placement, self._change = placement, None
+
+
+def _pairs_of(pairs_LEE: Tensor, layer: int) -> list[list[float]]:
+    """Return one layer's pairs as numbers: of all layers at once they would take gigabytes."""
+    pairs: list[list[float]] = pairs_LEE[layer].tolist()
+    return pairs

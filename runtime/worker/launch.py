@@ -102,6 +102,9 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         sharded_norm=options.sharded_norm,
         redundant_experts=options.num_redundant_experts,
         expert_balance_steps=options.eplb_step_interval if options.enable_eplb else 0,
+        expert_policy=options.eplb_policy,
+        expert_exchange=options.expert_exchange,
+        ranks_per_host=mesh.ranks_per_host,
     )
     rank, executor = _build(setup, start_peers)
     return LaunchedEngine(
@@ -122,6 +125,7 @@ def _mesh(options: EngineOptions) -> MeshShape:
         sp=options.sequence_parallel_size,
         ep=options.expert_parallel_size,
         tp=options.tensor_parallel_size,
+        ranks_per_host=options.ranks_per_host,
     )
 
 

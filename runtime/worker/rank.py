@@ -30,6 +30,7 @@ from ..models.weights import read_expert
 from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
+from .expert_trial import set_exchange
 from .grammar import GrammarCompiler
 from .norm_shares import fewest_in_shares
 from .sequence_ranks import SequenceRanks
@@ -69,11 +70,14 @@ class RankSetup:
     sharded_norm: bool | None = None
     redundant_experts: int = 0
     expert_balance_steps: int = 0
+    expert_policy: str = "balance"
+    expert_exchange: str = "auto"
+    ranks_per_host: int | None = None
 
     @property
     def mesh(self) -> MeshShape:
         """The replica's shape."""
-        return MeshShape(pp=self.pp, sp=self.sp, ep=self.ep, tp=self.tp)
+        return MeshShape(pp=self.pp, sp=self.sp, ep=self.ep, tp=self.tp, ranks_per_host=self.ranks_per_host)
 
     def to_json(self) -> str:
         """Return the setup as one line."""
@@ -126,6 +130,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         cache = KvCache.allocate(
             local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
         )
+        thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
         layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
@@ -177,6 +182,7 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
         layers,
         placement,
         interval=setup.expert_balance_steps,
+        policy=setup.expert_policy,
         read=read,
         prepare=linear_format.prepare,
         device=model.device,

@@ -94,7 +94,8 @@ def join_groups(order: RankOrder, setup: RankSetup, rendezvous: Rendezvous) -> M
         timeout_s=order.comm_timeout_s,
         open_timeout_s=order.timeout_s,
     )
-    return open_mesh_groups(setup.mesh.place(order.rank), rendezvous, settings)
+    place = setup.mesh.place(order.rank)
+    return open_mesh_groups(place, rendezvous, settings, experts_over_tp=setup.experts_over_tp)
 
 
 def _serve(order: RankOrder, setup: RankSetup, groups: MeshGroups) -> int:

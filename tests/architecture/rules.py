@@ -23,13 +23,14 @@ TOP_MAY_IMPORT: dict[str, frozenset[str]] = {
 
 _VALUES = frozenset({"messages", "config", "errors", "clock", "metrics"})
 
-_BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collector"})
+_BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collector", "reconcile"})
 
 RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Values, which all the rest speaks in. They may use one another; cycles are caught anyway.
     **dict.fromkeys(_VALUES, _VALUES),
     # Cores, models, text and rpc know values and not one another.
     "engine": _VALUES,
+    "reconcile": _VALUES,
     "models": _VALUES,
     "text": _VALUES,
     "rpc": _VALUES,
@@ -66,7 +67,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
 }
 """Folder → what it may import from outside the standard library. ``runtime`` is held by ``OWNERS`` instead."""
 
-PURE = ("placement", "runtime/engine")
+PURE = ("placement", "runtime/engine", "runtime/reconcile")
 """Cores that decide: synchronous and deterministic; time, randomness and membership are arguments."""
 
 PURE_NEVER = frozenset(

@@ -63,10 +63,11 @@ def test_tests_are_not_packages() -> None:
 
 
 def test_runtime_extra_covers_third_party_imports() -> None:
-    """What the package imports is what its base and ``[runtime]`` dependencies install, no more and no less."""
+    """What the package imports is what its base, ``[runtime]`` and ``[cluster]`` install, no more and no less."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["runtime"]]
-    names = {text.partition(">")[0].strip() for text in declared}
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["runtime"], *extras["cluster"]]
+    names = {text.partition(">")[0].partition("[")[0].strip() for text in declared} - {project["name"]}
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in python_files(package=True)}
     imported = {
         rules.DISTRIBUTIONS.get(package := found.target.partition(".")[0], package): f"{module.path}:{found.line}"

@@ -9,8 +9,11 @@ import torch
 from torch import distributed
 
 from slipstream.comm.collectives import Collectives, Work
+from slipstream.comm.mesh import MeshShape
 from slipstream.comm.nccl_group import NcclGroup
+from slipstream.comm.open_mesh import open_mesh_groups
 from slipstream.comm.timeouts import timeout
+from slipstream.comm.torch_groups import GroupSettings
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.tests.comm.rank_process import Rank, find
 
@@ -21,6 +24,18 @@ def all_axes(rank: Rank) -> dict[str, list[int]]:
     groups = rank.mesh
     me = torch.tensor([groups.world.rank])
     return {axis: getattr(groups, axis).all_gather(me).wait().tolist() for axis in ("world", "stage", "pp", "ep", "tp")}
+
+
+def levels_over_hosts(rank: Rank, *, place: int, ranks_per_host: int, generation: int, address: str) -> list[list[int]]:
+    """Open a mesh of four expert ranks on hosts; return which ranks are in each level, as the groups say."""
+    assert rank.rendezvous is not None
+    settings = GroupSettings(clock=monotonic_clock, host_address=address, timeout_s=20.0, open_timeout_s=20.0)
+    mesh_place = MeshShape(ep=4, ranks_per_host=ranks_per_host).place(place)
+    groups = open_mesh_groups(mesh_place, rank.rendezvous, settings, generation=generation)
+    # The rank closes what it has here when the test says so.
+    rank.groups.update({group.name: group for group in (*groups.expert_levels, *groups.opened)})
+    me = torch.tensor([place])
+    return [level.all_gather(me).wait().tolist() for level in groups.expert_levels]
 
 
 def as_if_over_nccl(rank: Rank, *, scenarios: list[str], seed: int, place: int, size: int, generation: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from slipstream.comm.expert_map import even_map, expert_map
+from slipstream.comm.expert_map import even_map, expert_map, map_of
+from slipstream.placement.experts import ExpertPlacement
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -18,38 +21,40 @@ def test_without_replicas_each_rank_has_neighbours(num_experts: int, ranks: int)
     assert homes == [*range(num_experts), *[-1] * (ranks * placed.slots_per_rank - num_experts)]
 
 
-def test_replicas_share_the_ranks_in_the_order_of_their_slots() -> None:
-    # Expert 0 in slots 7, 0 and 3; expert 1 in slot 4; expert 2 in slots 6 and 1: four ranks of two slots.
-    table = torch.tensor([[7, 0, 3], [-1, 4, -1], [6, -1, 1]])
-    placed = expert_map(table, ranks=4, slots_per_rank=2)
-    assert placed.experts_NS.tolist() == [[0, 2], [-1, 0], [1, -1], [2, 0]]
-    assert placed.slots_NE.T.tolist() == [[0, 0, 3, 7], [4, 4, 4, 4], [1, 1, 6, 6]]
+def test_a_rank_with_its_own_replica_uses_it_and_otherwise_one_of_its_host() -> None:
+    # Two hosts of two ranks. Expert 0 is on ranks 1 and 3, expert 1 on ranks 0 and 2, the others once.
+    placement = ExpertPlacement.of_ranks([[(1, 2), (0, 3), (1, 4), (0, 5)]], num_experts=6, ranks_per_host=2)
+    placed = map_of(placement, 0)
+    assert placed.experts_NS.tolist() == [[1, 2], [0, 3], [1, 4], [0, 5]]
+    assert placed.slots_NE[:, 0].tolist() == [2, 2, 6, 6]
+    assert placed.slots_NE[:, 1].tolist() == [0, 0, 4, 4]
     for rank, slots in enumerate(placed.slots_NE.tolist()):
         found = [placed.experts_NS.flatten()[slot].item() for slot in slots]
-        assert found == [0, 1, 2], f"rank {rank} finds every expert where it is"
+        assert found == list(range(6)), f"rank {rank} finds every expert where it is"
 
 
-def test_digests_tell_maps_apart_and_not_how_they_are_written() -> None:
-    table = torch.tensor([[3, 0], [1, -1]])
-    digest = expert_map(table, ranks=2, slots_per_rank=2).digest
-    assert expert_map(torch.tensor([[0, 3], [-1, 1]]), ranks=2, slots_per_rank=2).digest == digest
-    assert expert_map(torch.tensor([[0, 3], [-1, 2]]), ranks=2, slots_per_rank=2).digest != digest
-    assert expert_map(table, ranks=1, slots_per_rank=4).digest != digest, "the same slots, cut otherwise"
+def test_digests_tell_maps_apart() -> None:
+    held, slots = torch.tensor([[0, 1], [-1, 0]]), torch.tensor([[0, 1], [0, 1]])
+    digest = expert_map(held, slots).digest
+    assert expert_map(held.clone(), slots.clone()).digest == digest
+    assert expert_map(torch.tensor([[0, 1], [0, -1]]), slots).digest != digest, "another slot has a replica"
+    assert expert_map(held, torch.tensor([[0, 1], [3, 1]])).digest != digest, "another replica is used"
+    assert expert_map(held.view(1, 4), slots[:1]).digest != digest, "the same slots, cut otherwise"
 
 
 @pytest.mark.parametrize(
-    ("table", "reason"),
+    ("held", "slots", "reason"),
     [
-        ([[0], [-1]], "expert 1 has no slot"),
-        ([[0], [4]], "slot 4 does not exist: 2 ranks have 2 slots each"),
-        ([[0, 1], [1, -1]], "slot 1 is given to two experts"),
-        ([[0, 0], [1, -1]], "slot 0 is given to two experts"),
-        ([0, 1], r"slots must be int64 \[experts, replicas\], got torch.int64 \[2\]"),
-        ([[0.0]], "got torch.float32"),
+        ([[0, -1], [-1, -1]], [[0, 1], [0, 1]], "rank 0 looks for expert 1 in slot 1, which has another"),
+        ([[0, 1], [1, -1]], [[0, 1], [0, 0]], "rank 1 looks for expert 1 in slot 0, which has another"),
+        ([[0, 1], [1, -1]], [[0, 1], [0, 4]], "slot 4 does not exist: there are 4"),
+        ([[0, 1], [1, -1]], [[0, -1], [0, 1]], "slot -1 does not exist: there are 4"),
+        ([[0, 1]], [[0, 1], [0, 1]], "experts are of 1 ranks, slots of 2"),
+        ([0, 1], [[0, 1]], r"experts must be int64 \[ranks, ...\], not empty, got torch.int64 \[2\]"),
+        ([[0, 1]], [[0.0, 1.0]], r"slots must be int64 .* got torch.float32 \[1, 2\]"),
+        ([[]], [[0]], "experts must be int64"),
     ],
 )
-def test_tables_that_cannot_be_are_named(table: list[list[float]], reason: str) -> None:
+def test_tables_that_cannot_be_are_named(held: list[Any], slots: list[Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        expert_map(torch.tensor(table), ranks=2, slots_per_rank=2)
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 2"):
-        expert_map(torch.tensor([[0]]), ranks=0, slots_per_rank=2)
+        expert_map(torch.tensor(held), torch.tensor(slots))

@@ -186,8 +186,9 @@ def test_float8_rows(seed: int) -> None:
 
 def test_different_maps_are_seen_by_all_ranks(seed: int) -> None:
     """Even where one rank has more slots than another."""
-    table = torch.arange(EXPERTS)[:, None]
-    maps = [expert_map(table, ranks=2, slots_per_rank=slots) for slots in (5, 9)]
+    held = torch.cat([torch.arange(EXPERTS), torch.full((8,), -1)])
+    slots = torch.arange(EXPERTS).expand(2, EXPERTS)
+    maps = [expert_map(held[: 2 * each].view(2, each), slots) for each in (5, 9)]
     tokens = make_tokens(seed, (4, 4), EVEN, top_k=2, dtype=torch.float32)
 
     def body(rank: int, levels: list[Collectives]) -> str:

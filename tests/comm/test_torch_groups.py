@@ -10,7 +10,7 @@ import pytest
 
 from slipstream.comm.errors import CommMisuse, CommTimeout
 from slipstream.comm.torch_groups import Rendezvous
-from slipstream.tests.comm.rank_acts import all_axes
+from slipstream.tests.comm.rank_acts import all_axes, levels_over_hosts
 from slipstream.tests.comm.ranks import LOOPBACK, RankProcess, meet, name_of, open_together, result_of, together
 from slipstream.tests.contracts.collectives import SIZES, CollectivesContract, Scenario
 
@@ -64,6 +64,20 @@ def test_a_mesh_has_its_groups(processes: list[RankProcess], shape: tuple[int, i
             "ep": [stage * ep * tp + other * tp + within % tp for other in range(ep)],
             "tp": [rank - within % tp + other for other in range(tp)],
         }
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_host", "levels"),
+    [(2, [[[0, 2], [0, 1]], [[1, 3], [0, 1]], [[0, 2], [2, 3]], [[1, 3], [2, 3]]]), (4, [[]] * 4), (1, [[]] * 4)],
+)
+def test_experts_on_several_hosts_have_levels(
+    processes: list[RankProcess], ranks_per_host: int, levels: list[list[list[int]]]
+) -> None:
+    arguments = {"ranks_per_host": ranks_per_host, "generation": next(_generations), "address": LOOPBACK}
+    act = name_of(levels_over_hosts)
+    answers = together(processes, "act", lambda rank: {"act": act, "place": rank, **arguments})
+    together(processes, "close", lambda _: {})
+    assert [result_of(answer) for answer in answers] == levels
 
 
 def test_a_rank_that_does_not_come(processes: list[RankProcess]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slipstream.comm.collectives import Collectives
-from slipstream.comm.expert_map import ExpertMap
+from slipstream.comm.expert_map import ExpertMap, expert_map
 from slipstream.comm.experts import Products
 from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.kernels.moe_gemm import Product, expert_products, moe_mlp
@@ -155,3 +155,18 @@ def all_tokens(tokens: Sequence[Tokens]) -> Tokens:
         torch.cat([one.weights for one in tokens]),
         torch.cat([one.experts for one in tokens]),
     )
+
+
+def replicated(seed: int, count: int, ranks: int) -> ExpertMap:
+    """Return a map with random slots: ``ranks`` replicas of expert 0, two of expert 1, one of every other.
+
+    Each rank's tokens use any of the replicas.
+    """
+    slots_per_rank = -(-2 * count // ranks)
+    draw = torch.Generator().manual_seed(seed)
+    experts = torch.full((ranks * slots_per_rank,), -1)
+    held = torch.tensor([*range(count), *[0] * (ranks - 1), 1])
+    experts[torch.randperm(len(experts), generator=draw)[: len(held)]] = held
+    replicas = [(experts == expert).nonzero().flatten() for expert in range(count)]
+    slots = [[int(own[torch.randint(len(own), (), generator=draw)]) for own in replicas] for _ in range(ranks)]
+    return expert_map(experts.view(ranks, slots_per_rank), torch.tensor(slots))

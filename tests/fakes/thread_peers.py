@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from slipstream.comm.collectives import Collectives
 from slipstream.comm.groups import MeshGroups
+from slipstream.comm.host_levels import host_levels
 from slipstream.comm.local_groups import BytesSent, local_group
-from slipstream.comm.mesh import MeshShape
+from slipstream.comm.mesh import MeshPlace, MeshShape
 from slipstream.runtime.messages import StepPlan, StepResult
 from slipstream.runtime.worker.rank import Rank, RankSetup, build_rank
 
@@ -16,16 +17,36 @@ LOAD_TIMEOUT_S = 60.0
 STEP_TIMEOUT_S = 60.0
 
 
-def local_mesh(shape: MeshShape, *, timeout_s: float = 30.0, bytes_sent: BytesSent | None = None) -> list[MeshGroups]:
-    """Return the groups of every rank of a mesh."""
+SentByGroup = dict[tuple[str, tuple[int, ...]], BytesSent]
+"""(axis, ranks) → what passed between the ranks of that group, which count as in the group."""
+
+
+def local_mesh(
+    shape: MeshShape,
+    *,
+    timeout_s: float = 30.0,
+    experts_over_tp: bool = False,
+    sent: SentByGroup | None = None,
+) -> list[MeshGroups]:
+    """Return the groups of every rank of a mesh; ``sent`` is filled with a counter for each group."""
     made: dict[tuple[str, tuple[int, ...]], list[Collectives]] = {}
 
     def seat(axis: str, ranks: tuple[int, ...], rank: int) -> Collectives | None:
         if len(ranks) == 1:
             return None
         if (axis, ranks) not in made:
-            made[axis, ranks] = local_group(len(ranks), name=axis, timeout_s=timeout_s, bytes_sent=bytes_sent)
+            counter = BytesSent() if sent is None else sent.setdefault((axis, ranks), BytesSent())
+            made[axis, ranks] = local_group(len(ranks), name=axis, timeout_s=timeout_s, bytes_sent=counter)
         return made[axis, ranks][ranks.index(rank)]
+
+    def levels(place: MeshPlace) -> tuple[Collectives, ...]:
+        ranks_by_level = host_levels(place.expert_ranks(over_tp=experts_over_tp), place.rank, shape.ranks_per_host)
+        if len(ranks_by_level) == 1:
+            return ()
+        seats = [
+            seat(axis, ranks, place.rank) for axis, ranks in zip(("across", "inside"), ranks_by_level, strict=True)
+        ]
+        return tuple(one for one in seats if one is not None)
 
     places = [shape.place(rank) for rank in range(shape.size)]
     return [
@@ -35,17 +56,20 @@ def local_mesh(shape: MeshShape, *, timeout_s: float = 30.0, bytes_sent: BytesSe
             ep=seat("ep", place.ep_ranks, place.rank),
             pp=seat("pp", place.pp_ranks, place.rank),
             sp=seat("sp", place.sp_ranks, place.rank),
+            expert_levels=levels(place),
         )
         for place in places
     ]
 
 
 class ThreadPeers:
-    """All ranks but the first, each with an executor of its own in this process."""
+    """All ranks but the first, each with an executor of its own in this process. ``sent``: bytes between ranks."""
+
+    sent: SentByGroup | None = None
 
     def __init__(self, setup: RankSetup) -> None:
         shape = setup.mesh
-        all_groups = local_mesh(shape)
+        all_groups = local_mesh(shape, experts_over_tp=setup.experts_over_tp, sent=self.sent)
         self.groups = all_groups[0]
         self._loader = ThreadPoolExecutor(max_workers=shape.size)
         self._loading = [self._loader.submit(build_rank, setup, groups) for groups in all_groups[1:]]

@@ -64,7 +64,9 @@ OPTIONS = {
         ),
         *("max_queued_requests", "block_size", "kv_cache_memory_bytes", "gpu_memory_utilization"),
         *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
-        *("enable_eplb", "num_redundant_experts", "eplb_step_interval"),
+        *("enable_eplb", "num_redundant_experts", "eplb_step_interval", "eplb_policy"),
+        # tried at the start; forced where it is to be compared
+        "expert_exchange",
     },
     "bench serve": {
         # whom, and as who

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.comm.groups import MeshGroups
-from slipstream.comm.local_groups import BytesSent, local_group, run_ranks
+from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.mesh import MeshShape
 from slipstream.comm.overlap import run_plain
 from slipstream.comm.overlap_meter import OverlapMeter, OverlapTotals
@@ -27,7 +27,7 @@ from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.model_spec import ModelSpec
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
-from slipstream.tests.fakes.thread_peers import local_mesh
+from slipstream.tests.fakes.thread_peers import SentByGroup, local_mesh
 from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -132,9 +132,9 @@ def run(
     *,
     deterministic: bool = False,
     steps: Sequence[Sequence[Row]] = STEPS,
-    bytes_sent: BytesSent | None = None,
+    sent: SentByGroup | None = None,
 ) -> list[Ran]:
-    groups = local_mesh(mesh, bytes_sent=bytes_sent)
+    groups = local_mesh(mesh, sent=sent)
 
     def body(rank: int) -> Ran:
         try:
@@ -167,7 +167,11 @@ def assert_same(ran: list[Ran], alone: Ran, mesh: MeshShape, *, exact: bool = Fa
             assert (layer[written] - part[written]).abs().max() <= bound
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(sp=2), MeshShape(sp=3), MeshShape(sp=4), MeshShape(sp=2, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshShape(sp=2), MeshShape(sp=3), MeshShape(sp=4), MeshShape(sp=2, tp=2)],
+    ids=lambda mesh: f"sp={mesh.sp} tp={mesh.tp}",
+)
 @pytest.mark.parametrize("name", ["llama", "qwen3_mixed_layers"])
 def test_divided_steps_give_the_same(name: str, mesh: MeshShape, checkpoint: Callable[[str], Path]) -> None:
     (alone,) = run(checkpoint(name), MeshShape())
@@ -194,15 +198,17 @@ def test_deterministic_divided_steps_give_the_same_bits(
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_rank_sends_what_the_others_lack_and_nothing_else(ranks: int, checkpoint: Callable[[str], Path]) -> None:
-    sent = BytesSent()
+    sent: SentByGroup = {}
     spec = read_model_spec(checkpoint("llama"))
     tokens = 8 * ranks
     # Pieces of equal size; the step after it has nothing to divide, and sends nothing.
     steps = [[(0, 0, 2 * tokens)], [(0, 2 * tokens, 1), (1, 0, 20)]]
-    ran = run(checkpoint("llama"), MeshShape(sp=ranks), steps=steps, bytes_sent=sent)
+    ran = run(checkpoint("llama"), MeshShape(sp=ranks), steps=steps, sent=sent)
     own_bytes = 2 * tokens // ranks * kv_bytes(spec)
+    ((group, counter),) = sent.items()
+    assert group == ("sp", tuple(range(ranks)))
     for rank in range(ranks):
-        found = sum(count for (source, _), count in sent.items() if source == rank)
+        found = sum(count for (source, _), count in counter.items() if source == rank)
         assert found == spec.num_layers * (ranks - 1) * own_bytes
     # One work for a hop and layer, and each was begun before the attention that hides it.
     assert {mine.totals.works for mine in ran} == {spec.num_layers * (ranks // 2)}

@@ -16,7 +16,10 @@ from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
 from slipstream.tests.models.checkpoints import make_checkpoint
 
-MESHES = [MeshShape(pp=pp, ep=ep, tp=tp) for pp, ep, tp in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))]
+MESHES = [
+    *(MeshShape(pp=pp, ep=ep, tp=tp) for pp, ep, tp in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))),
+    MeshShape(ep=4, tp=2, ranks_per_host=4),
+]
 
 
 @pytest.fixture(scope="module")

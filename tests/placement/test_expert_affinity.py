@@ -1,4 +1,4 @@
-"""Experts that fire together share hosts and ranks, and fewer bytes move for it."""
+"""Experts that fire together share hosts and ranks, and fewer rows move for it."""
 
 from __future__ import annotations
 
@@ -8,66 +8,18 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.benchmarks.expert_workloads import PlantedRouter
+from slipstream.comm.expert_map import map_of
+from slipstream.comm.expert_traffic import traffic
 from slipstream.placement.expert_affinity import SLACK, group_experts, place_by_affinity
 from slipstream.placement.expert_balance import balance_globally, rank_loads
 from slipstream.placement.expert_counts import count_together
-from slipstream.placement.expert_traffic import ExchangeBytes, exchange_bytes
 from slipstream.placement.experts import ExpertPlacement, round_robin
 from slipstream.tests.placement.expert_cases import Problem, problems
-
-
-def test_bytes_by_hand() -> None:
-    # Two hosts of two ranks: experts 0, 1 on rank 0, 2, 3 on rank 1, and so on.
-    placement = ExpertPlacement.of_ranks([[(0, 1), (2, 3), (4, 5), (6, 7)]], num_experts=8, ranks_per_host=2)
-    none: list[tuple[int, ...]] = []
-
-    def moved(source: int, *experts: int) -> ExchangeBytes:
-        choices = [[experts] if rank == source else none for rank in range(4)]
-        return exchange_bytes(placement, 0, choices, token_bytes=10)
-
-    nothing = ExchangeBytes(flat=0, flat_between_hosts=0, between_hosts=0, inside_hosts=0)
-    assert exchange_bytes(placement, 0, [none] * 4, token_bytes=10) == nothing
-    assert moved(0, 0, 1) == nothing
-    assert moved(0, 2, 3) == ExchangeBytes(flat=10, flat_between_hosts=0, between_hosts=0, inside_hosts=10)
-    # Four experts on the other host: two copies flat; one to the host, at rank 2, and one on from there.
-    assert moved(0, 4, 5, 6, 7) == ExchangeBytes(flat=20, flat_between_hosts=20, between_hosts=10, inside_hosts=10)
-    assert moved(1, 4, 5) == ExchangeBytes(flat=10, flat_between_hosts=10, between_hosts=10, inside_hosts=10)
-    assert moved(1, 6, 7) == ExchangeBytes(flat=10, flat_between_hosts=10, between_hosts=10, inside_hosts=0)
-    assert moved(3, 0, 2, 4, 6) == ExchangeBytes(flat=30, flat_between_hosts=20, between_hosts=10, inside_hosts=20)
-    with pytest.raises(ValueError, match="choices must be of 4 ranks, got 3"):
-        exchange_bytes(placement, 0, [none] * 3, token_bytes=1)
-    with pytest.raises(ValueError, match="token_bytes must be at least 1, got 0"):
-        exchange_bytes(placement, 0, [none] * 4, token_bytes=0)
-
-
-def test_a_near_replica_saves_the_way() -> None:
-    placement = ExpertPlacement.of_ranks([[(0, 1), (0, 2)]], num_experts=3, ranks_per_host=1)
-    moved = exchange_bytes(placement, 0, [[(0,), (0,)], [(0,), (1,)]], token_bytes=1)
-    assert moved == ExchangeBytes(flat=1, flat_between_hosts=1, between_hosts=1, inside_hosts=0)
-
-
-@given(problem=problems(), seed=st.integers(0, 2**32))
-def test_a_hierarchical_exchange_sends_no_more_between_hosts(problem: Problem, seed: int) -> None:
-    placement = balance_globally(
-        problem.loads,
-        num_slots=problem.num_slots,
-        num_ranks=problem.num_ranks,
-        ranks_per_host=problem.ranks_per_host,
-    )
-    router = PlantedRouter(
-        experts=problem.num_experts, groups=1, top_k=min(4, problem.num_experts), inside=1.0, seed=seed
-    )
-    choices = router.batch(problem.num_ranks, 5)
-    moved = exchange_bytes(placement, 0, choices, token_bytes=1)
-    assert moved.between_hosts <= moved.flat_between_hosts <= moved.flat
-    assert moved.flat <= moved.between_hosts + moved.inside_hosts
-    assert moved.between_hosts <= problem.num_ranks * 5 * (placement.num_hosts - 1)
-    if placement.num_hosts == 1:
-        assert moved.flat == moved.inside_hosts
 
 
 @pytest.mark.parametrize(("experts", "groups", "num_slots"), [(64, 8, 64), (64, 4, 64), (64, 8, 80), (128, 16, 128)])
@@ -80,13 +32,16 @@ def test_planted_groups_move_far_fewer_bytes(experts: int, groups: int, num_slot
         [count_together(learned, experts)], [loads], num_slots=num_slots, num_ranks=ranks, ranks_per_host=per_host
     )
     # Judged by tokens that it has not seen.
-    choices = router.batch(ranks, 100)
+    choices = [torch.tensor(rows) for rows in router.batch(ranks, 100)]
     dealt = round_robin(experts, ranks, ranks_per_host=per_host)
-    before = exchange_bytes(dealt, 0, choices, token_bytes=1)
-    after = exchange_bytes(grouped, 0, choices, token_bytes=1)
-    assert after.between_hosts <= 0.7 * before.between_hosts
-    assert after.between_hosts + after.inside_hosts <= 0.7 * (before.between_hosts + before.inside_hosts)
-    assert after.flat <= 0.7 * before.flat
+
+    def moved(placement: ExpertPlacement, *sizes: int) -> list[int]:
+        return [level.moved_rows for level in traffic(choices, map_of(placement, 0), sizes=sizes)]
+
+    before, after = moved(dealt, 4, 2), moved(grouped, 4, 2)
+    assert after[0] <= 0.7 * before[0]
+    assert sum(after) <= 0.7 * sum(before)
+    assert moved(grouped, 8)[0] <= 0.7 * moved(dealt, 8)[0]
     heaviest = max(rank_loads(grouped, 0, loads))
     balanced = balance_globally([loads], num_slots=num_slots, num_ranks=ranks)
     assert heaviest <= max(rank_loads(balanced, 0, loads)) * (1 + SLACK) ** 2 * 1.05

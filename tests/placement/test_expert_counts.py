@@ -1,4 +1,4 @@
-"""Counts fade, merge over ranks and refuse what cannot be a count."""
+"""Counts fade and refuse what cannot be a count."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from slipstream.placement.expert_counts import DecayedCounts, count_together
 
@@ -21,33 +19,6 @@ def test_a_step_weighs_half_after_the_half_life() -> None:
     counts.observe([[0, 5]], steps=3)
     assert counts.counts[0] == pytest.approx((2, 5))
     assert counts.steps == 7
-
-
-@given(
-    batches=st.lists(
-        st.tuples(st.integers(1, 5), st.lists(st.integers(0, 100), min_size=12, max_size=12)), min_size=1, max_size=6
-    )
-)
-def test_ranks_merged_are_one_rank_that_saw_all(batches: list[tuple[int, list[int]]]) -> None:
-    ranks = [DecayedCounts(2, 2, half_life_steps=4.5) for _ in range(3)]
-    whole = DecayedCounts(2, 2, half_life_steps=4.5)
-    for steps, numbers in batches:
-        tables = [[numbers[4 * rank : 4 * rank + 2], numbers[4 * rank + 2 : 4 * rank + 4]] for rank in range(3)]
-        for rank, table in zip(ranks, tables, strict=True):
-            rank.observe(table, steps=steps)
-        whole.observe([[sum(table[i][j] for table in tables) for j in range(2)] for i in range(2)], steps=steps)
-    merged = ranks[0].merged(ranks[1:])
-    assert merged.steps == whole.steps
-    for row, expected in zip(merged.counts, whole.counts, strict=True):
-        assert row == pytest.approx(expected)
-
-
-def test_a_merged_table_shares_nothing() -> None:
-    one, other = DecayedCounts(1, 1, half_life_steps=1), DecayedCounts(1, 1, half_life_steps=1)
-    one.observe([[1]])
-    merged = one.merged([other])
-    one.observe([[1]])
-    assert merged.counts == ((1.0,),)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +45,6 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         DecayedCounts(0, 1, half_life_steps=1)
     with pytest.raises(ValueError, match="half_life_steps must be positive, got 0"):
         DecayedCounts(1, 1, half_life_steps=0)
-    with pytest.raises(ValueError, match="half_life_steps must be 1 on all, got 2"):
-        DecayedCounts(1, 1, half_life_steps=1).merged([DecayedCounts(1, 1, half_life_steps=2)])
-    with pytest.raises(ValueError, match="all tables must be 1 rows of 1"):
-        DecayedCounts(1, 1, half_life_steps=1).merged([DecayedCounts(1, 2, half_life_steps=1)])
 
 
 def test_pairs_are_counted_both_ways() -> None:

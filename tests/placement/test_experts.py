@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from slipstream.placement.expert_balance import balance_globally
-from slipstream.placement.expert_routes import routes_from, slots_by_source, source_cycles
+from slipstream.placement.expert_routes import slots_by_source
 from slipstream.placement.experts import ExpertPlacement, round_robin
 from slipstream.tests.placement.expert_cases import Problem, problems
 
@@ -85,7 +84,7 @@ def test_slots_and_ranks_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 4 is not among 4"):
         PLACEMENT.host_of(4)
     with pytest.raises(ValueError, match="rank -1 is not among 4"):
-        routes_from(PLACEMENT, -1)
+        PLACEMENT.host_of(-1)
 
 
 @pytest.mark.parametrize(
@@ -118,50 +117,40 @@ def test_round_robin_is_a_placement_for_any_sizes(experts: int) -> None:
         round_robin(experts, 2, num_slots=2 * experts + 2)
 
 
-def test_a_token_takes_the_nearest_replica() -> None:
-    assert routes_from(PLACEMENT, 2).cycles == (((4, 4, 4, 4), (5, 5), (3,), (7,)),)
-    # Ranks 1 and 3 hold no replica of expert 1, but their hosts do.
-    assert source_cycles(PLACEMENT, 0, 1) == ((1, 1), (1, 1), (5, 5), (5, 5))
-    routes = routes_from(PLACEMENT, 3)
-    assert routes.source == 3
-    assert [routes.slot(0, expert, 17) for expert in range(4)] == [6, 5, 3, 7]
+def test_tokens_take_the_nearest_replica() -> None:
+    # Expert 0 is on every rank; ranks 1 and 3 hold no replica of expert 1, but their hosts do.
+    assert slots_by_source(PLACEMENT, 0) == ((0, 1, 3, 7), (2, 1, 3, 7), (4, 5, 3, 7), (6, 5, 3, 7))
 
 
 def test_replicas_are_used_evenly_where_near_alone_would_not_be() -> None:
-    # Two replicas on the first host and one on the second: its ranks must send some of their tokens over.
+    # Two replicas of expert 0 on the first host and one on the second, where the last rank finds room.
     held = ((0, 1, 0, 2, 0, 3, 1, 2),)
     placement = ExpertPlacement(num_experts=4, num_ranks=4, ranks_per_host=2, physical_to_logical=held)
-    cycles = source_cycles(placement, 0, 0)
-    assert cycles[:3] == ((0, 0, 0), (2, 2, 2), (4, 4, 4)), "those that hold one"
-    assert Counter(cycles[3]) == {0: 1, 2: 1, 4: 1}
-    routes = routes_from(placement, 3)
-    assert sorted(routes.slot(0, 0, row) for row in range(5, 8)) == [0, 2, 4], "taken in turn"
-    # With one part a source has one slot, and the last rank's is the one with room on its host.
     assert slots_by_source(placement, 0) == ((0, 1, 3, 5), (2, 1, 3, 5), (4, 6, 7, 5), (4, 6, 7, 5))
-    with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
-        source_cycles(placement, 0, 0, parts=0)
+    # All replicas on the first host: the second host's ranks take one each.
+    placement = ExpertPlacement.of_ranks([[(0, 1), (0, 2), (1, 2), (1, 2)]], num_experts=3, ranks_per_host=2)
+    assert [slots[0] for slots in slots_by_source(placement, 0)] == [0, 2, 0, 2]
 
 
-@given(problem=problems(), parts=st.one_of(st.none(), st.integers(1, 5)))
-def test_every_replica_gets_the_same_share_of_all_sources(problem: Problem, parts: int | None) -> None:
+@given(problem=problems())
+def test_every_replica_serves_about_as_many_sources_and_its_own_rank_first(problem: Problem) -> None:
     placement = balance_globally(
         problem.loads,
         num_slots=problem.num_slots,
         num_ranks=problem.num_ranks,
         ranks_per_host=problem.ranks_per_host,
     )
+    chosen = slots_by_source(placement, 0)
+    assert len(chosen) == problem.num_ranks
     for expert in range(problem.num_experts):
         slots = placement.replicas(0, expert)
-        cycles = source_cycles(placement, 0, expert, parts=parts)
-        length = parts or len(slots)
-        assert {len(cycle) for cycle in cycles} == {length}
-        used = Counter(slot for cycle in cycles for slot in cycle)
+        used = Counter(source[expert] for source in chosen)
         assert set(used) <= set(slots)
-        if parts is None:
-            assert used == dict.fromkeys(slots, problem.num_ranks)
-        assert max(used.values()) <= -(-problem.num_ranks * length // len(slots))
-        for source, cycle in enumerate(cycles):
+        most = -(-problem.num_ranks // len(slots))
+        assert max(used.values()) <= most
+        for source, mine in enumerate(chosen):
             own = [slot for slot in slots if placement.rank_of(slot) == source]
-            assert not own or set(cycle) == set(own), "a rank's own replica comes first"
-    for source, chosen in enumerate(slots_by_source(placement, 0)):
-        assert chosen == tuple(cycle[0] for cycle in routes_from(placement, source, parts=1).cycles[0])
+            assert not own or mine[expert] == own[0], "a rank's own replica comes first"
+            near = [slot for slot in slots if placement.host_of(placement.rank_of(slot)) == placement.host_of(source)]
+            # Only where those of its host are fully used does a rank take a far one.
+            assert mine[expert] in near or all(used[slot] == most for slot in near)

@@ -1,0 +1,147 @@
+"""The controller as it runs: rounds on a thread of its own, one after the other, until it is closed.
+
+Owns the pace and what is said of the last round. A round that fails is tried again; what serves goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from ...placement.plan import Shortage
+from ..clock import Clock
+from ..reconcile.adopt import adopt
+from ..reconcile.desired import Desired
+from ..reconcile.observed import Observed
+from ..reconcile.round import Policy
+from ..reconcile.views import View
+from .cluster import Cluster, ClusterError
+from .rounds import RoundReport, Rounds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica, for people. ``routed``: whether gateways send it requests."""
+
+    replica: str
+    pool: str
+    generation: str
+    phase: str
+    routed: bool
+    devices: tuple[str, ...]
+    address: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One node, for people."""
+
+    name: str
+    address: str
+    device_type: str
+    devices: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How a deployment is. ``problem``: why the last round failed. ``rounds``: how many this controller has run."""
+
+    rounds: int = 0
+    epoch: int = 0
+    nodes: tuple[NodeStatus, ...] = ()
+    replicas: tuple[ReplicaStatus, ...] = ()
+    shortages: tuple[Shortage, ...] = ()
+    problem: str = ""
+
+
+class Controller:
+    """Runs rounds against a cluster. Units: period_s, from the end of a round to the next"""
+
+    def __init__(self, cluster: Cluster, policy: Policy, *, clock: Clock, period_s: float) -> None:
+        self._rounds = Rounds(cluster, policy, Desired(), clock=clock)
+        self._clock = clock
+        self._period_s = period_s
+        self._changed = threading.Condition()
+        self._wanted: Desired | None = None
+        self._news = False
+        self._closing = False
+        self._status = Status()
+        self._thread = threading.Thread(target=self._run, name="slipstream-controller", daemon=True)
+
+    def want(self, desired: Desired) -> None:
+        """Set what is wanted from now on; until something is, nothing is decided."""
+        with self._changed:
+            self._wanted = desired
+            self._news = True
+            self._changed.notify()
+
+    def start(self) -> None:
+        """Begin with the rounds."""
+        self._thread.start()
+
+    def status(self) -> Status:
+        """Return what the last round saw."""
+        return self._status
+
+    def close(self, *, timeout_s: float) -> None:
+        """End after the round that runs; what serves is left alone."""
+        with self._changed:
+            self._closing = self._news = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        rounds = 0
+        while True:
+            with self._changed:
+                # A new wish, or the end, is not kept waiting.
+                self._changed.wait_for(lambda: self._news, self._period_s)
+                self._news = False
+                if self._closing:
+                    return
+                if self._wanted is None:
+                    continue
+                self._rounds.desired = self._wanted
+            rounds += 1
+            try:
+                self._status = self._said(self._rounds.run(), rounds)
+            except ClusterError as error:
+                logger.warning("the cluster cannot be seen: %s", error)
+                self._status = Status(rounds=rounds, problem=str(error))
+            except Exception as error:
+                # Whatever it was, what serves goes on, and the next round begins with a fresh look.
+                logger.exception("a round failed")
+                self._status = Status(rounds=rounds, problem=f"{type(error).__name__}: {error}")
+
+    def _said(self, report: RoundReport, rounds: int) -> Status:
+        observed = report.observed
+        return Status(
+            rounds=rounds,
+            epoch=report.view.epoch,
+            nodes=tuple(
+                NodeStatus(name=node.name, address=node.address, device_type=node.device_type, devices=node.devices)
+                for node in observed.topology.nodes
+            ),
+            replicas=self._replicas(observed, report.view),
+            shortages=report.shortages,
+            problem="; ".join(why for _, why in report.refused),
+        )
+
+    def _replicas(self, observed: Observed, view: View) -> tuple[ReplicaStatus, ...]:
+        return tuple(
+            ReplicaStatus(
+                replica=str(replica.id),
+                pool=replica.id.pool,
+                generation=str(replica.spec.generation),
+                phase=replica.phase.value,
+                routed=view.replica(str(replica.id)) is not None,
+                devices=tuple(str(rank.device) for rank in replica.ranks),
+                address=replica.driver.address if replica.driver is not None else "",
+                why=replica.why,
+            )
+            for replica in adopt(observed, self._rounds.memory, now_s=self._clock())
+        )

@@ -1,0 +1,154 @@
+"""Thousands of random lives of a deployment, with every action judged, and the end held against what was wanted.
+
+A violation names its seed; ``python -P -m slipstream.tests.simulation.sequences SEED`` tells its story again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+
+from slipstream.placement.topology import DeviceRef
+from slipstream.runtime.reconcile import adopt, drain, place, publish, reconcile, repair
+from slipstream.runtime.reconcile.actions import PublishView
+from slipstream.runtime.reconcile.adopt import Phase
+from slipstream.runtime.reconcile.round import Round
+from slipstream.tests.simulation.judge import Violation
+from slipstream.tests.simulation.sequences import Sequence, Tally, seeds
+
+DEFAULT = 2_000
+ALL = 10_000
+_MOST_FOR_A_MUTANT = 300
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """What a violation's story tells need not be logged as well."""
+    caplog.set_level(logging.ERROR, logger="slipstream.runtime.controller")
+
+
+def run(first: int, count: int) -> Tally:
+    tally = Tally()
+    for each in seeds(first, count):
+        Sequence(each, tally=tally).run()
+    return tally
+
+
+def test_whatever_happens_it_comes_to_what_is_wanted_or_says_what_is_missing(seed: int) -> None:
+    tally = run(seed, DEFAULT)
+    print(tally)
+    # The draws reach what they are meant to reach.
+    assert tally.whole > DEFAULT / 10 and tally.short > DEFAULT / 10
+    assert tally.drained and tally.cut_short and min(tally.events.values()) > DEFAULT / 20
+
+
+@pytest.mark.slow
+def test_ten_thousand_sequences(seed: int) -> None:
+    print(run(seed, ALL))
+
+
+def test_a_sequence_is_its_seed(seed: int) -> None:
+    stories = []
+    for _ in range(2):
+        sequence = Sequence(seed)
+        sequence.run()
+        stories.append(sequence.story)
+    assert stories[0] == stories[1]
+
+
+# ------------------------------------------------------------------ broken deciders are found out
+
+
+def _devices_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ground_of = place._Ground.__dict__["of"].__func__
+
+    def everything_is_free(cls, round: Round):
+        ground = ground_of(cls, round)
+        ground.free = frozenset[DeviceRef](round.observed.topology.devices())
+        return ground
+
+    monkeypatch.setattr(place._Ground, "of", classmethod(everything_is_free))
+
+
+def _drains_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_at_once(round: Round) -> None:
+        for replica in list(round.among(Phase.DRAINING)):
+            round.stop(replica, "why wait")
+
+    _decide_otherwise(monkeypatch, drain.finish_drains, end_at_once)
+
+
+def _nothing_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    _decide_otherwise(monkeypatch, repair.repair, lambda round: None)
+
+
+def _a_replica_is_any_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adopt, "_broken", lambda ranks, life, nodes: ("", False))
+
+
+def _epochs_are_counted_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_one(round: Round) -> PublishView | None:
+        action = publish.publish(round)
+        if action is None:
+            return None
+        return PublishView(view=dataclasses.replace(action.view, epoch=1 + len(round.before.lives)))
+
+    monkeypatch.setattr(reconcile, "publish", from_one)
+
+
+def _incarnations_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Round.__init__
+
+    def forgetful(self, desired, observed, *rest, **named) -> None:
+        there = [rank.spec.id.incarnation for rank in observed.ranks]
+        begin(self, desired, dataclasses.replace(observed, incarnation=max(there, default=0)), *rest, **named)
+
+    monkeypatch.setattr(Round, "__init__", forgetful)
+
+
+def _a_new_controller_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adopt.adopt
+
+    def only_what_it_knows(observed, memory, *, now_s: float):
+        found = real(observed, memory, now_s=now_s)
+        return tuple(
+            each if each.id in memory.lives else dataclasses.replace(each, phase=Phase.STOPPING) for each in found
+        )
+
+    monkeypatch.setattr("slipstream.runtime.reconcile.round.adopt", only_what_it_knows)
+
+
+def _a_loaded_replica_counts_as_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adopt._phase
+
+    def hopeful(ranks, life, driver, *, routed: bool) -> Phase:
+        phase = real(ranks, life, driver, routed=routed)
+        return Phase.READY if phase is Phase.LOADING and driver is not None else phase
+
+    monkeypatch.setattr(adopt, "_phase", hopeful)
+
+
+def _decide_otherwise(monkeypatch: pytest.MonkeyPatch, decider, other) -> None:
+    chain = tuple(other if each is decider else each for each in reconcile.DECIDERS)
+    monkeypatch.setattr(reconcile, "DECIDERS", chain)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "found"),
+    [
+        (_devices_are_never_taken, "two ranks on"),
+        (_drains_do_not_wait, "serves and is stopped"),
+        (_nothing_is_repaired, "left over|come to rest"),
+        (_a_replica_is_any_of_its_ranks, "the view names|coming up and is stopped"),
+        (_epochs_are_counted_in_memory, "epoch"),
+        (_incarnations_are_used_again, "come to rest"),
+        (_a_new_controller_begins_anew, "is stopped"),
+        (_a_loaded_replica_counts_as_ready, "not ready"),
+    ],
+)
+def test_a_broken_decider_is_found(monkeypatch: pytest.MonkeyPatch, seed: int, mutant, found: str) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(Violation, match=found):
+        run(seed, _MOST_FOR_A_MUTANT)
