@@ -20,12 +20,13 @@ class MeshGroups:
     tp: Collectives | None = None
     ep: Collectives | None = None
     pp: Collectives | None = None
+    sp: Collectives | None = None
     expert_levels: tuple[Collectives, ...] = ()
     opened: tuple[Collectives, ...] = ()
 
     def close(self) -> None:
         """End every group, here; the other ranks' fail. Idempotent."""
-        for group in (self.tp, self.ep, self.pp, *self.expert_levels, *self.opened):
+        for group in (self.tp, self.ep, self.pp, self.sp, *self.expert_levels, *self.opened):
             if group is not None:
                 group.close()
 

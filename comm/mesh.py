@@ -1,8 +1,8 @@
-"""Who is who among the ranks of a replica: a mesh with the axes pp, ep and tp.
+"""Who is who among the ranks of a replica: a mesh with the axes pp, sp, ep and tp.
 
-Ranks count with tp fastest, then ep, then pp, so that tensor-parallel ranks, which talk most, are neighbours. Attention
-and dense layers are sharded over tp and the same on every ep rank; experts are spread over ep, and each expert's
-weights over tp.
+Ranks count with tp fastest, then ep, then sp, then pp, so that tensor-parallel ranks, which talk most, are neighbours.
+Attention and dense layers are sharded over tp and the same on every ep rank; experts are spread over ep, and each
+expert's weights over tp. Sequence-parallel ranks have the same weights, and share the tokens of long prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class MeshShape:
     """
 
     pp: int = 1
+    sp: int = 1
     ep: int = 1
     tp: int = 1
     ranks_per_host: int | None = None
@@ -25,21 +26,23 @@ class MeshShape:
     def __post_init__(self) -> None:
         if self.ranks_per_host is not None and self.ranks_per_host < 1:
             raise ValueError(f"ranks_per_host must be at least 1, got {self.ranks_per_host}")
-        for axis in ("pp", "ep", "tp"):
+        for axis in ("pp", "sp", "ep", "tp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} must be at least 1, got {getattr(self, axis)}")
 
     @property
     def size(self) -> int:
         """The ranks of the replica."""
-        return self.pp * self.ep * self.tp
+        return self.pp * self.sp * self.ep * self.tp
 
     def place(self, rank: int) -> MeshPlace:
         """Return where a rank stands."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not in a mesh of {self.size}")
-        stage, within = divmod(rank, self.ep * self.tp)
-        return MeshPlace(shape=self, pp=stage, ep=within // self.tp, tp=within % self.tp)
+        rest, tp = divmod(rank, self.tp)
+        rest, ep = divmod(rest, self.ep)
+        pp, sp = divmod(rest, self.sp)
+        return MeshPlace(shape=self, pp=pp, sp=sp, ep=ep, tp=tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +51,14 @@ class MeshPlace:
 
     shape: MeshShape
     pp: int
+    sp: int
     ep: int
     tp: int
 
     @property
     def rank(self) -> int:
         """The rank in the replica."""
-        return (self.pp * self.shape.ep + self.ep) * self.shape.tp + self.tp
+        return self._at()
 
     @property
     def tp_ranks(self) -> tuple[int, ...]:
@@ -67,6 +71,11 @@ class MeshPlace:
         return tuple(self._at(ep=ep) for ep in range(self.shape.ep))
 
     @property
+    def sp_ranks(self) -> tuple[int, ...]:
+        """The ranks that differ in sp only."""
+        return tuple(self._at(sp=sp) for sp in range(self.shape.sp))
+
+    @property
     def pp_ranks(self) -> tuple[int, ...]:
         """The ranks that differ in pp only, first stage first."""
         return tuple(self._at(pp=pp) for pp in range(self.shape.pp))
@@ -74,7 +83,8 @@ class MeshPlace:
     @property
     def stage_ranks(self) -> tuple[int, ...]:
         """All ranks of this stage."""
-        return tuple(self._at(ep=ep, tp=tp) for ep in range(self.shape.ep) for tp in range(self.shape.tp))
+        size = self.shape.size // self.shape.pp
+        return tuple(range(self.pp * size, (self.pp + 1) * size))
 
     def expert_ranks(self, *, over_tp: bool) -> tuple[int, ...]:
         """The ranks that a layer's experts are spread over: those of tp, or of ep."""
@@ -90,8 +100,13 @@ class MeshPlace:
         """Whether this rank computes logits."""
         return self.pp == self.shape.pp - 1
 
-    def _at(self, *, pp: int | None = None, ep: int | None = None, tp: int | None = None) -> int:
-        stage = self.pp if pp is None else pp
-        return (stage * self.shape.ep + (self.ep if ep is None else ep)) * self.shape.tp + (
-            self.tp if tp is None else tp
-        )
+    def _at(self, *, pp: int | None = None, sp: int | None = None, ep: int | None = None, tp: int | None = None) -> int:
+        rank = 0
+        for given, own, degree in (
+            (pp, self.pp, self.shape.pp),
+            (sp, self.sp, self.shape.sp),
+            (ep, self.ep, self.shape.ep),
+            (tp, self.tp, self.shape.tp),
+        ):
+            rank = rank * degree + (own if given is None else given)
+        return rank

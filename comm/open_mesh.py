@@ -43,6 +43,7 @@ def open_mesh_groups(
         tp=opened.tp if place.shape.tp > 1 else None,
         ep=opened.ep if place.shape.ep > 1 else None,
         pp=opened.pp if place.shape.pp > 1 else None,
+        sp=opened.sp if place.shape.sp > 1 else None,
         expert_levels=tuple(levels),
-        opened=(opened.world, opened.stage, opened.pp, opened.ep, opened.tp),
+        opened=(opened.world, opened.stage, opened.pp, opened.sp, opened.ep, opened.tp),
     )

@@ -107,12 +107,13 @@ class RankGroups:
     world: Collectives
     stage: Collectives
     pp: Collectives
+    sp: Collectives
     ep: Collectives
     tp: Collectives
 
     def close(self) -> None:
         """Close all of them; the other ranks' fail."""
-        for group in (self.world, self.stage, self.pp, self.ep, self.tp):
+        for group in (self.world, self.stage, self.pp, self.sp, self.ep, self.tp):
             group.close()
 
 
@@ -148,6 +149,7 @@ def open_groups(
         "world": tuple(range(place.shape.size)),
         "stage": place.stage_ranks,
         "pp": place.pp_ranks,
+        "sp": place.sp_ranks,
         "ep": place.ep_ranks,
         "tp": place.tp_ranks,
     }

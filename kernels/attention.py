@@ -53,7 +53,7 @@ def paged_attention(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedAttent
     kv_heads = layer_cache.shape[2]
     q_TKGD = q_TND.unflatten(1, (kv_heads, -1))
     out_TND = torch.empty((tokens, heads, head_size), dtype=q_TND.dtype, device=q_TND.device)
-    out_TKGD = out_TND.view(tokens, kv_heads, -1, head_size)
+    out_TKGD = out_TND.unflatten(1, (kv_heads, -1))
     if prepared.decode is not None:
         attend_decode(q_TKGD, layer_cache, prepared.decode, scale=scale, out_TKGD=out_TKGD)
     for group in prepared.prefill:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 SPAN_KEYS = 256
 UNIT_KEYS = 64
+ABSENT = 1 << 60
+"""A position that no query reaches."""
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
@@ -78,15 +80,26 @@ class KeyLayout:
         )
 
     def mask(self, query_positions_CQ: Int64Array, first_keys_C: Int64Array, keys: int) -> Tensor:
-        """Return what is added to scores: 0 where the query sees the key, else a number that hides it.
-
-        The number is finite: a query that sees no key of a span gives numbers, which then count nothing.
+        """Return what is added to the scores of ``keys`` keys from each item's first one on, as ``mask_at``.
 
         Shapes: query_positions_CQ [items, queries]; returns [items, queries, keys] of the plan's type
         """
-        positions_CQ1 = torch.from_numpy(query_positions_CQ).to(self.device).unsqueeze(-1)
         first_C11 = torch.from_numpy(first_keys_C).to(self.device).view(-1, 1, 1)
-        keys_C1L = first_C11 + torch.arange(keys, device=self.device)
+        return self._mask(query_positions_CQ, first_C11 + torch.arange(keys, device=self.device))
+
+    def mask_at(self, query_positions_CQ: Int64Array, key_positions_CL: Int64Array) -> Tensor:
+        """Return what is added to scores: 0 where the query sees the key, else a number that hides it.
+
+        The number is finite: a query that sees no key of a span gives numbers, which then count nothing. A key that is
+        not there at all stands at ``ABSENT``.
+
+        Shapes: query_positions_CQ [items, queries]; key_positions_CL [items, keys]; returns [items, queries, keys] of
+        the plan's type
+        """
+        return self._mask(query_positions_CQ, torch.from_numpy(key_positions_CL).to(self.device).unsqueeze(1))
+
+    def _mask(self, query_positions_CQ: Int64Array, keys_C1L: Tensor) -> Tensor:
+        positions_CQ1 = torch.from_numpy(query_positions_CQ).to(self.device).unsqueeze(-1)
         hidden_CQL = keys_C1L > positions_CQ1
         if self.window is not None:
             hidden_CQL |= keys_C1L <= positions_CQ1 - self.window

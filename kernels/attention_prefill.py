@@ -34,11 +34,11 @@ def attend_prefill(
     """
     rows, _, blocks = group.gather_RKB.shape
     block_size = layer_cache.shape[3]
-    for some_rows, heads in _parts(group, layer_cache, q_TKGD.shape[2]):
+    for some_rows, heads in gather_parts(group, layer_cache, q_TKGD.shape[2]):
         gathered = group.gather_RKB[some_rows, heads].reshape(-1)
         keys_PLD, values_PLD = gather_keys_values(layer_cache, gathered, keys=blocks * block_size, workspace=workspace)
         for tile in group.tiles:
-            q_RKGQD = _load(q_TKGD[:, heads], tile, some_rows, rows=rows, workspace=workspace)
+            q_RKGQD = load_queries(q_TKGD[:, heads], tile, some_rows, rows=rows, workspace=workspace)
             mask_R11QW = tile.mask_R11QW[some_rows]
             result_RKGQD = _attend_tile(
                 q_RKGQD, keys_PLD, values_PLD, tile, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
@@ -46,7 +46,9 @@ def attend_prefill(
             _store(result_RKGQD, tile, some_rows, rows=rows, out_TKGD=out_TKGD[:, heads])
 
 
-def _load(q_TKGD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, workspace: AttentionWorkspace) -> Tensor:
+def load_queries(
+    q_TKGD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: int, workspace: AttentionWorkspace
+) -> Tensor:
     """Return the tile's queries, [rows, KV heads, group, queries, head size]."""
     if tile.place is not None:
         q_1KGQD = workspace.take("queries", (1, *q_TKGD.shape[1:3], tile.queries, q_TKGD.shape[3]))
@@ -70,7 +72,7 @@ def _store(result_RKGQD: Tensor, tile: PrefillTile, some_rows: slice, *, rows: i
     out_TKGD.index_copy_(0, tokens, result_XKGD.to(out_TKGD.dtype))
 
 
-def _parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[tuple[slice, slice]]:
+def gather_parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[tuple[slice, slice]]:
     """Cut a group into (rows, KV heads) so that neither what is gathered nor the scores leave the cache."""
     rows, kv_heads, blocks = group.gather_RKB.shape
     block_bytes = layer_cache[0, 0, 0].nbytes
@@ -88,6 +90,28 @@ def _parts(group: PrefillGroup, layer_cache: Tensor, heads_per_kv: int) -> list[
     ]
 
 
+def tile_scores(
+    q_RKGQD: Tensor,
+    keys_PLD: Tensor,
+    tile: PrefillTile,
+    first: int,
+    last: int,
+    *,
+    mask_R11QW: Tensor,
+    scale: float,
+    workspace: AttentionWorkspace,
+) -> Tensor:
+    """Return a tile's masked scores of the columns ``first`` to ``last``, [P, M, those]; valid until the next call."""
+    rows, kv_heads, group, queries, head_size = q_RKGQD.shape
+    q_PMD = q_RKGQD.view(rows * kv_heads, group * queries, head_size)
+    scores_PML = scaled_scores(q_PMD, keys_PLD[:, first:last], scale=scale, workspace=workspace)
+    if last > tile.edge:
+        start = max(first, tile.edge)
+        edge = scores_PML.view(rows, kv_heads, group, queries, -1)[..., start - first :]
+        edge.add_(mask_R11QW[..., start - tile.edge : last - tile.edge])
+    return scores_PML
+
+
 def _attend_tile(
     q_RKGQD: Tensor,
     keys_PLD: Tensor,
@@ -99,16 +123,12 @@ def _attend_tile(
     workspace: AttentionWorkspace,
 ) -> Tensor:
     """Return [rows, KV heads, group, queries, head size]; valid until the next call."""
-    rows, kv_heads, group, queries, head_size = q_RKGQD.shape
-    q_PMD = q_RKGQD.view(rows * kv_heads, group * queries, head_size)
+    q_PMD = q_RKGQD.flatten(0, 1).flatten(1, 2)
 
     def scores_of(first: int, last: int) -> Tensor:
-        scores_PML = scaled_scores(q_PMD, keys_PLD[:, first:last], scale=scale, workspace=workspace)
-        if last > tile.edge:
-            start = max(first, tile.edge)
-            edge = scores_PML.view(rows, kv_heads, group, queries, -1)[..., start - first :]
-            edge.add_(mask_R11QW[..., start - tile.edge : last - tile.edge])
-        return scores_PML
+        return tile_scores(
+            q_RKGQD, keys_PLD, tile, first, last, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
+        )
 
     if len(tile.ranges) == 1:
         first, last = tile.ranges[0]

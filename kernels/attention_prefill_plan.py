@@ -106,7 +106,7 @@ def build_prefill_plan(
     return tuple(groups)
 
 
-def _tile_bounds(start: int, count: int) -> Iterator[tuple[int, int]]:
+def tile_bounds(start: int, count: int) -> Iterator[tuple[int, int]]:
     """Yield the positions (first, end) of a row's tiles."""
     first, end = start, start + count
     while first < end:
@@ -115,10 +115,15 @@ def _tile_bounds(start: int, count: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
+def padded_queries(queries: int) -> int:
+    """Return the queries that a tile of so many is filled up to."""
+    return max(SMALLEST_TILE, 1 << (queries - 1).bit_length())
+
+
 def _row_shape(start: int, count: int, first_key: int, layout: KeyLayout, deterministic: bool) -> _RowShape:
     unit, span = layout.unit_keys, layout.span_keys
     tiles = []
-    for first, end in _tile_bounds(start, count):
+    for first, end in tile_bounds(start, count):
         begin = 0
         edge = (first - first_key) // unit * unit
         if layout.window is not None:
@@ -127,7 +132,7 @@ def _row_shape(start: int, count: int, first_key: int, layout: KeyLayout, determ
             # The window hides old keys from some query, unless even the last one sees the first column.
             edge = edge if end - layout.window <= first_key + begin else begin
         ranges = _ranges(begin, end - first_key, layout, deterministic)
-        queries = max(SMALLEST_TILE, 1 << (end - first - 1).bit_length())
+        queries = padded_queries(end - first)
         tiles.append(_TileShape(queries=queries, ranges=ranges, edge=max(edge, begin)))
     return _RowShape(columns=max(tile.ranges[-1][1] for tile in tiles), tiles=tuple(tiles))
 

@@ -51,6 +51,23 @@ def attend_whole(scores_PML: Tensor, values_PLD: Tensor, *, workspace: Attention
     return torch.bmm(weights_PML, values_PLD, out=result_PMD)
 
 
+def attend_some(scores_PML: Tensor, values_PLD: Tensor, *, workspace: AttentionWorkspace) -> tuple[Tensor, Tensor]:
+    """Return the attention over some of the keys, and the logarithm of its sum of exponentials, by which it counts
+    beside the others; valid until the next call.
+
+    Shapes: returns [pairs, queries, head size]; [pairs, queries] float32
+    """
+    if scores_PML.dtype == torch.float32:
+        weights_PML = workspace.take("weights", scores_PML.shape)
+        torch.softmax(scores_PML, dim=-1, out=weights_PML)
+    else:
+        weights_PML = torch.softmax(scores_PML, dim=-1, dtype=torch.float32)
+    # The largest score's weight is the reciprocal of the sum that is relative to it.
+    log_sums_PM = scores_PML.amax(-1).float() - weights_PML.amax(-1).log()
+    result_PMD = workspace.take("results", (*scores_PML.shape[:2], values_PLD.shape[-1]))
+    return torch.bmm(weights_PML.to(scores_PML.dtype), values_PLD, out=result_PMD), log_sums_PM
+
+
 def attend_span(scores_PML: Tensor, values_PLD: Tensor, *, result_PMD: Tensor, peaks_2PM: Tensor) -> None:
     """Compute the attention over one span of keys, and what ``merge_spans`` needs to weigh it.
 

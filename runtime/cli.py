@@ -51,6 +51,7 @@ ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
 PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", help="stages with some layers each")]
 ExpertOption = Annotated[int, typer.Option("--expert-parallel-size", "-ep", help="ranks that experts are spread over")]
+SequenceOption = Annotated[int, typer.Option("--sequence-parallel-size", "-sp", help="ranks that share long prompts")]
 ExpertsOverTensorOption = Annotated[bool, typer.Option(help="spread experts over the tensor-parallel ranks")]
 OverlapOption = Annotated[bool, typer.Option(help="hide exchanges between ranks behind arithmetic")]
 ShardedNormOption = Annotated[
@@ -105,6 +106,7 @@ def generate(
     tensor_parallel_size: TensorOption = 1,
     pipeline_parallel_size: PipelineOption = 1,
     expert_parallel_size: ExpertOption = 1,
+    sequence_parallel_size: SequenceOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
     sharded_norm: ShardedNormOption = None,
@@ -128,6 +130,7 @@ def generate(
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,
         "expert_parallel_size": expert_parallel_size,
+        "sequence_parallel_size": sequence_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
         "overlap": overlap,
         "sharded_norm": sharded_norm,
@@ -181,6 +184,7 @@ def serve(
     tensor_parallel_size: TensorOption = 1,
     pipeline_parallel_size: PipelineOption = 1,
     expert_parallel_size: ExpertOption = 1,
+    sequence_parallel_size: SequenceOption = 1,
     enable_expert_parallel: ExpertsOverTensorOption = False,
     overlap: OverlapOption = False,
     sharded_norm: ShardedNormOption = None,

@@ -102,6 +102,8 @@ class EngineOptions:
     - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and
       experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, on this host.
       ``enable_expert_parallel`` spreads experts over the tensor-parallel ranks instead of cutting each of them.
+    - ``sequence_parallel_size``: ranks that have the same weights, times the others, and share the tokens of long
+      prompts; experts may then not be spread.
     - ``enable_eplb``: while serving, every ``eplb_step_interval`` steps, move experts between ranks so that each has as
       much to do; ``num_redundant_experts`` are further slots in every layer, over all ranks, for replicas.
       ``eplb_policy``: ``affinity`` also brings experts together that the same tokens choose; ``balance`` does not ask.
@@ -148,6 +150,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
+    sequence_parallel_size: int = 1
     enable_expert_parallel: bool = False
     overlap: bool = False
     sharded_norm: bool | None = None
@@ -190,8 +193,8 @@ class EngineOptions:
         self.scheduler_config(max_model_len=length, num_blocks=length)
 
     def _check_ranks(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
-            require_positive(name, getattr(self, name))
+        for name in ("tensor", "pipeline", "expert", "sequence"):
+            require_positive(f"{name}_parallel_size", getattr(self, f"{name}_parallel_size"))
         for name in ("enable_expert_parallel", "overlap", "even_chunks", "enable_eplb"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
@@ -199,6 +202,13 @@ class EngineOptions:
             raise ConfigError("sharded_norm", f"must be true, false or None, got {self.sharded_norm!r}")
         if self.enable_expert_parallel and self.expert_parallel_size != 1:
             raise ConfigError("expert_parallel_size", "give this or enable_expert_parallel, not both")
+        if self.sequence_parallel_size > 1 and (self.expert_parallel_size > 1 or self.enable_expert_parallel):
+            spread = "enable_expert_parallel" if self.enable_expert_parallel else "expert_parallel_size"
+            raise ConfigError(
+                "sequence_parallel_size",
+                f"{self.sequence_parallel_size} ranks cannot share prompts whose experts are spread ({spread}): "
+                "use one of the two; tensor_parallel_size alone cuts every expert",
+            )
 
     def _check_experts(self) -> None:
         require_positive("eplb_step_interval", self.eplb_step_interval)

@@ -26,7 +26,9 @@ class RankError(Exception):
 class Rank:
     """One rank's process; it reads questions and writes answers, a line of JSON each."""
 
-    def __init__(self, host: Host, rank: int, *, ranks: int, address: str, wire_yields: bool) -> None:
+    def __init__(
+        self, host: Host, rank: int, *, ranks: int, address: str, wire_yields: bool, program: Path = _PROGRAM
+    ) -> None:
         arguments = {
             "rank": rank,
             "ranks": ranks,
@@ -38,7 +40,7 @@ class Rank:
         options += [] if wire_yields else ["--busy-wire"]
         self.rank = rank
         self._process = subprocess.Popen(
-            host.command(sys.executable, "-P", str(_PROGRAM), *options),
+            host.command(sys.executable, "-P", str(program), *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,15 +84,18 @@ class Rank:
 
 
 @contextmanager
-def ranks_on(hosts: Sequence[Host], *, wire_yields: bool = True) -> Iterator[list[Rank]]:
-    """Start a rank on each host and wait until they have met; on leaving, end them.
+def ranks_on(hosts: Sequence[Host], program: Path = _PROGRAM, *, wire_yields: bool = True) -> Iterator[list[Rank]]:
+    """Start a rank that runs ``program`` on each host and wait until they have met; on leaving, end them.
 
     Raises: RankError
     """
     ranks: list[Rank] = []
     try:
         for number, host in enumerate(hosts):
-            ranks.append(Rank(host, number, ranks=len(hosts), address=hosts[0].address, wire_yields=wire_yields))
+            address = hosts[0].address
+            ranks.append(
+                Rank(host, number, ranks=len(hosts), address=address, wire_yields=wire_yields, program=program)
+            )
         for rank in ranks:
             rank.answer(_START_TIMEOUT_S)
         yield ranks

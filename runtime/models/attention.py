@@ -12,17 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
 from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
 from .linear import Linear
 from .model_spec import ModelSpec
 from .parameters import Parameters
+from .ring_attention import RingInputs, ring_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionInputs:
-    """What one step computes once for all layers.
+    """What one step computes once for all layers; ``ring`` where rows are divided over ranks.
 
     Shapes: cos_TD, sin_TD [tokens, head size]; kv_rows [tokens * 2K] int64; fresh_blocks_F [blocks] int64
     """
@@ -32,6 +34,7 @@ class AttentionInputs:
     kv_rows: Tensor
     fresh_blocks_F: Tensor
     attention: Mapping[int | None, PreparedAttention]
+    ring: RingInputs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ class Attention:
             window=window,
         )
 
-    def __call__(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Tensor:
+    def parts(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
         """Write the tokens' keys and values, attend, and return [tokens, hidden size]."""
         tokens = hidden_TH.shape[0]
         qkv_TSD = self.qkv(hidden_TH).view(tokens, -1, self.head_dim)
@@ -75,11 +78,13 @@ class Attention:
         apply_rope_(qkv_TSD[:, :rotated], inputs.cos_TD, inputs.sin_TD)
         if inputs.fresh_blocks_F.shape[0]:
             clear_blocks(inputs.fresh_blocks_F, layer_cache)
-        write_kv(qkv_TSD[:, self.num_heads :], inputs.kv_rows, layer_cache)
-        attended_TND = paged_attention(
-            qkv_TSD[:, : self.num_heads],
-            layer_cache,
-            inputs.attention[self.window],
-            scale=self.head_dim**-0.5,
-        )
+        q_TND, kv_TSD = qkv_TSD[:, : self.num_heads], qkv_TSD[:, self.num_heads :]
+        write_kv(kv_TSD, inputs.kv_rows, layer_cache)
+        prepared, scale = inputs.attention[self.window], self.head_dim**-0.5
+        if inputs.ring is None:
+            attended_TND = paged_attention(q_TND, layer_cache, prepared, scale=scale)
+        else:
+            attended_TND = yield from ring_attention(
+                q_TND, kv_TSD, layer_cache, prepared, inputs.ring, window=self.window, scale=scale
+            )
         return self.out(attended_TND.view(tokens, -1))

@@ -30,6 +30,7 @@ from .model_spec import ModelSpec
 from .parallel import Output, summed
 from .parameters import Parameters
 from .residual import open_residual
+from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
 from .weights import read_parameters
@@ -97,7 +98,7 @@ class Decoder:
         )
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended = Output(layer.attention(normed_TH, layer_cache, inputs), tp)
+            attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs)), tp)
             normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
             added = yield from layer.mlp.parts(normed_TH)
             next_norm_H, next_ladder = self._after(index)
@@ -162,12 +163,21 @@ class Decoder:
                 window: prepare_attention(
                     plan,
                     cache.layers[0],
-                    tokens=batch.token_ids_T.shape[0],
+                    tokens=batch.attended,
                     heads=self.spec.num_heads,
                     workspace=self._workspace,
                 )
                 for window, plan in batch.attention.items()
             },
+            ring=self._ring_inputs(batch, cache),
+        )
+
+    def _ring_inputs(self, batch: ForwardBatch, cache: KvCache) -> RingInputs | None:
+        if batch.ring is None:
+            return None
+        assert self._groups.sp is not None, "a step is divided over sequence-parallel ranks"
+        return RingInputs.prepare(
+            batch.ring, self._groups.sp, cache, heads=self.spec.num_heads, workspace=self._workspace
         )
 
 

@@ -1,7 +1,8 @@
 """One step's batch as the decoder takes it, built from the executor's arrays.
 
 Owns the way from rows (contiguous runs of positions) to per-token tensors and attention plans; numpy without
-a loop over rows. Called once a step, before the layers run.
+a loop over rows. Called once a step, before the layers run. Of a step that is divided over ranks, the batch is one
+rank's.
 
 Shapes: R rows, T tokens.
 """
@@ -9,15 +10,17 @@ Shapes: R rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...comm.sequence_split import StepDivision, tokens_of
 from ...kernels.attention_plan import AttentionPlan, build_attention_plan
 from .model_spec import ModelSpec
+from .ring_batch import RingBatch, build_ring_batch
 
 Int32Array = NDArray[np.int32]
 
@@ -28,7 +31,8 @@ class ForwardBatch:
 
     ``slot_mapping_T`` is block * block_size + offset of each token; ``rope_lengths_T`` is only there for
     dynamic rope; ``fresh_blocks_F`` are blocks entered at their first position and not filled: they are
-    cleared before they are written. ``longest`` is the largest position plus one.
+    cleared before they are written. ``longest`` is the largest position plus one. ``attention`` is planned for the
+    first ``attended`` tokens; the others are pieces of divided rows, and ``ring`` says how they attend.
 
     Shapes: token_ids_T, positions_T, rope_lengths_T, slot_mapping_T [tokens] int64; fresh_blocks_F [blocks]
     int64
@@ -40,7 +44,9 @@ class ForwardBatch:
     slot_mapping_T: Tensor
     fresh_blocks_F: Tensor
     longest: int
+    attended: int
     attention: Mapping[int | None, AttentionPlan]
+    ring: RingBatch | None = None
 
 
 def build_forward_batch(
@@ -55,9 +61,11 @@ def build_forward_batch(
     dtype: torch.dtype,
     device: torch.device,
     deterministic: bool = False,
+    attended_rows: int | None = None,
 ) -> ForwardBatch:
     """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
-    sequence, with weights of type ``dtype``; ``deterministic`` as in ``build_attention_plan``.
+    sequence, with weights of type ``dtype``; ``deterministic`` as in ``build_attention_plan``. Attention is planned
+    for the first ``attended_rows`` of the rows; None: for all.
 
     Shapes: token_ids [tokens] int64 on ``device``, the rows' tokens one row after the other; starts, counts,
     prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
@@ -80,11 +88,12 @@ def build_forward_batch(
         slot_mapping_T=torch.from_numpy(blocks_T * block_size + positions_T % block_size).to(device),
         fresh_blocks_F=torch.from_numpy(_fresh_blocks(starts64, counts64, block_tables, block_size)).to(device),
         longest=int(positions_T.max(initial=-1)) + 1,
+        attended=int(counts64[:attended_rows].sum()),
         attention={
             window: build_attention_plan(
-                starts=starts,
-                counts=counts,
-                block_tables=block_tables,
+                starts=starts[:attended_rows],
+                counts=counts[:attended_rows],
+                block_tables=block_tables[:attended_rows],
                 block_size=block_size,
                 kv_heads=spec.num_kv_heads,
                 window=window,
@@ -95,6 +104,53 @@ def build_forward_batch(
             for window in spec.windows
         },
     )
+
+
+def build_divided_batch(
+    division: StepDivision,
+    *,
+    token_ids: Tensor,
+    prompt_lengths: Int32Array,
+    block_tables: Int32Array,
+    block_size: int,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool = False,
+) -> ForwardBatch:
+    """Build one rank's batch of a step that is divided; otherwise as ``build_forward_batch``, of the step's rows.
+
+    With ``deterministic``, pieces attend when all keys have come, and so to all of them in one order.
+    """
+    computed = division.computed
+    rows = [piece.row for piece in computed]
+    starts = np.array([piece.start for piece in computed], np.int32)
+    batch = build_forward_batch(
+        token_ids=token_ids.index_select(0, torch.from_numpy(tokens_of(computed)).to(token_ids.device)),
+        starts=starts,
+        counts=np.array([piece.end for piece in computed], np.int32) - starts,
+        prompt_lengths=prompt_lengths[rows],
+        block_tables=block_tables[rows],
+        block_size=block_size,
+        spec=spec,
+        dtype=dtype,
+        device=device,
+        deterministic=deterministic,
+        attended_rows=None if deterministic else len(division.whole),
+    )
+    ring = build_ring_batch(
+        division,
+        block_tables=block_tables,
+        block_size=block_size,
+        kv_heads=spec.num_kv_heads,
+        windows=spec.windows,
+        dtype=dtype,
+        device=device,
+        in_turns=not deterministic,
+    )
+    # A block is cleared by every rank, whichever of them writes to it first.
+    fresh = _fresh_blocks(division.starts, division.counts, block_tables, block_size)
+    return replace(batch, fresh_blocks_F=torch.from_numpy(fresh).to(device), ring=ring)
 
 
 def _fresh_blocks(

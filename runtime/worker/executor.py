@@ -12,6 +12,7 @@ On a request's way: after the scheduler, around models and sampler.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...comm.groups import ALONE, MeshGroups
+from ...comm.sequence_split import StepDivision
 from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StageTime, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
@@ -28,6 +30,7 @@ from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
+from .sequence_ranks import SequenceRanks
 from .stage_link import StageLink
 from .step_forward import StepForward, StepRows
 from .vocabulary import VocabularySampler
@@ -86,6 +89,7 @@ class ModelExecutor:
         thread: ThreadPoolExecutor,
         groups: MeshGroups = ALONE,
         balance: ExpertBalance | None = None,
+        sequences: SequenceRanks | None = None,
     ) -> None:
         """Take a loaded model, its ``layers`` over ``cache``, and the ``step_thread`` that has loaded it; ``close``
         ends the thread and the groups.
@@ -94,6 +98,7 @@ class ModelExecutor:
         self._groups = groups
         self._cache = cache
         self._layers = layers
+        self._sequences = sequences or SequenceRanks(groups.sp, block_size=block_size)
         self._device = device
         self._sampler = Sampler(max_slots)
         self._vocabulary = VocabularySampler(
@@ -146,7 +151,10 @@ class ModelExecutor:
             )
         # Before the model runs, so that the two go on side by side.
         masks = self._begin_masks(plan)
-        hidden_TH = self._forward(plan, rows)
+        division = self._sequences.divide(plan.starts, plan.counts)
+        hidden_TH = self._forward(plan, rows, division)
+        if division is not None:
+            hidden_TH = self._sequences.bring(hidden_TH, division, self._wanted(plan, rows))
         prompt_logprobs = self._score_prompts(plan, rows, hidden_TH)
         drawn = self._sample(plan, rows, hidden_TH, masks)
         execute_s = monotonic_clock() - start_s
@@ -176,7 +184,7 @@ class ModelExecutor:
     def _pass_on(self, plan: StepPlan, rows: _Rows) -> None:
         """Compute a stage that is not the last, and be ready for the tokens that the last one draws."""
         assert self._link is not None, "a stage that is not the last has others"
-        self._link.send_hidden(self._forward(plan, rows))
+        self._link.send_hidden(self._forward(plan, rows, self._sequences.divide(plan.starts, plan.counts)))
         if plan.samples.any():
             positions = (plan.starts + plan.counts)[plan.samples].astype(np.int64)
             self._link.expect_tokens(plan.slots[plan.samples], positions)
@@ -205,7 +213,8 @@ class ModelExecutor:
         if admitted.wants_prompt_logprobs and admitted.params.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = admitted.params.prompt_logprobs
 
-    def _forward(self, plan: StepPlan, rows: _Rows) -> torch.Tensor:
+    def _forward(self, plan: StepPlan, rows: _Rows, division: StepDivision | None) -> torch.Tensor:
+        """Return the hidden states of the step's tokens; of a divided step, of this rank's."""
         token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
         step_rows = StepRows(
             token_ids_T=token_ids_T.to(self._device),
@@ -216,10 +225,14 @@ class ModelExecutor:
         )
         hidden_TH = None
         if self._link is not None and not self._groups.place.is_first_stage:
-            hidden_TH = self._link.receive_hidden(plan.num_tokens)
+            hidden_TH = self._link.receive_hidden(plan.num_tokens if division is None else division.num_tokens)
+        if division is not None:
+            return self._layers.run_divided(step_rows, hidden_TH, division)
         return self._layers.run(step_rows, hidden_TH)
 
     def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:
+        if not self._sequences.draws:
+            return None
         drawing = plan.samples
         positions = (plan.starts + plan.counts)[drawing].astype(np.int64)
         return self._grammars.begin(plan.slots[drawing], positions, self._tokens)
@@ -232,17 +245,20 @@ class ModelExecutor:
         drawing = np.flatnonzero(plan.samples)
         if not len(drawing):
             return SampledRows(token_ids=tokens)
-        last = torch.from_numpy(rows.last[drawing].astype(np.int64)).to(self._device)
         slots = plan.slots[drawing]
-        positions = (plan.starts + plan.counts)[drawing]
-        logits_RL = self._model.logits(hidden_TH.index_select(0, last))
-        # The step's own deadline bounds the wait.
-        allowed = None if masks is None else masks.result()
-        sampled = self._vocabulary.sample(logits_RL, slots, positions.astype(np.int64), self._tokens, allowed)
-        tokens[drawing] = sampled.token_ids
-        self._write_tokens(slots, positions.astype(np.int64), sampled.token_ids)
+        positions = (plan.starts + plan.counts)[drawing].astype(np.int64)
+        sampled = SampledRows(token_ids=tokens[drawing])
+        if self._sequences.draws:
+            last = torch.from_numpy(rows.last[drawing].astype(np.int64)).to(self._device)
+            logits_RL = self._model.logits(hidden_TH.index_select(0, last))
+            # The step's own deadline bounds the wait.
+            allowed = None if masks is None else masks.result()
+            sampled = self._vocabulary.sample(logits_RL, slots, positions, self._tokens, allowed)
+        drawn = self._sequences.share(sampled.token_ids, self._device)
+        tokens[drawing] = drawn
+        self._write_tokens(slots, positions, drawn)
         if self._link is not None:
-            self._link.send_tokens(sampled.token_ids)
+            self._link.send_tokens(drawn)
         return SampledRows(
             token_ids=tokens,
             logprobs={int(drawing[index]): entry for index, entry in sampled.logprobs.items()},
@@ -254,20 +270,36 @@ class ModelExecutor:
         self, plan: StepPlan, rows: _Rows, hidden_TH: torch.Tensor
     ) -> dict[int, tuple[TokenLogprobs, ...]]:
         """Return, for rows that want it, the log-probabilities of the prompt tokens that this step predicts."""
-        if not self._prompt_logprobs:
-            return {}
         scores: dict[int, tuple[TokenLogprobs, ...]] = {}
-        for row, slot in enumerate(plan.slots.tolist()):
-            start = int(plan.starts[row])
-            count = min(int(plan.counts[row]), int(self._prompt_length[slot]) - 1 - start)
-            if slot not in self._prompt_logprobs or count <= 0:
-                continue
+        if not self._sequences.draws:
+            return scores
+        for row, count in self._scored(plan):
+            slot, start, first = int(plan.slots[row]), int(plan.starts[row]), int(rows.first[row])
             entries: list[TokenLogprobs] = []
             for begin in range(0, count, _PROMPT_LOGPROB_ROWS):
                 end = min(begin + _PROMPT_LOGPROB_ROWS, count)
-                first = int(rows.first[row])
                 logits_NV = self._vocabulary.whole(self._model.logits(hidden_TH[first + begin : first + end]))
                 targets = self._tokens[slot, start + 1 + begin : start + 1 + end]
                 entries += prompt_token_logprobs(logits_NV, targets, self._prompt_logprobs[slot])
             scores[row] = tuple(entries)
         return scores
+
+    def _scored(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
+        """Yield the rows whose prompts are scored, and how many of their first tokens predict a prompt token."""
+        if not self._prompt_logprobs:
+            return
+        for row, slot in enumerate(plan.slots.tolist()):
+            count = min(int(plan.counts[row]), int(self._prompt_length[slot]) - 1 - int(plan.starts[row]))
+            if slot in self._prompt_logprobs and count > 0:
+                yield row, count
+
+    def _wanted(self, plan: StepPlan, rows: _Rows) -> NDArray[np.bool_]:
+        """Return which tokens' hidden states are needed to draw and to score prompts.
+
+        Shapes: returns [tokens]
+        """
+        wanted = np.zeros(plan.num_tokens, dtype=np.bool_)
+        wanted[rows.last[plan.samples]] = True
+        for row, count in self._scored(plan):
+            wanted[rows.first[row] : rows.first[row] + count] = True
+        return wanted

@@ -96,6 +96,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         pp=mesh.pp,
         ep=mesh.ep,
         tp=mesh.tp,
+        sp=mesh.sp,
         experts_over_tp=options.enable_expert_parallel,
         overlap=options.overlap,
         sharded_norm=options.sharded_norm,
@@ -121,6 +122,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
 def _mesh(options: EngineOptions) -> MeshShape:
     return MeshShape(
         pp=options.pipeline_parallel_size,
+        sp=options.sequence_parallel_size,
         ep=options.expert_parallel_size,
         tp=options.tensor_parallel_size,
         ranks_per_host=options.ranks_per_host,

@@ -33,9 +33,10 @@ from .expert_balance import ExpertBalance
 from .expert_trial import set_exchange
 from .grammar import GrammarCompiler
 from .norm_shares import fewest_in_shares
+from .sequence_ranks import SequenceRanks
 from .step_forward import StepForward, StepRows
 from .token_split import measure_split
-from .wire_meter import wire_meter
+from .wire_meter import ring_meter, wire_meter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class RankSetup:
     pp: int = 1
     ep: int = 1
     tp: int = 1
+    sp: int = 1
     experts_over_tp: bool = False
     overlap: bool = False
     sharded_norm: bool | None = None
@@ -75,7 +77,7 @@ class RankSetup:
     @property
     def mesh(self) -> MeshShape:
         """The replica's shape."""
-        return MeshShape(pp=self.pp, ep=self.ep, tp=self.tp, ranks_per_host=self.ranks_per_host)
+        return MeshShape(pp=self.pp, sp=self.sp, ep=self.ep, tp=self.tp, ranks_per_host=self.ranks_per_host)
 
     def to_json(self) -> str:
         """Return the setup as one line."""
@@ -150,6 +152,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         thread=thread,
         groups=groups,
         balance=_balance(setup, spec, model, shard),
+        sequences=SequenceRanks(groups.sp, block_size=setup.block_size),
     )
     return Rank(executor=executor, grammars=grammars)
 
@@ -189,7 +192,14 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
 @torch.inference_mode()
 def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, groups: MeshGroups) -> StepForward:
     """Return the rank's layers; which ways steps go through them is measured with the other ranks of the stage."""
-    make = partial(StepForward, model, cache, block_size=setup.block_size, deterministic=setup.deterministic)
+    make = partial(
+        StepForward,
+        model,
+        cache,
+        block_size=setup.block_size,
+        deterministic=setup.deterministic,
+        ring_meter=_ring_meter(model, groups),
+    )
     group, also = (groups.tp, groups.ep) if groups.tp is not None else (groups.ep, None)
     if group is None:
         return make()
@@ -230,6 +240,13 @@ def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, g
         # Made-up tokens say nothing about the experts' loads.
         experts.load_E.zero_()
     return make(split=split, shares_from=shares_from, meter=meter)
+
+
+def _ring_meter(model: Decoder, groups: MeshGroups) -> OverlapMeter | None:
+    if groups.sp is None or model.device.type != "cpu":
+        return None
+    spec = model.spec
+    return ring_meter(groups.sp, bytes_per_token=2 * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize)
 
 
 def _try(

@@ -2,7 +2,8 @@
 
 Owns the batches, the choice between the ways, and what is measured of the wire. The parts are cut at a token, wherever
 that is in a row; all run the same layers (``comm.overlap``), each a layer's attention ahead of the next, which so finds
-its keys.
+its keys. Of a step that is divided over sequence-parallel ranks, this rank's tokens run at once: its exchanges hide
+behind its own attention.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 from ...comm.overlap import Parts, run_interleaved, run_plain
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import Cuts, cut_rows
+from ...comm.sequence_split import StepDivision
 from ..messages import Int32Array
 from ..models.decoder import Decoder
-from ..models.forward import ForwardBatch, build_forward_batch
+from ..models.forward import ForwardBatch, build_divided_batch, build_forward_batch
 from ..models.kv_cache import KvCache
 from .token_split import TokenSplit
 
@@ -43,7 +45,8 @@ class StepForward:
     """A rank's layers with its cache.
 
     ``split`` says where steps are cut; without it they are not. From ``shares_from`` tokens on, a step or its part
-    keeps the residual in shares; None: never. ``meter``: of the wire; None where nobody else is there, or on a GPU.
+    keeps the residual in shares; None: never. ``meter``: of the wire, and ``ring_meter`` of it in divided steps; None
+    where nobody else is there, or on a GPU.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class StepForward:
         split: TokenSplit | None = None,
         shares_from: int | None = None,
         meter: OverlapMeter | None = None,
+        ring_meter: OverlapMeter | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -64,6 +68,7 @@ class StepForward:
         self._split = split
         self._shares_from = shares_from
         self._meter = meter
+        self._ring_meter = ring_meter
         self._hidden_before_s = 0.0
         self._wire_before_s = 0.0
 
@@ -74,6 +79,24 @@ class StepForward:
         """
         cuts = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
         return self.run_cut(rows, hidden_TH, cuts, self._meter)
+
+    def run_divided(self, rows: StepRows, hidden_TH: Tensor | None, division: StepDivision) -> Tensor:
+        """Return the hidden states of this rank's tokens of a divided step; ``rows`` is all of the step.
+
+        Shapes: hidden_TH, and what is returned, [tokens of this rank, hidden size]
+        """
+        batch = build_divided_batch(
+            division,
+            token_ids=rows.token_ids_T,
+            prompt_lengths=rows.prompt_lengths,
+            block_tables=rows.block_tables,
+            block_size=self._block_size,
+            spec=self._model.spec,
+            deterministic=self._deterministic,
+            dtype=self._model.dtype,
+            device=self._model.device,
+        )
+        return run_plain(self._through(batch, hidden_TH), meter=self._ring_meter)
 
     def run_cut(
         self, rows: StepRows, hidden_TH: Tensor | None, cuts: Cuts | None, meter: OverlapMeter | None
@@ -91,18 +114,20 @@ class StepForward:
 
     def take_wire_s(self) -> tuple[float, float]:
         """Return what the passes since the last call spent on the wire, and how much of it was hidden, in seconds."""
-        if self._meter is None:
-            return 0.0, 0.0
-        totals = self._meter.totals
+        totals = [meter.totals for meter in (self._meter, self._ring_meter) if meter is not None]
+        wire_s = sum(each.wire_s for each in totals)
         # Estimates may take hidden time back; what has been said stays said.
-        hidden_s = max(totals.hidden_s, self._hidden_before_s)
-        taken = totals.wire_s - self._wire_before_s, hidden_s - self._hidden_before_s
-        self._wire_before_s, self._hidden_before_s = totals.wire_s, hidden_s
+        hidden_s = max(sum(each.hidden_s for each in totals), self._hidden_before_s)
+        taken = wire_s - self._wire_before_s, hidden_s - self._hidden_before_s
+        self._wire_before_s, self._hidden_before_s = wire_s, hidden_s
         return taken
 
     def _parts(self, rows: StepRows, hidden_TH: Tensor | None) -> Parts:
-        in_shares = self._shares_from is not None and rows.token_ids_T.shape[0] >= self._shares_from
-        return self._model.forward_parts(self._batch(rows), self._cache, hidden_TH, sharded_norm=in_shares)
+        return self._through(self._batch(rows), hidden_TH)
+
+    def _through(self, batch: ForwardBatch, hidden_TH: Tensor | None) -> Parts:
+        in_shares = self._shares_from is not None and batch.token_ids_T.shape[0] >= self._shares_from
+        return self._model.forward_parts(batch, self._cache, hidden_TH, sharded_norm=in_shares)
 
     def _batch(self, rows: StepRows) -> ForwardBatch:
         return build_forward_batch(

@@ -55,6 +55,7 @@ def local_mesh(
             tp=seat("tp", place.tp_ranks, place.rank),
             ep=seat("ep", place.ep_ranks, place.rank),
             pp=seat("pp", place.pp_ranks, place.rank),
+            sp=seat("sp", place.sp_ranks, place.rank),
             expert_levels=levels(place),
         )
         for place in places

@@ -244,6 +244,7 @@ def test_parameters_that_do_not_fit_the_model_are_refused_by_name(llm: LLM, para
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size"),
+        ({"sequence_parallel_size": 0}, "sequence_parallel_size"),
         ({"expert_parallel_size": 2, "enable_expert_parallel": True}, "expert_parallel_size"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"step_timeout_s": 0}, "step_timeout_s"),

@@ -93,6 +93,27 @@ def test_expert_parallel_processes_give_the_same(experts: Path, started: list[Ra
     assert gone(started[0])
 
 
+def test_sequence_parallel_processes_give_the_same(dense: Path, started: list[RankProcesses]) -> None:
+    long = {"prompt_token_ids": [3 + (11 * index) % 150 for index in range(450)]}
+    params = SamplingParams(temperature=0.0, max_tokens=16, prompt_logprobs=0)
+
+    def answer(llm: LLM) -> tuple[Any, list[float]]:
+        (output,) = llm.generate([long], params)
+        scores = [next(iter(at.values())).logprob for at in output.prompt_logprobs[1:]]
+        return (tokens(llm), output.outputs[0].token_ids), scores
+
+    with LLM(str(dense), **OPTIONS, sequence_parallel_size=2, tensor_parallel_size=2) as llm:
+        found, found_scores = answer(llm)
+        assert len(started[0].process_ids) == 3
+        (stage,) = llm._engine.stage_times
+    with LLM(str(dense), **OPTIONS) as llm:
+        expected, expected_scores = answer(llm)
+    assert found == expected
+    assert found_scores == pytest.approx(expected_scores, abs=1e-4)
+    assert stage.wire_s > 0.0 and stage.wire_hidden_s > 0.0
+    assert gone(started[0])
+
+
 def kill(process_id: int) -> None:
     os.kill(process_id, signal.SIGKILL)
 
@@ -101,7 +122,11 @@ def stop(process_id: int) -> None:
     os.kill(process_id, signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("degrees", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"sequence_parallel_size": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("strike", [kill, stop])
 def test_a_rank_that_is_lost_ends_requests_with_its_name_and_the_next_engine_is_right(
     strike: Callable[[int], None], degrees: dict[str, int], dense: Path, started: list[RankProcesses]

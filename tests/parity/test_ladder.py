@@ -170,7 +170,7 @@ def test_the_next_module_computes_before_a_sum_is_waited_for(
     def note(entry: str) -> None:
         logs.setdefault(threading.get_ident(), []).append(entry)
 
-    reduce, wait, attend, mlp = LocalRank.all_reduce, LocalWork.wait, Attention.__call__, DenseMlp.parts
+    reduce, wait, attend, mlp = LocalRank.all_reduce, LocalWork.wait, Attention.parts, DenseMlp.parts
 
     def noted_reduce(self: LocalRank, x: torch.Tensor, *, op: str = "sum") -> Any:
         note("begin")
@@ -180,9 +180,9 @@ def test_the_next_module_computes_before_a_sum_is_waited_for(
         note("wait")
         return wait(self, timeout_s)
 
-    def noted_attend(self: Attention, *given: Any) -> torch.Tensor:
+    def noted_attend(self: Attention, *given: Any) -> Generator[Any, Any, Any]:
         note("attention")
-        return attend(self, *given)
+        return (yield from attend(self, *given))
 
     def noted_mlp(self: DenseMlp, x_TH: torch.Tensor) -> Generator[Any, Any, Any]:
         note("mlp")
@@ -192,7 +192,7 @@ def test_the_next_module_computes_before_a_sum_is_waited_for(
         for owner, name, noted in (
             (LocalRank, "all_reduce", noted_reduce),
             (LocalWork, "wait", noted_wait),
-            (Attention, "__call__", noted_attend),
+            (Attention, "parts", noted_attend),
             (DenseMlp, "parts", noted_mlp),
         ):
             monkeypatch.setattr(owner, name, noted)
