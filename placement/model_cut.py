@@ -71,13 +71,19 @@ class Cut:
         firsts = [stage * base + min(stage, extra) for stage in range(degree + 1)]
         return tuple(tuple(Counter(layers[firsts[stage] : firsts[stage + 1]]).items()) for stage in range(degree))
 
+    @cached_property
+    def stage_counts(self) -> tuple[tuple[int, int], ...]:
+        """One of each kind of stage, and how many there are of it."""
+        last = self.degrees.pp - 1
+        kinds: dict[object, list[int]] = {}
+        for stage in range(self.degrees.pp):
+            kinds.setdefault((stage == 0, stage == last, self.stage(stage)), []).append(stage)
+        return tuple((alike[0], len(alike)) for alike in kinds.values())
+
     @property
     def distinct_stages(self) -> tuple[int, ...]:
         """One of each kind of stage: those between the first and the last that are alike count once."""
-        seen: dict[object, int] = {}
-        for stage in range(self.degrees.pp):
-            seen.setdefault((stage == 0, stage == self.degrees.pp - 1, self.stage(stage)), stage)
-        return tuple(seen.values())
+        return tuple(stage for stage, _ in self.stage_counts)
 
     @property
     def heads(self) -> int:

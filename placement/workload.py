@@ -70,6 +70,21 @@ class Workload:
         return weighted / self.mean_output
 
     @property
+    def mean_position(self) -> float:
+        """Positions before a prompt's token, on average over all tokens that are computed."""
+        tokens = sum(shape.share * shape.prompt_tokens for shape in self.shapes)
+        pairs = sum(shape.share * shape.prompt_tokens**2 for shape in self.shapes) * (1 - self.cached_share**2)
+        return pairs / (2 * tokens * (1 - self.cached_share))
+
+    @property
+    def prompts(self) -> tuple[tuple[int, float], ...]:
+        """Prompt lengths and their shares, each length once, ascending."""
+        shares: dict[int, float] = {}
+        for shape in self.shapes:
+            shares[shape.prompt_tokens] = shares.get(shape.prompt_tokens, 0.0) + shape.share
+        return tuple(sorted(shares.items()))
+
+    @property
     def longest(self) -> int:
         """The most tokens, prompt and answer together, of any kind of request."""
         return max(shape.prompt_tokens + shape.output_tokens for shape in self.shapes)
@@ -77,12 +92,11 @@ class Workload:
     def prompt_quantile(self, quantile: float) -> int:
         """Return a prompt length that this share of the requests does not exceed."""
         below = 0.0
-        ordered = sorted(self.shapes, key=lambda shape: shape.prompt_tokens)
-        for shape in ordered:
-            below += shape.share
+        for length, share in self.prompts:
+            below += share
             if below >= quantile - 1e-9:
-                return shape.prompt_tokens
-        return ordered[-1].prompt_tokens
+                return length
+        return self.prompts[-1][0]
 
 
 def quantiles(*, median: float, p95: float, count: int) -> tuple[int, ...]:
