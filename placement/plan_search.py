@@ -24,14 +24,11 @@ from .question import PoolRequest, Question, RankedPlan, Ranking
 from .replica_links import ReplicaLinks, link_between, replica_links
 from .topology import DeviceRef, Link
 
-MOST_PLACED = 48
-"""Combinations that are really placed."""
+MOST_PLACED = 24
+"""Combinations that are really placed, of those that split prefill from decode and of the others."""
 
 MOST_ALIKE = 3
 """Of them, those that differ in numbers of replicas alone."""
-
-MOST_RANKED = 10
-"""Plans in the answer, each of another structure."""
 
 Structure = tuple[tuple[str, str, Degrees], ...]
 """Pool, type of device and degrees of each pool: what makes two plans the same but for numbers."""
@@ -76,20 +73,18 @@ class _Search:
         sketches = [sketch for pools in self._question.alternatives for sketch in self._sketches(pools)]
         tried: dict[Structure, int] = {}
         best: dict[Structure, RankedPlan] = {}
-        placed = 0
+        placed = {True: 0, False: 0}
         for sketch in sorted(sketches, key=lambda sketch: sketch.figures.rank(goal)):
             alike = tried.get(sketch.structure, 0)
-            if alike == MOST_ALIKE:
+            if alike == MOST_ALIKE or placed[sketch.figures.split] == MOST_PLACED:
                 continue
             tried[sketch.structure] = alike + 1
+            placed[sketch.figures.split] += 1
             plan = self._placed(sketch)
-            placed += 1
             if plan is not None:
                 known = best.get(sketch.structure)
                 if known is None or plan.figures.rank(goal) < known.figures.rank(goal):
                     best[sketch.structure] = plan
-            if placed == MOST_PLACED:
-                break
         plans = sorted(best.values(), key=lambda plan: plan.figures.rank(goal))
         return Ranking(plans=tuple(plans), refused=tuple(self._options.refused))
 

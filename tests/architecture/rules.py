@@ -42,6 +42,8 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "gateway": _VALUES | _BELOW_SHELLS,
     # Files about a cluster that a person writes, and plans made from them; models' sizes come from their config.json.
     "cluster": _VALUES | {"models"},
+    # Steps of a rank, measured for planning.
+    "profiler": _VALUES | {"models", "worker", "cluster"},
     # Clients of any server's HTTP API: they know nothing of how ours works.
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
@@ -55,7 +57,7 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "cli": _VALUES
     | _BELOW_SHELLS
-    | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster"},
+    | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster", "profiler"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 

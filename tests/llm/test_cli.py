@@ -64,6 +64,10 @@ OPTIONS = {
         *("enable_prefix_caching", "scheduling_policy", "step_timeout_s"),
         *("enable_eplb", "num_redundant_experts", "eplb_step_interval"),
     },
+    # where it would run, what has been measured there, how it is told
+    "plan": {"topology", "profile", "as_json"},
+    # what is measured, as an engine would hold it, and where the table goes
+    "profile": {"output", "device_type", "dtype", "device", "quantization", "num_threads", "positions"},
     "bench serve": {
         # whom, and as who
         *("base_url", "model", "api_key_file"),
