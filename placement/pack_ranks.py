@@ -74,10 +74,12 @@ def pack(region: Region, free: Mapping[int, Sequence[int]], degrees: Degrees) ->
     taking = _Taking(free, counts)
     whole = LinkDomain(nodes=region.nodes, speed=region.speed)
     slowest_group = slowest_stage = ANY_SPEED
+    home: LinkDomain | None = None
     for stage in range(degrees.pp):
-        home = _stage_home(region, slots, counts, degrees, stages_left=degrees.pp - stage) or whole
+        home = _stage_home(region, slots, counts, degrees, home, stages_left=degrees.pp - stage) or whole
+        place: LinkDomain | None = None
         for group in range(degrees.ep):
-            place = _group_home(home, slots, counts, degrees.tp, groups_left=degrees.ep - group)
+            place = _group_home(home, slots, counts, degrees.tp, place, groups_left=degrees.ep - group)
             taking.take(place, degrees.tp)
             if degrees.tp > 1:
                 slowest_group = min(slowest_group, place.speed)
@@ -149,31 +151,39 @@ class _Taking:
 
 
 def _stage_home(
-    region: Region, slots: _Slots, free: Mapping[int, int], degrees: Degrees, *, stages_left: int
+    region: Region,
+    slots: _Slots,
+    free: Mapping[int, int],
+    degrees: Degrees,
+    last: LinkDomain | None,
+    *,
+    stages_left: int,
 ) -> LinkDomain | None:
-    """Return the fastest domain for a stage: the tightest that holds all stages that are left, else the largest."""
+    """Return the fastest domain for a stage: the last one's, the tightest that holds all that are left, the largest."""
     fitting = [(domain, groups) for domain in region.domains if (groups := slots.groups_in(domain, free)) >= degrees.ep]
     if not fitting:
         return None
     needed = degrees.ep * stages_left
 
-    def key(entry: tuple[LinkDomain, int]) -> tuple[int, int, int, int, tuple[int, ...]]:
+    def key(entry: tuple[LinkDomain, int]) -> tuple[int, bool, bool, int, int, tuple[int, ...]]:
         domain, groups = entry
         speed = 0 if degrees.ep == 1 and degrees.tp == 1 else -domain.speed
         enough = groups >= needed
-        return speed, not enough, groups if enough else -groups, len(domain.nodes), domain.nodes
+        return speed, domain != last, not enough, groups if enough else -groups, len(domain.nodes), domain.nodes
 
     return min(fitting, key=key)[0]
 
 
-def _group_home(stage: LinkDomain, slots: _Slots, free: Mapping[int, int], tp: int, *, groups_left: int) -> LinkDomain:
-    """Return the fastest domain for a group: the tightest with room for all that the stage lacks, else the largest."""
+def _group_home(
+    stage: LinkDomain, slots: _Slots, free: Mapping[int, int], tp: int, last: LinkDomain | None, *, groups_left: int
+) -> LinkDomain:
+    """Return the fastest domain for a group: the last one's, the tightest with room for all, else the largest."""
 
-    def key(domain: LinkDomain) -> tuple[int, int, int, int, tuple[int, ...]]:
+    def key(domain: LinkDomain) -> tuple[int, bool, bool, int, int, tuple[int, ...]]:
         count = _count(domain, free)
         enough = count >= tp * groups_left
         speed = 0 if tp == 1 else -domain.speed
-        return speed, not enough, count if enough else -count, len(domain.nodes), domain.nodes
+        return speed, domain != last, not enough, count if enough else -count, len(domain.nodes), domain.nodes
 
     return min((domain for domain in slots.homes(stage) if _count(domain, free) >= tp), key=key)
 

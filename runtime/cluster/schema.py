@@ -1,6 +1,6 @@
 """The JSON schema of the cluster file, as it is published in ``docs/``.
 
-``python -m slipstream.runtime.cluster.schema > docs/cluster-file.schema.json`` writes it; a test holds the two together.
+``python -m slipstream.runtime.cluster.schema > docs/cluster-file.schema.json`` writes it; a test compares the two.
 """
 
 from __future__ import annotations

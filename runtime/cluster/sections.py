@@ -78,10 +78,16 @@ def parse_section(text: str, kind: type[_S], *, file: str) -> _S:
     if not isinstance(value, dict):
         raise ConfigError(file, f"must hold keys and values, holds {type(value).__name__}")
     try:
-        # As JSON, lists are tuples and words are members of enumerations; nothing else is converted.
-        return kind.model_validate_json(json.dumps(value, default=str))
+        return kind.model_validate(_with_tuples(value))
     except ValidationError as error:
         raise _in_our_words(error, file, value) from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a value with its lists as tuples, which frozen sections have; nothing else is converted for them."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _in_our_words(error: ValidationError, file: str, value: object) -> ConfigError:

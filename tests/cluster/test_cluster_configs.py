@@ -105,7 +105,7 @@ def test_the_command_prints_json() -> None:
 def test_a_topology_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("model: {path: a}\nworkload: {prompt_tokens: 1, output_tokens: 1}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="--topology FILE, or put cluster.topology.yaml"):
+    with pytest.raises(ConfigError, match=r"--topology FILE, or put cluster\.topology\.yaml"):
         plan_command(file, topology=None)
 
 
