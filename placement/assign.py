@@ -39,18 +39,24 @@ def assign(
 class Placer:
     """Devices that are free, and the choice among them; what is chosen is no longer free."""
 
-    def __init__(self, topology: Topology, free: Collection[DeviceRef]) -> None:
-        """Take the devices that may be used; those that the topology does not have are ignored."""
+    def __init__(self, topology: Topology, free: Collection[DeviceRef], *, like: Placer | None = None) -> None:
+        """Take the devices that may be used; those that the topology does not have are ignored.
+
+        ``like``: another placer of the same topology, whose knowledge of it is shared.
+        """
         self._topology = topology
-        self._domains = link_domains(topology)
-        index_of = {node.name: index for index, node in enumerate(topology.nodes)}
+        self._domains = link_domains(topology) if like is None else like._domains
+        self._index_of = {node.name: index for index, node in enumerate(topology.nodes)}
         self._free: list[list[int]] = [[] for _ in topology.nodes]
         for device in sorted(set(free)):
-            index = index_of.get(device.node)
+            index = self._index_of.get(device.node)
             if index is not None and device.index < topology.nodes[index].devices:
                 self._free[index].append(device.index)
         # What a constraint leaves of the nodes and domains does not change as devices are taken.
-        self._regions: dict[tuple[tuple[int, ...], str | None], tuple[Region, ...]] = {}
+        self._regions: dict[tuple[tuple[int, ...], str | None], tuple[Region, ...]] = (
+            {} if like is None else like._regions
+        )
+        self._allowed_nodes: dict[object, tuple[tuple[int, ...], ...]] = {} if like is None else like._allowed_nodes
 
     @property
     def free(self) -> tuple[DeviceRef, ...]:
@@ -79,22 +85,24 @@ class Placer:
         names = [node.name for node in self._topology.nodes]
         return ReplicaPlace(devices=tuple(DeviceRef(node=names[node], index=index) for node, index in chosen.devices))
 
-    def _allowed(self, constraint: Constraint) -> Iterator[tuple[int, ...]]:
-        """Yield, for every type of device, the nodes that have free ones of it and that the constraint allows."""
-        by_type: dict[str, list[int]] = {}
-        for index, node in enumerate(self._topology.nodes):
-            if self._free[index] and constraint.allows(node):
-                by_type.setdefault(node.device_type, []).append(index)
-        for nodes in by_type.values():
-            yield tuple(nodes)
+    def _allowed(self, constraint: Constraint) -> tuple[tuple[int, ...], ...]:
+        """Return, for every type of device, the nodes that have it and that the constraint allows."""
+        key = (constraint.device_types, constraint.nodes, tuple(sorted(constraint.labels.items())))
+        if key not in self._allowed_nodes:
+            by_type: dict[str, list[int]] = {}
+            for index, node in enumerate(self._topology.nodes):
+                if constraint.allows(node):
+                    by_type.setdefault(node.device_type, []).append(index)
+            self._allowed_nodes[key] = tuple(tuple(nodes) for nodes in by_type.values())
+        return self._allowed_nodes[key]
 
     def _used_values(self, spread: str | None, others: Sequence[ReplicaPlace]) -> Mapping[str, int]:
         """Count, for each value of the label, the replicas that a failure of its domain takes."""
         counts: dict[str, int] = {}
         if spread is not None:
-            value_of = {node.name: node.labels.get(spread, node.name) for node in self._topology.nodes}
             for other in others:
-                for value in {value_of[device.node] for device in other.devices if device.node in value_of}:
+                names = {device.node for device in other.devices}
+                for value in {self._value(self._index_of[name], spread) for name in names if name in self._index_of}:
                     counts[value] = counts.get(value, 0) + 1
         return counts
 
@@ -107,7 +115,8 @@ class Placer:
         if sum(len(self._free[node]) for node in allowed) < degrees.ranks:
             return
         ideal = everywhere.speeds_at_best({node: len(self._free[node]) for node in allowed}, degrees)
-        least_used = min((used.get(value, 0) for value in self._values(allowed, spread)), default=0)
+        there = [node for node in allowed if self._free[node]]
+        least_used = min((used.get(value, 0) for value in self._values(there, spread)), default=0)
         best: _Candidate | None = None
         seen = set()
         for region in regions:
@@ -116,7 +125,7 @@ class Placer:
                 continue
             if best is not None and best.region_size < len(region.nodes) and best.reaches(ideal, least_used):
                 return
-            uses = tuple(sorted(used.get(value, 0) for value in self._values(region.nodes, spread)))
+            uses = tuple(sorted(used.get(value, 0) for value in region.values))
             shape = (region.shape(counts), uses)
             if shape in seen:
                 continue
@@ -139,7 +148,12 @@ class Placer:
             nodes = tuple(node for node in allowed if self._value(node, spread) == value)
             sets.setdefault(nodes, everywhere)
         regions = tuple(
-            Region(nodes=nodes, speed=speed, domains=_restricted(domains, nodes))
+            Region(
+                nodes=nodes,
+                speed=speed,
+                domains=_restricted(domains, nodes),
+                values=self._values(nodes, spread),
+            )
             for nodes, speed in sorted(sets.items(), key=lambda item: (len(item[0]), item[0]))
         )
         self._regions[allowed, spread] = regions

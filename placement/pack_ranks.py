@@ -29,11 +29,15 @@ class Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """Nodes in which a replica may be as a whole, the link between any two, and the domains inside, small first."""
+    """Nodes in which a replica may be as a whole, the link between any two, and the domains inside, small first.
+
+    ``values``: the failure domains that its nodes are in, where those matter.
+    """
 
     nodes: tuple[int, ...]
     speed: int
     domains: tuple[LinkDomain, ...]
+    values: tuple[str, ...] = ()
 
     def shape(self, counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Return what makes regions alike: how fast its domains are and how much is free in each.

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from .plan_figures import Figures
 
-WIDTH, HEIGHT = 64, 16
+WIDTH, HEIGHT = 64, 12
+
+_LEAST_SHARE = 0.1
 
 
 def pareto(plans: Sequence[Figures]) -> tuple[int, ...]:
@@ -31,10 +33,14 @@ def pareto(plans: Sequence[Figures]) -> tuple[int, ...]:
 def chart(plans: Sequence[Figures], *, named: int) -> list[str]:
     """Return a chart's lines: plans by their place in the ranking up to ``named``, others as dots, the front marked.
 
-    Both axes are logarithmic; up and left is better.
+    Both axes are logarithmic; up and left is better. What has less than a tenth of the most tokens is left out.
     """
     if not plans:
         return []
+    most = max(plan.tokens_per_s for plan in plans)
+    shown = [index for index, plan in enumerate(plans) if plan.tokens_per_s >= _LEAST_SHARE * most or index < named]
+    named = sum(index < named for index in shown)
+    plans = [plans[index] for index in shown]
     columns = _scale([plan.per_token_s for plan in plans], WIDTH)
     rows = _scale([plan.tokens_per_s for plan in plans], HEIGHT)
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]

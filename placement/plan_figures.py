@@ -257,10 +257,5 @@ def _limit(
     spends = largest_part(point.cost)
     if has_room:
         return f"nothing at this load; steps spend most on {spends}"
-    who = f"{group.role} replicas"
-    if group.role is Role.PREFILL:
-        return f"{who} are {point.busy:.0%} busy; {spends}"
-    if point.bound == "the load":
-        why = "more sequences at once would miss the bounds" if group.role is Role.DECODE else "prompts leave no room"
-        return f"{who} run {point.batch} sequences at once, {why}; {spends}"
-    return f"{who} run {point.batch} sequences at once, bound by {point.bound}; {spends}"
+    running = "" if group.role is Role.PREFILL else f" run {point.batch} sequences at once and"
+    return f"{group.role} replicas{running} are bound by {group.rates.full_because}; steps spend most on {spends}"

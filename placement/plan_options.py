@@ -54,7 +54,7 @@ class PoolOptions:
     def __init__(self, question: Question) -> None:
         """Take the question; every device that the topology has free may be used."""
         self._question = question
-        self._free = tuple(question.topology.devices())
+        self.placer = Placer(question.topology, tuple(question.topology.devices()))
         self._rates: dict[tuple[Role, EngineLimits, str, Degrees, ReplicaLinks], ReplicaRates] = {}
         self.refused: dict[str, None] = {}
 
@@ -109,7 +109,9 @@ class PoolOptions:
         if problem is not None:
             self._refuse(f"pool {pool.name!r}: {_cut(degrees)} on {device.name}: {problem}")
             return None
-        place = Placer(self._question.topology, self._free).take(degrees, constraint, pool=pool.name)
+        place = Placer(self._question.topology, self.placer.free, like=self.placer).take(
+            degrees, constraint, pool=pool.name
+        )
         if isinstance(place, Shortage):
             self._refuse(place.why)
             return None

@@ -27,6 +27,11 @@ from .topology import DeviceRef, Link
 MOST_PLACED = 24
 """Combinations that are really placed, of those that split prefill from decode and of the others."""
 
+MOST_TAKEN = 1500
+"""Replicas placed for each of the two, after the first few combinations: bounds the time on a large cluster."""
+
+_FEW = 4
+
 MOST_ALIKE = 3
 """Of them, those that differ in numbers of replicas alone."""
 
@@ -73,13 +78,15 @@ class _Search:
         sketches = [sketch for pools in self._question.alternatives for sketch in self._sketches(pools)]
         tried: dict[Structure, int] = {}
         best: dict[Structure, RankedPlan] = {}
-        placed = {True: 0, False: 0}
+        placed, taken = {True: 0, False: 0}, {True: 0, False: 0}
         for sketch in sorted(sketches, key=lambda sketch: sketch.figures.rank(goal)):
-            alike = tried.get(sketch.structure, 0)
-            if alike == MOST_ALIKE or placed[sketch.figures.split] == MOST_PLACED:
+            alike, kind = tried.get(sketch.structure, 0), sketch.figures.split
+            enough = placed[kind] >= _FEW and taken[kind] >= MOST_TAKEN
+            if alike == MOST_ALIKE or placed[kind] == MOST_PLACED or enough:
                 continue
             tried[sketch.structure] = alike + 1
-            placed[sketch.figures.split] += 1
+            placed[kind] += 1
+            taken[kind] += sum(sketch.counts)
             plan = self._placed(sketch)
             if plan is not None:
                 known = best.get(sketch.structure)
@@ -128,7 +135,7 @@ class _Search:
 
     def _placed(self, sketch: _Sketch) -> RankedPlan | None:
         """Give every rank a device; with fewer replicas than sketched where they do not all fit."""
-        placer = Placer(self._question.topology, self._free)
+        placer = Placer(self._question.topology, self._free, like=self._options.placer)
         # Large replicas first: small ones fit into what they leave.
         order = sorted(range(len(sketch.options)), key=lambda index: (-sketch.options[index].ranks, index))
         places: dict[int, list[ReplicaPlace]] = {index: [] for index in order}

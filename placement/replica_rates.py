@@ -12,8 +12,8 @@ Owns this arithmetic. Which replicas there are is not known here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .objectives import Objectives
@@ -45,7 +45,6 @@ class Point:
     per_token_s: float
     busy: float
     cost: StageCost
-    bound: str
 
     def keeps(self, objectives: Objectives) -> bool:
         """Say whether the times are within the bounds."""
@@ -100,6 +99,23 @@ class ReplicaRates:
         keeping = [point for point in self.points if point.keeps(self.objectives)]
         return max(keeping, key=lambda point: point.requests_per_s) if keeping else self.points[0]
 
+    @cached_property
+    def full_because(self) -> str:
+        """What keeps the fullest point from more, in words."""
+        place = self.points.index(self.fullest) + 1
+        if self.role is not Role.PREFILL and place == len(self.points):
+            if self.fullest.batch == self.max_batch:
+                return "KV memory" if self._kv_batch < self.limits.max_num_seqs else "max_num_seqs"
+            return "prompts, for which steps have no more room"
+        if place == len(self.points):
+            return f"their prompts: they are {self.fullest.busy:.0%} busy"
+        following = self.points[place]
+        if following.keeps(self.objectives):
+            return "nothing: more at once is no faster"
+        late = self.objectives.time_to_first_token_s
+        first = late is not None and following.first_token_s > late
+        return f"the bound on {'the first token' if first else 'the time of a token'}"
+
     def at(self, requests_per_s: float) -> Point:
         """Return the least loaded point that serves so many requests, or the fullest."""
         for point in self.points:
@@ -137,7 +153,6 @@ class ReplicaRates:
             per_token_s=cost.seconds * self._stages,
             busy=0.0,
             cost=cost,
-            bound=self._batch_bound(batch),
         )
 
     def _mixed_at(self, batch: int) -> Point | None:
@@ -162,11 +177,7 @@ class ReplicaRates:
         if busy > BUSIEST:
             return None
         mean_s = busy * carrying.seconds + (1 - busy) * plain.seconds
-        service = {
-            length: math.ceil(length * (1 - self.workload.cached_share) / room) * carrying.seconds
-            + (self._stages - 1) * carrying.seconds
-            for length, _ in self.workload.prompts
-        }
+        service = {length: self._mixed_prefill(length, room, decoding, plain) for length, _ in self.workload.prompts}
         return Point(
             batch=batch,
             requests_per_s=rows / mean_s / self.workload.mean_output,
@@ -174,8 +185,22 @@ class ReplicaRates:
             per_token_s=mean_s * self._stages,
             busy=busy,
             cost=carrying if busy * carrying.seconds > (1 - busy) * plain.seconds else plain,
-            bound=self._batch_bound(batch),
         )
+
+    def _mixed_prefill(self, length: int, room: float, decoding: Step, plain: StageCost) -> float:
+        """Return the seconds until a prompt's first token, whose chunks go beside decoding rows."""
+        tokens = length * (1 - self.workload.cached_share)
+        chunks, rest = divmod(tokens, room)
+        full = 0.0
+        if chunks:
+            # All chunks as the one in the middle: attention grows evenly.
+            middle = replace(decoding, prefill_tokens=room, prefill_start=(tokens - room) / 2)
+            full = self._slowest(middle).seconds
+        last = full
+        if rest >= 1:
+            last = self._slowest(replace(decoding, prefill_tokens=rest, prefill_start=chunks * room)).seconds
+        steps = chunks * full + (last if rest >= 1 else 0.0)
+        return max(steps, plain.seconds) + (self._stages - 1) * last
 
     def _prefill_at(self, busy: float) -> Point:
         times = self._prefill_times
@@ -188,7 +213,6 @@ class ReplicaRates:
             per_token_s=0.0,
             busy=busy,
             cost=self._prefill_cost,
-            bound="prefill replicas are busy",
         )
 
     @cached_property
@@ -232,11 +256,6 @@ class ReplicaRates:
         tail = wait / busy * math.log(busy / beyond) if busy > beyond else 0.0
         return service[length] + max(wait, tail)
 
-    def _batch_bound(self, batch: int) -> str:
-        if batch < self.max_batch:
-            return "the load"
-        return "KV memory" if self._kv_batch < self.limits.max_num_seqs else "max_num_seqs"
-
 
 def _batches(most: int) -> Iterator[int]:
     """Yield batch sizes from 1 to ``most``, each a little larger than the one before."""
@@ -255,8 +274,3 @@ def largest_part(cost: StageCost) -> str:
     memory = cost.by_memory.get(name, 0.0)
     how = "" if memory == 0.0 else ", bound by memory" if memory > 0.6 * cost.parts[name] else ", bound by arithmetic"
     return f"{name} ({share:.0%} of a step{how})"
-
-
-def combined_rate(points: Sequence[Point]) -> float:
-    """Return the requests per second of several replicas together."""
-    return sum(point.requests_per_s for point in points)
