@@ -23,7 +23,7 @@ def run_profile(
     rank = MeasuredRank(options)
     try:
         points = table_points(longest=rank.longest, positions=options.positions, most_batch=options.most_batch)
-        measured = measure_all(rank, points, lambda point, seconds: announce(line(point, seconds)))
+        measured = measure_all(rank, points, report=announce)
     finally:
         rank.close()
     on_cpu = device_type.startswith("cpu")
@@ -41,6 +41,8 @@ def run_profile(
         if on_cpu
         else None,
     )
+    for point, seconds in measured:
+        announce(line(point, seconds))
     write_profile(path, profile)
     return profile
 

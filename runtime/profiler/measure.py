@@ -6,7 +6,6 @@ Owns the loading of one rank without an engine, the repetitions, and what the pr
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from ...comm.groups import ALONE
 from ...sdk.errors import ConfigError
-from ..clock import monotonic_clock
+from ..clock import Clock, monotonic_clock
 from ..messages import StepPlan
 from ..models.registry import read_model_spec
 from ..worker.executor import ModelExecutor
@@ -24,9 +23,12 @@ from ..worker.rank import RankSetup, build_rank
 from .points import PlanWriter, StepPoint
 
 _STEP_TIMEOUT_S = 600.0
-_LEAST_REPEATS, _MOST_REPEATS = 3, 25
-_POINT_S = 0.7
-"""Seconds that a point's repetitions take together, unless the fewest take longer."""
+_MOST_REPEATS = 10
+_POINT_S = 0.15
+"""Seconds that a point's repetitions of one round take together, unless a single one takes longer."""
+
+ROUNDS = 5
+"""Times that all points are gone through: a machine that is busy for a while spoils no point for good."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,9 @@ class ProfileOptions:
 class MeasuredRank:
     """One loaded rank; ``close`` ends it."""
 
-    def __init__(self, options: ProfileOptions) -> None:
-        """Load the model and fill its cache. Raises: ConfigError, CheckpointError"""
+    def __init__(self, options: ProfileOptions, *, clock: Clock = monotonic_clock) -> None:
+        """Load the model and fill its cache; steps are timed by ``clock``. Raises: ConfigError, CheckpointError"""
+        self._clock = clock
         spec = read_model_spec(model_directory(options.model))
         device = choose_device(options.device)
         if options.positions < 64 or options.block_size < 1:
@@ -56,6 +59,9 @@ class MeasuredRank:
         self.longest = min(spec.max_model_len, options.positions)
         self.base_bytes = peak_bytes()
         blocks = options.positions // options.block_size
+        self.kv_bytes = (
+            spec.facts().kv_bytes_per_token(getattr(torch, self.dtype).itemsize) * blocks * options.block_size
+        )
         setup = RankSetup(
             model=str(model_directory(options.model)),
             tokenizer=options.model,
@@ -85,31 +91,31 @@ class MeasuredRank:
         self._executor.close()
 
     def seconds(self, point: StepPoint) -> float:
-        """Return how long a step takes, the median of several after the first."""
+        """Return how long a step takes, the least of several after the first: what else runs only makes it longer."""
         self._run(self._plans.plan(point, first=True))
         took: list[float] = []
-        while len(took) < _LEAST_REPEATS or (sum(took) < _POINT_S and len(took) < _MOST_REPEATS):
+        while not took or (sum(took) < _POINT_S and len(took) < _MOST_REPEATS):
             took.append(self._run(self._plans.plan(point, first=False)))
-        return statistics.median(took)
+        return min(took)
 
     def _run(self, plan: StepPlan) -> float:
-        start_s = monotonic_clock()
+        start_s = self._clock()
         self._executor.submit(plan).result(timeout=_STEP_TIMEOUT_S)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return monotonic_clock() - start_s
+        return self._clock() - start_s
 
 
 def measure_all(
-    rank: MeasuredRank, points: Sequence[StepPoint], report: Callable[[StepPoint, float], None]
+    rank: MeasuredRank, points: Sequence[StepPoint], *, rounds: int = ROUNDS, report: Callable[[str], None]
 ) -> list[tuple[StepPoint, float]]:
-    """Measure points one after the other and report each."""
-    measured = []
-    for point in points:
-        seconds = rank.seconds(point)
-        report(point, seconds)
-        measured.append((point, seconds))
-    return measured
+    """Measure all points in turn, several times, and return the least of each."""
+    least = dict.fromkeys(points, float("inf"))
+    for turn in range(rounds):
+        report(f"round {turn + 1} of {rounds} over {len(points)} steps")
+        for point in points:
+            least[point] = min(least[point], rank.seconds(point))
+    return list(least.items())
 
 
 def peak_bytes() -> int:

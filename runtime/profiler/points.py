@@ -100,6 +100,7 @@ class PlanWriter:
             prompt_length=tokens,
             block_ids=np.array(list(blocks), dtype=np.int32),
             params=_GREEDY,
+            stop_ids=(),
             seed=0,
         )
 
