@@ -29,7 +29,7 @@ from slipstream.placement.model_cut import Cut
 from slipstream.placement.plan import Degrees
 from slipstream.placement.plan_memory import EngineLimits, MemoryTraits, rank_memory
 from slipstream.placement.replica_links import NO_LINKS
-from slipstream.placement.step_cost import StepCost
+from slipstream.placement.step_cost import Efficiency, StepCost, filled_rows
 from slipstream.runtime.cluster.model_sizes_file import read_model_sizes
 
 TIME_LIMIT, MEMORY_LIMIT = 0.15, 0.05
@@ -80,7 +80,8 @@ def judge_times(path: Path, times: dict[str, Any]) -> dict[str, Any]:
     """Return how far predicted times are from those of steps that calibration has not seen."""
     device = DEVICE_TABLE["cpu-core"]
     cut = Cut(model=read_model_sizes(path, dtype=times["dtype"]), degrees=Degrees())
-    found = calibrate([MeasuredStep(**row) for row in times["table"]], cut=cut, device=device)
+    start = Efficiency(rows=filled_rows)
+    found = calibrate([MeasuredStep(**row) for row in times["table"]], cut=cut, device=device, start=start)
     cost = StepCost(cut=cut, device=device, links=NO_LINKS, efficiency=found)
     rows = []
     for row in times["unseen"]:
@@ -91,10 +92,10 @@ def judge_times(path: Path, times: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge_memory(path: Path, times: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
-    """Return how far the predicted peak is from the measured one; the base comes from the other process."""
+    """Return how far the predicted peak is from the measured one; what is not worked out comes from the profile."""
     sizes = read_model_sizes(path, dtype=times["dtype"])
     limits = EngineLimits(**memory["limits"])
-    traits = MemoryTraits(base_bytes=times["base_bytes"], packs_head=True, attention_bytes=16 << 20)
+    traits = MemoryTraits(**times["traits"])
     parts = rank_memory(Cut(model=sizes, degrees=Degrees()), limits, device_bytes=1 << 40, traits=traits)
     predicted = parts.without_kv + memory["kv_bytes"]
     return {

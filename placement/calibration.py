@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,12 +99,14 @@ def calibrate(
 ) -> Efficiency:
     """Return the efficiency with which the cost model gives the measured times, as nearly as its form allows.
 
-    ``cut`` is the one that was measured: one rank, no exchanges.
+    ``cut`` is the one that was measured: one rank, no exchanges. ``start``: what is kept of it is all but the factors.
     """
     start = start or Efficiency()
     plain = StepCost(cut=cut, device=device, links=NO_LINKS, efficiency=replace(start, **_NO_FACTORS))
     roofs = [_Roof.of(point, plain) for point in points]
-    fits = [_Fit([roof for roof in roofs if (roof.point.batch > 0) == decoding]) for decoding in (True, False)]
+    fits = [
+        _Fit([roof for roof in roofs if (roof.point.batch > 0) == decoding], start.rows) for decoding in (True, False)
+    ]
     for fit in fits:
         for _ in range(_ROUNDS):
             fit.improve()
@@ -141,7 +143,8 @@ class _Roof:
 class _Fit:
     """Factors of one kind of steps: of attention by size and context, of the rest by size."""
 
-    def __init__(self, roofs: Sequence[_Roof]) -> None:
+    def __init__(self, roofs: Sequence[_Roof], rows: Callable[[float], float]) -> None:
+        self._rows = rows
         self._by_size: dict[int, list[_Roof]] = {}
         for roof in roofs:
             self._by_size.setdefault(roof.size, []).append(roof)
@@ -151,7 +154,10 @@ class _Fit:
     def improve(self) -> None:
         """Find the rest's factors by the attention's as they are, then the attention's by those."""
         self.linear = Curve(
-            tuple((size, self._rest_factor(min(roofs, key=_context))) for size, roofs in sorted(self._by_size.items()))
+            tuple(
+                (self._rows(size), self._rest_factor(min(roofs, key=_context)))
+                for size, roofs in sorted(self._by_size.items())
+            )
         )
         curves = []
         for size, roofs in sorted(self._by_size.items()):
@@ -171,7 +177,7 @@ class _Fit:
         return _bounded(max(roof.point.seconds - attention_s, _LEAST_REST * roof.point.seconds) / roof.rest_s)
 
     def _attention_factor(self, roof: _Roof) -> float:
-        return _bounded((roof.point.seconds - roof.rest_s * self.linear(roof.size)) / roof.attention_s)
+        return _bounded((roof.point.seconds - roof.rest_s * self.linear(self._rows(roof.size))) / roof.attention_s)
 
 
 def _context(roof: _Roof) -> float:

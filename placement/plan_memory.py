@@ -39,12 +39,13 @@ class MemoryTraits:
     """What a kind of device adds to the numbers of a model.
 
     ``packs_head``: a head that shares its numbers with the embedding is kept a second time, packed.
-    ``scores_bytes``: what attention keeps beside its result.
+    ``attention_bytes``: what attention keeps beside its result, and for each position of the longest sequence.
     """
 
     base_bytes: int = GPU_BASE_BYTES
     packs_head: bool = False
     attention_bytes: int = GPU_ATTENTION_BYTES
+    attention_bytes_per_position: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +76,14 @@ class RankMemory:
 def rank_memory(cut: Cut, limits: EngineLimits, *, device_bytes: int, traits: MemoryTraits) -> RankMemory:
     """Return what the fullest rank needs; its KV is what fits beside that, in whole blocks, possibly nothing."""
     weights = max(weight_bytes(cut, stage, packs_head=traits.packs_head) for stage in cut.distinct_stages)
-    activations = activation_bytes(cut, limits, attention_bytes=traits.attention_bytes)
+    length = limits.max_model_len or cut.model.longest
+    attention = traits.attention_bytes + int(traits.attention_bytes_per_position * length)
+    activations = activation_bytes(cut, limits, attention_bytes=attention)
     buffers = buffer_bytes(cut, limits)
     per_token = cut.kv_bytes_per_token
     left = int(device_bytes * limits.utilization) - traits.base_bytes - weights - activations - buffers
     if limits.max_kv_bytes is not None:
         left = min(left, limits.max_kv_bytes)
-    length = limits.max_model_len or cut.model.longest
     useful = -(-length // limits.block_size) * limits.max_num_seqs
     blocks = min(useful, max(0, left) // (per_token * limits.block_size))
     return RankMemory(

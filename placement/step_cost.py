@@ -9,6 +9,7 @@ Owns the formulas. ``Efficiency`` is what calibration replaces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,13 +53,29 @@ def _one_of_two(_: float, __: float) -> float:
     return 1.0
 
 
+def _as_many(rows: float) -> float:
+    return rows
+
+
+def filled_rows(rows: float) -> float:
+    """Return the rows that a product on a CPU computes for so many: it is made for few sizes (a test holds this against
+    ``kernels/row_buckets.py``).
+    """
+    pieces, rest = divmod(math.ceil(rows), 256)
+    if rest > 64:
+        rest = -(-rest // 32) * 32
+    elif rest > 8:
+        rest = -(-rest // 8) * 8
+    return float(256 * pieces + rest)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
     """How a device falls short of its figures.
 
     The shares are guesses in the middle of what engines reach. Factors multiply times and come from measured steps: of
     all but attention by tokens, for steps that decode and for chunks of prompts; of attention by rows and context, and
-    by tokens and positions before them.
+    by tokens and positions before them. ``rows``: how many rows a product computes for so many.
 
     Units: operation_s, a launch; step_s, a step as a whole
     """
@@ -74,11 +91,12 @@ class Efficiency:
     prefill_linear: Callable[[float], float] = _one
     decode_attention: Callable[[float, float], float] = _one_of_two
     prefill_attention: Callable[[float, float], float] = _one_of_two
+    rows: Callable[[float], float] = _as_many
 
     def linear_factor(self, step: Step) -> float:
         """Return the factor of all but attention: between the two kinds, by whose tokens the step's are."""
-        tokens = step.tokens
-        decoding = step.decode_rows / tokens
+        tokens = self.rows(step.tokens)
+        decoding = step.decode_rows / step.tokens
         if decoding in (0.0, 1.0):
             return self.decode_linear(tokens) if decoding else self.prefill_linear(tokens)
         return float(self.decode_linear(tokens) ** decoding * self.prefill_linear(tokens) ** (1 - decoding))
@@ -111,7 +129,7 @@ class StepCost:
         parts: dict[str, float] = {}
         by_memory: dict[str, float] = {}
         layers = self.cut.stage(stage)
-        tokens = step.tokens
+        tokens = self.efficiency.rows(step.tokens)
         factor = self.efficiency.linear_factor(step)
 
         def add(name: str, seconds: float, memory_s: float = 0.0) -> None:

@@ -15,7 +15,7 @@ from ...placement.plan import Degrees, Role
 from ...placement.plan_memory import EngineLimits, MemoryTraits
 from ...placement.plan_search import search
 from ...placement.question import PoolRequest, Question, Ranking
-from ...placement.step_cost import Efficiency
+from ...placement.step_cost import Efficiency, filled_rows
 from ...placement.topology import Topology
 from ...sdk.errors import ConfigError
 from .cluster_file import ClusterFile
@@ -26,7 +26,7 @@ from .profile_file import Profile
 _CPU = MemoryTraits(base_bytes=400 << 20, packs_head=True, attention_bytes=16 << 20)
 """A process on a CPU, where nobody has measured it."""
 
-_CPU_TYPES = "cpu"
+CPU_TYPES = "cpu"
 """How names of types begin whose devices are CPUs."""
 
 
@@ -50,14 +50,16 @@ def question_of(
         place if place.is_absolute() else directory / place, dtype=engine.dtype, quantization=engine.quantization
     )
     _check_names(file, topology)
-    efficiencies: dict[str, Efficiency] = {}
-    traits: dict[str, MemoryTraits] = {name: _CPU for name in topology.device_types if name.startswith(_CPU_TYPES)}
+    cpus = [name for name in topology.device_types if name.startswith(CPU_TYPES)]
+    efficiencies = {name: Efficiency(rows=filled_rows) for name in cpus}
+    traits = dict.fromkeys(cpus, _CPU)
     for profile in profiles:
         device = topology.device_types.get(profile.device_type)
         if device is None:
             raise ConfigError("profile", f"is of {profile.device_type!r}, which the topology does not have")
         cut = Cut(model=profile.sizes, degrees=Degrees())
-        efficiencies[profile.device_type] = calibrate(profile.steps, cut=cut, device=device)
+        start = efficiencies.get(profile.device_type, Efficiency())
+        efficiencies[profile.device_type] = calibrate(profile.steps, cut=cut, device=device, start=start)
         if profile.traits is not None:
             traits[profile.device_type] = profile.traits
     return Question(

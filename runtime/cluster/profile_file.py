@@ -32,7 +32,8 @@ class TraitsRow(Section):
     """What the process needed beside what is worked out. Units: bytes"""
 
     base_bytes: Annotated[int, Field(ge=0)]
-    attention_bytes: Annotated[int, Field(ge=0)]
+    attention_bytes: Annotated[int, Field(ge=0)] = 0
+    attention_bytes_per_position: Annotated[float, Field(ge=0)] = 0.0
     packs_head: bool
 
 

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,7 +58,6 @@ class MeasuredRank:
             raise ConfigError("positions", f"must be at least 64, got {options.positions}")
         self.dtype = spec.dtype or "float32" if options.dtype == "auto" else options.dtype
         self.longest = min(spec.max_model_len, options.positions)
-        self.base_bytes = peak_bytes()
         blocks = options.positions // options.block_size
         self.kv_bytes = (
             spec.facts().kv_bytes_per_token(getattr(torch, self.dtype).itemsize) * blocks * options.block_size
@@ -78,6 +78,7 @@ class MeasuredRank:
         )
         self._device = device
         self._executor: ModelExecutor = build_rank(setup, ALONE).executor
+        self.loaded_bytes = process_bytes()
         self._plans = PlanWriter(block_size=options.block_size, num_blocks=blocks)
         try:
             for plan in self._plans.fill(self.longest - 1, chunk=512):
@@ -118,8 +119,13 @@ def measure_all(
     return list(least.items())
 
 
-def peak_bytes() -> int:
-    """Return the most memory that this process has had so far."""
+def process_bytes() -> int:
+    """Return the memory that this process has to itself: without files' pages, which the system may take back."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kibibytes, but on macOS.
     return peak if sys.platform == "darwin" else peak * 1024
