@@ -45,7 +45,7 @@ class Placer:
         ``like``: another placer of the same topology, whose knowledge of it is shared.
         """
         self._topology = topology
-        self._domains = link_domains(topology) if like is None else like._domains
+        self._domains: tuple[LinkDomain, ...] = link_domains(topology) if like is None else like._domains
         self._index_of = {node.name: index for index, node in enumerate(topology.nodes)}
         self._free: list[list[int]] = [[] for _ in topology.nodes]
         for device in sorted(set(free)):

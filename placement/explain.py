@@ -5,7 +5,7 @@ Owns the wording. Everything in it comes from the plans' figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .objectives import Goal, Objectives
 from .pareto_chart import chart
@@ -18,7 +18,7 @@ SHOWN = 10
 
 _MOST_REASONS = 5
 
-_GOALS = {
+_GOALS: dict[Goal, tuple[str, Callable[[Figures], str]]] = {
     Goal.THROUGHPUT: ("tokens a second", lambda f: f"{f.tokens_per_s:,.0f}"),
     Goal.COST: ("cost of a million tokens", lambda f: f"{f.cost_per_million_tokens:.3g}"),
     Goal.POWER: ("joules a token", lambda f: f"{f.joules_per_token:.3g}"),
@@ -103,7 +103,9 @@ def verdict(ranking: Ranking, objectives: Objectives) -> str:
 
 
 def _table(plans: Sequence[RankedPlan]) -> list[str]:
-    rows = [("", "pools", "devices", "first token", "per token", "requests/s", "tokens/s", "cost/h", "kW", "bounds")]
+    rows: list[tuple[str, ...]] = [
+        ("", "pools", "devices", "first token", "per token", "requests/s", "tokens/s", "cost/h", "kW", "bounds")
+    ]
     rows += [(str(place), structure(plan), *_figures(plan.figures)) for place, plan in enumerate(plans, 1)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

@@ -38,7 +38,7 @@ def link_domains(topology: Topology) -> tuple[LinkDomain, ...]:
     """
     nodes = topology.nodes
     own = [speed_of(node.device_link) for node in nodes]
-    clusters = [(index,) for index in range(len(nodes))]
+    clusters: list[tuple[int, ...]] = [(index,) for index in range(len(nodes))]
     domains = [LinkDomain(nodes=cluster, speed=own[cluster[0]]) for cluster in clusters]
     between = [
         [speed_of(topology.node_link(a, b)) if i < j else 0 for j, b in enumerate(nodes)] for i, a in enumerate(nodes)

@@ -130,7 +130,7 @@ def test_only_free_devices_are_used_and_none_twice() -> None:
     topology = cluster(node("a"), node("b"))
     free = tuple(device for device in topology.devices() if device.index % 2)
     placer = Placer(topology, free)
-    taken = []
+    taken: list[DeviceRef] = []
     while isinstance(place := placer.take(Degrees(tp=2), ANY), ReplicaPlace):
         taken += place.devices
     assert sorted(taken) == sorted(free) and placer.free == ()

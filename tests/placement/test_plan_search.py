@@ -17,7 +17,7 @@ from slipstream.placement.plan_figures import Figures
 from slipstream.placement.plan_memory import EngineLimits, MemoryTraits, rank_memory
 from slipstream.placement.plan_search import figures_of, search
 from slipstream.placement.question import PoolRequest, Question, RankedPlan
-from slipstream.placement.topology import Topology
+from slipstream.placement.topology import DeviceRef, Topology
 from slipstream.placement.workload import Workload, independent
 from slipstream.tests.placement.planning_cases import (
     NETWORK,
@@ -188,7 +188,7 @@ def every_plan(topology: Topology, model: ModelSizes) -> Iterator[tuple[PoolPlan
 
 
 def _with_places(
-    devices: tuple[object, ...], roles: tuple[Role, ...], cuts: list[Degrees]
+    devices: tuple[DeviceRef, ...], roles: tuple[Role, ...], cuts: list[Degrees]
 ) -> Iterator[tuple[PoolPlan, ...]]:
     most = [len(devices) // cut.ranks for cut in cuts]
     counts = [(n,) for n in range(1, most[0] + 1)]
