@@ -94,7 +94,8 @@ def _alternatives(file: ClusterFile, topology: Topology) -> tuple[tuple[PoolRequ
                     name=pool.name,
                     role=pool.kind,
                     degrees=None if pool.degrees is None else pool.degrees.value,
-                    least=pool.replicas.min,
+                    # Too few devices for all replicas: one of each pool has to fit, the controller adds others later.
+                    least=min(1, pool.replicas.min) if file.place_what_fits else pool.replicas.min,
                     most=pool.replicas.max,
                     constraint=pool.devices.value,
                     limits=limits_of(file.engine_of(pool)),

@@ -60,6 +60,20 @@ def test_two_ranks_on_two_nodes_and_another_replica_on_the_third() -> None:
     assert sorted(places) == ["cpu-0", "cpu-1", "cpu-2"]
 
 
+@pytest.mark.parametrize("place_what_fits", [True, False])
+def test_fewer_replicas_are_planned_only_where_the_file_allows_it(place_what_fits: bool, tmp_path: Path) -> None:
+    text = (CONFIGS / "cpu-three-nodes.yaml").read_text(encoding="utf-8")
+    text = text.replace("replicas: 1", "replicas: 4").replace("../examples", str(CONFIGS.parent / "examples"))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text.replace("place_what_fits: true", f"place_what_fits: {place_what_fits}".lower()))
+    topology = read_topology(CONFIGS / "cpu-three-nodes.topology.yaml")
+    ranking = plan_cluster(read_cluster_file(file), topology, directory=tmp_path)
+    if place_what_fits:
+        assert [len(pool.replicas) for pool in ranking.plans[0].pools] == [1, 1]
+    else:
+        assert not ranking.plans and any("devices" in reason for reason in ranking.refused)
+
+
 @pytest.mark.parametrize(
     ("name", "model"),
     [

@@ -17,10 +17,12 @@ from slipstream.placement.plan_figures import Figures
 from slipstream.placement.plan_memory import EngineLimits, MemoryTraits, rank_memory
 from slipstream.placement.plan_search import figures_of, search
 from slipstream.placement.question import PoolRequest, Question, RankedPlan
+from slipstream.placement.replica_rates import KV_ROOM
 from slipstream.placement.topology import DeviceRef, Topology
 from slipstream.placement.workload import Workload, independent
 from slipstream.tests.placement.planning_cases import (
     NETWORK,
+    PCIE,
     RACK,
     cluster,
     deepseek_v3,
@@ -224,19 +226,55 @@ GOALS = {
 }
 
 
+TIGHT = {
+    "1x4": cluster(node("a", 4, kind="l4", link=PCIE)),
+    "2x2": cluster(node("a", 2, kind="l4", link=PCIE), node("b", 2, kind="l4", link=PCIE), network=NETWORK),
+}
+"""Where a model of 8 billion parameters leaves little room for KV on a single device."""
+
+
 @pytest.mark.parametrize("size", SMALL)
 @pytest.mark.parametrize("goal", GOALS)
 def test_no_plan_on_a_small_cluster_is_better_than_the_first(size: str, goal: str) -> None:
     objectives, rate = GOALS[goal]
     limits = EngineLimits(max_num_seqs=64, max_num_batched_tokens=512)
     workload = independent((300, 900), (50, 150), requests_per_s=rate)
-    asked = question(SMALL[size], tiny(), workload=workload, objectives=objectives, limits=limits)
+    check_nothing_is_better(question(SMALL[size], tiny(), workload=workload, objectives=objectives, limits=limits))
+
+
+@pytest.mark.parametrize("size", TIGHT)
+@pytest.mark.parametrize(
+    ("goal", "rate"),
+    [(Goal.THROUGHPUT, None), (Goal.COST, None), (Goal.TIME_PER_TOKEN, 0.2), (Goal.TIME_TO_FIRST_TOKEN, 0.2)],
+)
+def test_no_plan_is_better_where_the_model_has_to_be_cut(size: str, goal: Goal, rate: float | None) -> None:
+    workload = independent((1500, 6000), (200, 600), requests_per_s=rate)
+    asked = question(TIGHT[size], llama_3_8b(), workload=workload, objectives=Objectives(goal=goal))
+    first = check_nothing_is_better(asked)
+    assert any(pool.degrees.ranks > 1 for pool in first.pools), first.pools
+
+
+def check_nothing_is_better(asked: Question) -> RankedPlan:
+    """Judge every plan there is against the first of the search."""
+    objectives, limits = asked.objectives, asked.alternatives[0][0].limits
     first = search(asked).plans[0]
     by_pool = {role.value: limits for role in Role}
     seen: dict[tuple[object, ...], Figures] = {}
     for pools in every_plan(asked.topology, asked.model):
-        figures = judged(asked, pools, by_pool, seen)
-        assert first.figures.rank(objectives.goal) <= figures.rank(objectives.goal), pools
+        if all(possible(asked, pool, limits) for pool in pools):
+            figures = judged(asked, pools, by_pool, seen)
+            assert first.figures.rank(objectives.goal) <= figures.rank(objectives.goal), pools
+    assert len(seen) > 10, "there are plans to compare with"
+    return first
+
+
+def possible(asked: Question, pool: PoolPlan, limits: EngineLimits) -> bool:
+    """Say whether the replicas of a pool have room for the longest request."""
+    device = asked.topology.device_type(pool.replicas[0].devices[0])
+    cut = Cut(model=asked.model, degrees=pool.degrees)
+    memory = rank_memory(cut, limits, device_bytes=device.memory_bytes, traits=MemoryTraits())
+    room = memory.kv_tokens >= asked.workload.longest and memory.kv_tokens * KV_ROOM >= asked.workload.mean_context
+    return cut.problem() is None and room
 
 
 def judged(
