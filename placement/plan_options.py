@@ -23,7 +23,10 @@ MOST_OPTIONS = 16
 """Options of a pool that are combined with those of others."""
 
 SMALL = 16
-"""Up to so many devices, or replicas, every number is tried; beyond, powers of two."""
+"""Up to so many replicas, every number of them is tried; on so few devices replicas over several nodes count."""
+
+_EVERY_DEGREE = 8
+"""Up to so many devices every degree is tried; beyond, powers of two."""
 
 _MOST_RANKS = 64
 """Ranks of a replica on a large cluster."""
@@ -150,8 +153,8 @@ class PoolOptions:
             yield pool.degrees
             return
         model = self._question.model
-        most = devices if devices <= SMALL else min(devices, _MOST_RANKS)
-        steps = [n for n in range(1, most + 1) if devices <= SMALL or n & (n - 1) == 0]
+        most = min(devices, _MOST_RANKS)
+        steps = [n for n in range(1, most + 1) if devices <= _EVERY_DEGREE or n & (n - 1) == 0]
         tps = [tp for tp in range(1, most + 1) if model.attention.heads % tp == 0]
         for tp, pp, ep in product(tps, steps, steps if model.experts else [1]):
             if tp * pp * ep <= most:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
-from time import perf_counter
+from time import process_time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,11 +175,11 @@ def test_the_order_in_which_free_devices_come_changes_nothing(topology: Topology
 
 def test_a_large_cluster_is_filled_in_seconds() -> None:
     topology = cluster(*(node(f"n{index:03}", rack=str(index // 8)) for index in range(128)), within={"rack": RACK})
-    start = perf_counter()
+    start = process_time()
     placer = Placer(topology, tuple(topology.devices()))
     others: list[ReplicaPlace] = []
     while isinstance(place := placer.take(Degrees(tp=8), Constraint(spread="rack"), others=others), ReplicaPlace):
         others.append(place)
-    took_s = perf_counter() - start
+    took_s = process_time() - start
     assert len(others) == 128 and all(len(set(nodes_of(place))) == 1 for place in others)
     assert took_s < 20, f"{took_s:.1f} s"

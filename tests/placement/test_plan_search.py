@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import permutations
-from time import perf_counter
+from time import process_time
 
 import pytest
 
@@ -299,8 +299,8 @@ def judged(
 
 def test_a_large_cluster_is_planned_in_seconds() -> None:
     topology = cluster(*(node(f"n{index:03}", rack=str(index // 8)) for index in range(128)), within={"rack": RACK})
-    start = perf_counter()
+    start = process_time()
     ranking = search(question(topology, llama_3_70b(), constraint=Constraint(spread="rack")))
-    took_s = perf_counter() - start
+    took_s = process_time() - start
     assert ranking.plans[0].figures.devices == 1024
-    assert took_s < 60, f"{took_s:.1f} s"
+    assert took_s < 30, f"{took_s:.1f} s"
