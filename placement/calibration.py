@@ -29,6 +29,9 @@ _LEAST, _MOST = 0.02, 200.0
 _LEAST_SHARE = 0.02
 """What attention must be of the rest, by the roofline, for a step to say anything about it."""
 
+_TELLING_SHARE = 0.3
+"""Share of a step that attention must have for its factor to be believed alone."""
+
 _LEAST_REST = 0.1
 """Share of a measured step that is never put down to attention."""
 
@@ -153,17 +156,18 @@ class _Fit:
 
     def improve(self) -> None:
         """Find the rest's factors by the attention's as they are, then the attention's by those."""
+        shortest = [min(roofs, key=_context) for _, roofs in sorted(self._by_size.items())]
+        # More rows never take less time: what was measured otherwise is noise, and evened out.
+        seconds = rising([self._rest_factor(roof) * roof.rest_s for roof in shortest])
         self.linear = Curve(
-            tuple(
-                (self._rows(size), self._rest_factor(min(roofs, key=_context)))
-                for size, roofs in sorted(self._by_size.items())
-            )
+            tuple((self._rows(roof.size), rest_s / roof.rest_s) for roof, rest_s in zip(shortest, seconds, strict=True))
         )
+        pooled = self._pooled_factor()
         curves = []
         for size, roofs in sorted(self._by_size.items()):
             shortest = min(_context(roof) for roof in roofs)
             curve = tuple(
-                (_context(roof), self._attention_factor(roof))
+                (_context(roof), self._attention_factor(roof, pooled))
                 for roof in sorted(roofs, key=_context)
                 if _context(roof) > shortest and roof.attention_s > _LEAST_SHARE * roof.rest_s
             )
@@ -176,8 +180,33 @@ class _Fit:
         # Attention cannot have been all of a step.
         return _bounded(max(roof.point.seconds - attention_s, _LEAST_REST * roof.point.seconds) / roof.rest_s)
 
-    def _attention_factor(self, roof: _Roof) -> float:
-        return _bounded((roof.point.seconds - roof.rest_s * self.linear(self._rows(roof.size))) / roof.attention_s)
+    def _attention_seconds(self, roof: _Roof) -> float:
+        return roof.point.seconds - roof.rest_s * self.linear(self._rows(roof.size))
+
+    def _pooled_factor(self) -> float:
+        """Return one factor for all steps that have positions before them; 1 without such."""
+        behind = [roof for roofs in self._by_size.values() for roof in roofs if roof.point.context]
+        roofline_s = sum(roof.attention_s for roof in behind)
+        return _bounded(sum(map(self._attention_seconds, behind)) / roofline_s) if roofline_s else 1.0
+
+    def _attention_factor(self, roof: _Roof, pooled: float) -> float:
+        """Return a step's own factor, drawn to the pooled one by as much as attention is a small part of the step."""
+        seconds = self._attention_seconds(roof)
+        share = min(1.0, max(0.0, seconds / roof.point.seconds) / _TELLING_SHARE)
+        own = _bounded(seconds / roof.attention_s)
+        return math.exp(share * math.log(own) + (1 - share) * math.log(pooled))
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Return the nearest values that never fall: runs that do are replaced by their mean."""
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while runs and runs[-1][0] > mean:
+            before, others = runs.pop()
+            mean, count = (before * others + mean * count) / (others + count), others + count
+        runs.append((mean, count))
+    return [mean for mean, count in runs for _ in range(count)]
 
 
 def _context(roof: _Roof) -> float:

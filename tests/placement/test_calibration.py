@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from slipstream.placement.calibration import Curve, MeasuredStep, Surface, calibrate
+from slipstream.placement.calibration import Curve, MeasuredStep, Surface, calibrate, rising
 from slipstream.placement.device_table import DEVICE_TABLE
 from slipstream.placement.model_cut import Cut
 from slipstream.placement.plan import Degrees
@@ -80,6 +80,18 @@ def test_curves_are_straight_between_points_and_level_outside() -> None:
     assert curve(100) == pytest.approx(2.0)
     assert Curve(())(5) == 1.0
     assert Surface(((1.0, curve), (100.0, Curve(((10.0, 3.0),)))))(100, 7) == pytest.approx(3.0)
+
+
+def test_noise_is_evened_out() -> None:
+    assert rising([1.0, 3.0, 2.0, 2.5, 5.0]) == pytest.approx([1.0, 2.5, 2.5, 2.5, 5.0])
+    truth = replace(Efficiency(), attention_bandwidth=0.1)
+    steps = [
+        replace(step, seconds=step.seconds * 0.9) if step.batch == 4 and step.context == 512 else step
+        for step in table(truth)
+    ]
+    found = calibrate(steps, cut=CUT, device=DEVICE)
+    wanted = cost(truth).stage(0, MeasuredStep(batch=4, context=512, seconds=1.0).step).seconds
+    assert predicted(found, MeasuredStep(batch=4, context=512, seconds=1.0)) == pytest.approx(wanted, rel=0.1)
 
 
 @pytest.mark.parametrize("wrong", [{}, {"tokens": 1, "batch": 1}, {"tokens": 1, "context": -1}])
