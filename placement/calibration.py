@@ -165,11 +165,11 @@ class _Fit:
         pooled = self._pooled_factor()
         curves = []
         for size, roofs in sorted(self._by_size.items()):
-            shortest = min(_context(roof) for roof in roofs)
+            nearest = min(_context(roof) for roof in roofs)
             curve = tuple(
                 (_context(roof), self._attention_factor(roof, pooled))
                 for roof in sorted(roofs, key=_context)
-                if _context(roof) > shortest and roof.attention_s > _LEAST_SHARE * roof.rest_s
+                if _context(roof) > nearest and roof.attention_s > _LEAST_SHARE * roof.rest_s
             )
             if curve:
                 curves.append((float(size), Curve(curve)))
