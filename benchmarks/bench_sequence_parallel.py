@@ -95,7 +95,7 @@ def figures_of(answers: Sequence[dict[str, Any]], *, tokens: int, chunk: int, li
     """Return what the ranks' answers come to."""
 
     def median_s(arm: str, what: str = "times_s") -> float:
-        slower_s = [max(times) for times in zip(*(answer[what][arm] for answer in answers), strict=True)]
+        slower_s: list[float] = [max(times) for times in zip(*(answer[what][arm] for answer in answers), strict=True)]
         return statistics.median(slower_s)
 
     return Figures(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .topology import DeviceRef
+from .topology import DeviceRef, Node
 
 
 class Role(StrEnum):
@@ -49,13 +49,23 @@ class Degrees:
 class Constraint:
     """On which devices a pool may run.
 
-    ``device_types``: the types allowed, any if empty. ``labels``: what a node's labels must say. ``spread``: the label
-    whose values replicas of the pool are spread over, so that a failure of one domain takes as few as can be.
+    ``device_types``: the types allowed, any if empty. ``labels``: what a node's labels must say. ``nodes``: the names
+    of the nodes allowed, any if empty. ``spread``: the label whose values replicas of the pool are spread over, so that
+    a failure of one domain takes as few as can be.
     """
 
     device_types: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     spread: str | None = None
+    nodes: frozenset[str] = frozenset()
+
+    def allows(self, node: Node) -> bool:
+        """Say whether the pool may run on a node."""
+        return (
+            (not self.device_types or node.device_type in self.device_types)
+            and (not self.nodes or node.name in self.nodes)
+            and all(node.labels.get(label) == value for label, value in self.labels.items())
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

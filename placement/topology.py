@@ -22,22 +22,6 @@ class DeviceRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceType:
-    """A row of the device table: what one device of a kind can do.
-
-    Units: memory_bytes; flops, multiply-adds counted as two, dense, by type of number ("bfloat16", "float32", "int8",
-    "float8"); memory_bytes_per_s; power_w at full load; price_per_hour in any one currency
-    """
-
-    name: str
-    memory_bytes: int
-    flops: Mapping[str, float]
-    memory_bytes_per_s: float
-    power_w: float = 0.0
-    price_per_hour: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """What one direction between two ends carries.
 
@@ -46,6 +30,24 @@ class Link:
 
     bytes_per_s: float
     latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceType:
+    """A row of the device table: what one device of a kind can do.
+
+    Units: memory_bytes; flops, multiply-adds counted as two, dense, by type of number ("bfloat16", "float32", "int8",
+    "float8"); memory_bytes_per_s; power_w at full load; price_per_hour in any one currency
+    ``link``: between two devices of this kind in one node, where the node does not say otherwise.
+    """
+
+    name: str
+    memory_bytes: int
+    flops: Mapping[str, float]
+    memory_bytes_per_s: float
+    power_w: float = 0.0
+    price_per_hour: float = 0.0
+    link: Link = Link(bytes_per_s=32e9, latency_s=10e-6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ class Node:
 class Topology:
     """All nodes of a cluster that are there, and the network between them.
 
-    ``network`` holds between any two nodes unless ``links`` has the pair, named in sorted order.
+    ``network`` holds between any two nodes unless ``links`` has the pair, named in sorted order, or ``within`` has a
+    label for which both say the same (an NVLink domain, a rack): its first that holds counts.
 
     Raises: ValueError naming the node whose name is there twice or whose device type is unknown
     """
@@ -83,6 +86,7 @@ class Topology:
     device_types: Mapping[str, DeviceType]
     network: Link
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    within: Mapping[str, Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [node.name for node in self.nodes]
@@ -111,7 +115,15 @@ class Topology:
 
     def link(self, a: DeviceRef, b: DeviceRef) -> Link:
         """Return the link between two devices: of their node, or of the network between their nodes."""
-        if a.node == b.node:
-            return self.node(a.node).device_link
-        first, second = sorted((a.node, b.node))
-        return self.links.get((first, second), self.network)
+        first = self.node(a.node)
+        return first.device_link if a.node == b.node else self.node_link(first, self.node(b.node))
+
+    def node_link(self, a: Node, b: Node) -> Link:
+        """Return the link between two different nodes."""
+        measured = self.links.get((a.name, b.name) if a.name < b.name else (b.name, a.name))
+        if measured is not None:
+            return measured
+        for label, link in self.within.items():
+            if label in a.labels and a.labels[label] == b.labels.get(label):
+                return link
+        return self.network

@@ -232,6 +232,49 @@ def serve(
     raise typer.Exit(serve_gateway(options, announce=typer.echo))
 
 
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a cluster file")],
+    topology: Annotated[
+        Path | None, typer.Option(help="a topology file. Default: NAME.topology.yaml beside NAME.yaml")
+    ] = None,
+    profile: Annotated[
+        list[Path] | None, typer.Option(help="measured steps, from `slipstream profile`; may be repeated")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show plans for a cluster file, the best first, with what they are predicted to do and what limits each."""
+    from .cluster.plan_command import plan_command
+
+    text, found = plan_command(file, topology=topology, profiles=profile or (), as_json=as_json)
+    typer.echo(text)
+    if not found:
+        raise typer.Exit(1)
+
+
+@app.command("profile")
+def profile_steps(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="the table to write")] = Path("profile.json"),
+    device_type: Annotated[str, typer.Option(help="what the topology calls a device like this one")] = "cpu-core",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    quantization: QuantizationOption = "none",
+    num_threads: ThreadsOption = None,
+    positions: Annotated[int, typer.Option(help="token positions that the KV cache gets")] = 16_384,
+) -> None:
+    """Measure steps of a model on the device at hand, for `slipstream plan --profile`."""
+    from .profiler.main import run_profile
+    from .profiler.measure import ProfileOptions
+
+    options = ProfileOptions(
+        model=model, dtype=dtype, device=device, quantization=quantization, num_threads=num_threads,
+        positions=positions,
+    )  # fmt: skip
+    run_profile(options, device_type=device_type, path=output, announce=typer.echo)
+    typer.echo(f"wrote {output}")
+
+
 @bench.command("serve")
 def bench_serve(
     base_url: Annotated[str, typer.Option(help="the server, with or without /v1")] = _DEFAULT_URL,

@@ -39,8 +39,12 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "collector": _VALUES | {"text"},
     # Shells never import one another: they talk in messages.
     "worker": _VALUES | _BELOW_SHELLS,
-    "controller": _VALUES | _BELOW_SHELLS,
+    "controller": _VALUES | _BELOW_SHELLS | {"cluster"},
     "gateway": _VALUES | _BELOW_SHELLS,
+    # Files about a cluster that a person writes, and plans made from them; models' sizes come from their config.json.
+    "cluster": _VALUES | {"models"},
+    # Steps of a rank, measured for planning.
+    "profiler": _VALUES | {"models", "worker", "cluster"},
     # Clients of any server's HTTP API: they know nothing of how ours works.
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
@@ -54,7 +58,7 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "cli": _VALUES
     | _BELOW_SHELLS
-    | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server"},
+    | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster", "profiler"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
@@ -98,7 +102,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "fastapi": ("runtime/gateway/",),
     "starlette": ("runtime/gateway/",),
     "uvicorn": ("runtime/gateway/main.py", "runtime/gateway/http_protocol.py", "runtime/gateway/body_writer.py"),
-    "pydantic": ("runtime/gateway/",),
+    "pydantic": ("runtime/gateway/", "runtime/cluster/"),
+    "yaml": ("runtime/cluster/sections.py",),
     "orjson": ("runtime/gateway/",),
     "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
     "httpx": ("runtime/api_client/",),
@@ -116,6 +121,7 @@ DISTRIBUTIONS = {
     "grpc_reflection": "grpcio-reflection",
     "google": "protobuf",
     "prometheus_client": "prometheus-client",
+    "yaml": "pyyaml",
     "typing_extensions": "typing-extensions",
 }
 """Imported package → the distribution that it comes with, where the names differ."""

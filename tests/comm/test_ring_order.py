@@ -26,9 +26,9 @@ def test_every_rank_comes_to_have_every_piece_once(size: int) -> None:
                 assert [(other.origin, other.half) for other in awaited] == [(parcel.origin, parcel.half)]
                 brought[parcel.peer] += pieces
             assert len(hops[rank][number].sends) == len(hops[rank][number].receives)
-        for rank, pieces in enumerate(brought):
-            assert not held[rank] & set(pieces), "sent twice"
-            held[rank] |= set(pieces)
+        for rank, came in enumerate(brought):
+            assert not held[rank] & set(came), "sent twice"
+            held[rank] |= set(came)
     assert held == [set(range(2 * size))] * size
 
 

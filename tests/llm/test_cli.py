@@ -68,6 +68,10 @@ OPTIONS = {
         # tried at the start; forced where it is to be compared
         "expert_exchange",
     },
+    # where it would run, what has been measured there, how it is told
+    "plan": {"topology", "profile", "as_json"},
+    # what is measured, as an engine would hold it, and where the table goes
+    "profile": {"output", "device_type", "dtype", "device", "quantization", "num_threads", "positions"},
     "bench serve": {
         # whom, and as who
         *("base_url", "model", "api_key_file"),
