@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.attention import PreparedAttention, paged_attention
 from ...kernels.norm import rms_norm
-from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
+from ...kernels.rope_kv import clear_blocks, rotate_and_write_
 from .linear import Linear
 from .model_spec import ModelSpec
 from .parameters import Parameters
@@ -72,10 +72,9 @@ class Attention:
         rotated = self.num_heads + self.num_kv_heads
         if self.qk_norm_SD is not None:
             qkv_TSD[:, :rotated] = rms_norm(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
-        apply_rope_(qkv_TSD[:, :rotated], inputs.cos_TD, inputs.sin_TD)
         if inputs.fresh_blocks_F.shape[0]:
             clear_blocks(inputs.fresh_blocks_F, layer_cache)
-        write_kv(qkv_TSD[:, self.num_heads :], inputs.kv_rows, layer_cache)
+        rotate_and_write_(qkv_TSD, inputs.cos_TD, inputs.sin_TD, inputs.kv_rows, layer_cache, heads=self.num_heads)
         attended_TND = paged_attention(
             qkv_TSD[:, : self.num_heads],
             layer_cache,
