@@ -86,7 +86,9 @@ def private_folder(folder: Path) -> Path:
     Raises: NativeBuildError when it cannot be made, or if others could change what is in it
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for missing in [each for each in (*reversed(folder.parents), folder) if not each.exists()]:
+            # One by one: ``parents=True`` would leave the mode of all but the last to the umask.
+            missing.mkdir(mode=0o700, exist_ok=True)
         folder = folder.resolve(strict=True)
         for each in (folder, *folder.parents):
             _refuse_others(each, each.lstat(), is_kind=stat.S_ISDIR)

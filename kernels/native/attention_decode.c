@@ -301,7 +301,8 @@ static void merge(const struct decode_job *job, const float *partial, int64_t sp
     float shares[spans];
     for (int64_t span = 0; span < spans; span++) {
         const float *own = partial + span * span_stride + size;
-        shares[span] = spans == 1 ? 1.0f : exponential(all(own[0] - peak))[0];
+        vf share = exponential(all(own[0] - peak));
+        shares[span] = spans == 1 ? 1.0f : share[0];
         total = total + shares[span] * own[1];
     }
     for (int64_t i = 0; i < size; i += LANES) {
