@@ -22,7 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("native")
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
+    "-O2", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-w",
 )  # fmt: skip
 TIMEOUT_S = 120.0

@@ -50,7 +50,7 @@ INLINE int64_t first_span_of(const struct decode_job *job, int64_t row) {
     return job->lowest_seen[row] / SPAN_KEYS;
 }
 
-static void find_keys(struct span *span, int64_t ordinal) {
+SELDOM void find_keys(struct span *span, int64_t ordinal) {
     const struct decode_job *job = span->job;
     int64_t bytes = job->bf16 ? 2 : 4, row_bytes = job->head_size * bytes, row = span->row;
     int64_t from = (first_span_of(job, row) + ordinal) * SPAN_KEYS, to = from + SPAN_KEYS;
@@ -115,7 +115,7 @@ INLINE vf dot_keys_bf16(const char *const *rows, const uint16_t *query, int64_t 
 #endif
 
 /* Write scaled scores of `heads` queries, [heads][SPAN_KEYS + LANES]. */
-INLINE void score(const struct span *span, const void *queries, int heads, float scores[][SPAN_KEYS + LANES]) {
+SELDOM void score(const struct span *span, const void *queries, int heads, float scores[][SPAN_KEYS + LANES]) {
     const struct decode_job *job = span->job;
     int64_t size = job->head_size, row_bytes = size * (job->bf16 ? 2 : 4);
     float wide[HEADS_AT_ONCE][size + LANES];
@@ -154,7 +154,7 @@ INLINE void score(const struct span *span, const void *queries, int heads, float
 /* Turn scores into weights relative to the largest, which is returned with the sum of the weights. Places beyond the
  * span's keys become zero.
  */
-static void weigh(float *scores, int keys, float *peak, float *total) {
+SELDOM void weigh(float *scores, int keys, float *peak, float *total) {
     vf highest = all(-INFINITY), totals = {0};
     for (int key = keys; key % LANES; key++)
         scores[key] = -INFINITY;
@@ -171,37 +171,45 @@ static void weigh(float *scores, int keys, float *peak, float *total) {
     *total = sum(totals);
 }
 
-/* Add up `vectors` vectors of the values from number `first` on, weighted, for each head: out[head][first ...]. */
-INLINE void sum_values(const struct span *span, float weights[][SPAN_KEYS + LANES], int heads, int vectors,
-                       int64_t first, float *out, int64_t out_stride, int bf16) {
-    vf totals[HEADS_AT_ONCE][4];
+/* Add up four vectors of the values from number `first` on, weighted, for each head: out[head][first ...]. */
+INLINE void sum_values(const struct span *span, float weights[][SPAN_KEYS + LANES], int heads, int64_t first,
+                       float *out, int64_t out_stride, int bf16) {
+    enum { vectors = 4 };
+    vf totals[HEADS_AT_ONCE][vectors];
+    _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
+        _Pragma("GCC unroll 4")
         for (int vector = 0; vector < vectors; vector++)
             totals[head][vector] = (vf){0};
     for (int key = 0; key < span->keys; key++) {
         const char *values = span->key_rows[key] + span->value_offset;
         if (key + LANES < span->keys)
             __builtin_prefetch(span->key_rows[key + LANES] + span->value_offset + first * (bf16 ? 2 : 4));
-        vf value[4];
+        vf value[vectors];
+        _Pragma("GCC unroll 4")
         for (int vector = 0; vector < vectors; vector++)
             value[vector] = load(values, first + vector * LANES, bf16);
+        _Pragma("GCC unroll 4")
         for (int head = 0; head < heads; head++)
+            _Pragma("GCC unroll 4")
             for (int vector = 0; vector < vectors; vector++)
                 totals[head][vector] = totals[head][vector] + value[vector] * weights[head][key];
     }
+    _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
+        _Pragma("GCC unroll 4")
         for (int vector = 0; vector < vectors; vector++)
             store(out + head * out_stride, first + vector * LANES, totals[head][vector], 0);
 }
 
-INLINE void sum_values_part(const struct span *span, float weights[][SPAN_KEYS + LANES], int heads, int64_t first,
+SELDOM void sum_values_part(const struct span *span, float weights[][SPAN_KEYS + LANES], int heads, int64_t first,
                             int count, float *out, int64_t out_stride, int bf16) {
     for (int head = 0; head < heads; head++) {
         vf total = {0};
         for (int key = 0; key < span->keys; key++)
             total = total
-                  + load_part(span->key_rows[key] + span->value_offset, first, count, bf16) * weights[head][key];
-        store_part(out + head * out_stride, first, total, count, 0);
+                  + load_up_to(span->key_rows[key] + span->value_offset, first, count, bf16) * weights[head][key];
+        store_up_to(out + head * out_stride, first, total, count, 0);
     }
 }
 
@@ -212,11 +220,14 @@ INLINE void sum_values_part(const struct span *span, float weights[][SPAN_KEYS +
 INLINE void sum_value_pairs(const struct span *span, float weights[][SPAN_KEYS + LANES], int heads, int chunks,
                             int64_t first, float *out, int64_t out_stride) {
     uint16_t halves[HEADS_AT_ONCE][SPAN_KEYS + LANES];
+    _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
         for (int key = 0; key < span->keys + 1; key += LANES)
             store(halves[head], key, key < span->keys ? load(weights[head], key, 0) : (vf){0}, 1);
     __m512 totals[HEADS_AT_ONCE][4];
+    _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
+        _Pragma("GCC unroll 4")
         for (int vector = 0; vector < 2 * chunks; vector++)
             totals[head][vector] = _mm512_setzero_ps();
     for (int key = 0; key < span->keys; key += 2) {
@@ -227,6 +238,7 @@ INLINE void sum_value_pairs(const struct span *span, float weights[][SPAN_KEYS +
             prefetch_row(span->key_rows[key + LANES + 1] + span->value_offset + 2 * first, 64 * chunks);
         }
         __m512bh pairs[4];
+        _Pragma("GCC unroll 4")
         for (int chunk = 0; chunk < chunks; chunk++) {
             __m512i a = _mm512_loadu_si512(one + 64 * chunk);
             /* An odd last value stands alone: what is not there counts zero, whatever number it repeats. */
@@ -234,10 +246,12 @@ INLINE void sum_value_pairs(const struct span *span, float weights[][SPAN_KEYS +
             pairs[2 * chunk] = (__m512bh)_mm512_unpacklo_epi16(a, b);
             pairs[2 * chunk + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
         }
+        _Pragma("GCC unroll 4")
         for (int head = 0; head < heads; head++) {
             int32_t two;
             memcpy(&two, halves[head] + key, sizeof two);
             __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            _Pragma("GCC unroll 4")
             for (int vector = 0; vector < 2 * chunks; vector++)
                 totals[head][vector] = _mm512_dpbf16_ps(totals[head][vector], pairs[vector], both);
         }
@@ -245,7 +259,9 @@ INLINE void sum_value_pairs(const struct span *span, float weights[][SPAN_KEYS +
     /* Unpacking took four numbers of each eight to the first vector, four to the second. */
     const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
+        _Pragma("GCC unroll 4")
         for (int chunk = 0; chunk < chunks; chunk++) {
             __m512 a = totals[head][2 * chunk], b = totals[head][2 * chunk + 1];
             float *target = out + head * out_stride + first + 32 * chunk;
@@ -270,14 +286,14 @@ INLINE void sum_all_values(const struct span *span, float weights[][SPAN_KEYS + 
 #endif
     for (; first + 4 * LANES <= size; first += 4 * LANES) {
         if (bf16)
-            sum_values(span, weights, heads, 4, first, out, out_stride, 1);
+            sum_values(span, weights, heads, first, out, out_stride, 1);
         else
-            sum_values(span, weights, heads, 4, first, out, out_stride, 0);
+            sum_values(span, weights, heads, first, out, out_stride, 0);
     }
-    for (; first + LANES <= size; first += LANES)
-        sum_values(span, weights, heads, 1, first, out, out_stride, bf16);
-    if (first < size)
-        sum_values_part(span, weights, heads, first, (int)(size - first), out, out_stride, bf16);
+    for (; first < size; first += LANES) {
+        int count = size - first < LANES ? (int)(size - first) : LANES;
+        sum_values_part(span, weights, heads, first, count, out, out_stride, bf16);
+    }
 }
 
 /* Compute `heads` query heads over the span: each head's weighted values, its peak and the sum of its weights. */
@@ -291,7 +307,7 @@ INLINE void attend_heads(const struct span *span, const void *queries, int heads
 }
 
 /* Merge a query head's spans, in their order, and write its result. */
-static void merge(const struct decode_job *job, const float *partial, int64_t spans, int64_t span_stride, int64_t to) {
+SELDOM void merge(const struct decode_job *job, const float *partial, int64_t spans, int64_t span_stride, int64_t to) {
     int64_t size = job->head_size;
     float peak = -INFINITY, total = 0;
     for (int64_t span = 0; span < spans; span++) {

@@ -50,13 +50,25 @@ INLINE vf add_products(vf total, vf weights, uint32_t x, int kind) {
     return total;
 }
 
-INLINE void write_integers(const struct product_job *job, int64_t row, int64_t first, vf sums) {
+SELDOM void write_integers(const struct product_job *job, int64_t row, int64_t first, vf sums) {
 #if defined(__AVX512VNNI__)
     /* Corrections and scales are there for whole panels. */
     __m512i exact = _mm512_sub_epi32((__m512i)sums, _mm512_loadu_si512(job->corrections + first));
     vf values = (vf)_mm512_cvtepi32_ps(exact) * load(job->scales, first, 0) * job->row_scales[row];
     write_outputs(job, row, first, values, job->bf16);
 #endif
+}
+
+SELDOM void write_tile(const struct product_job *job, int64_t panel, int64_t row, int rows, int kind,
+                       vf sums[][VECTORS]) {
+    for (int r = 0; r < rows; r++)
+        for (int vector = 0; vector < VECTORS; vector++) {
+            int64_t first = panel * PANEL + vector * LANES;
+            if (kind == INT8)
+                write_integers(job, row + r, first, sums[r][vector]);
+            else
+                write_outputs(job, row + r, first, sums[r][vector], kind == BFLOAT16);
+        }
 }
 
 /* Multiply `rows` rows with a panel. */
@@ -84,16 +96,13 @@ INLINE void multiply_tile(const struct product_job *job, int64_t panel, int64_t 
                 totals[r][vector] = add_products(totals[r][vector], some[vector], word, kind);
         }
     }
+    vf finished[TILE_ROWS][VECTORS]; /* in memory, which `totals` never are */
     _Pragma("GCC unroll 8")
     for (int r = 0; r < rows; r++)
         _Pragma("GCC unroll 4")
-        for (int vector = 0; vector < VECTORS; vector++) {
-            int64_t first = panel * PANEL + vector * LANES;
-            if (kind == INT8)
-                write_integers(job, row + r, first, totals[r][vector]);
-            else
-                write_outputs(job, row + r, first, totals[r][vector], kind == BFLOAT16);
-        }
+        for (int vector = 0; vector < VECTORS; vector++)
+            finished[r][vector] = totals[r][vector];
+    write_tile(job, panel, row, rows, kind, finished);
 }
 
 INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t first, int64_t last, int kind) {

@@ -46,7 +46,7 @@ INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64
 }
 
 /* Write LANES outputs of a row, from output `first` on; those beyond the last one are none. */
-INLINE void write_outputs(const struct product_job *job, int64_t row, int64_t first, vf values, int bf16) {
+SELDOM void write_outputs(const struct product_job *job, int64_t row, int64_t first, vf values, int bf16) {
     int64_t left = job->outputs - first;
     if (left <= 0)
         return;

@@ -22,6 +22,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
+/* For what is called seldom: inlined, it would only take the compiler's time. */
+#define SELDOM static __attribute__((noinline, unused))
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
@@ -135,7 +137,8 @@ INLINE float largest(vf values) {
     return lanes[0];
 }
 
-/* e to the power of each lane, within 2 units of the last place; below -87.3 as for -87.3; NaN stays NaN.
+/* e to the power of each lane, within 2 units of the last place; below -87.3 as for -87.3, above 88.7
+ * infinite; NaN stays NaN.
  *
  * e^x = 2^n * e^r with n the nearest integer to x / ln 2. Adding 1.5 * 2^23 rounds to an integer, which then stands in
  * the lowest bits. ln 2 is subtracted in two parts, of which the first times n is exact. The polynomial is the Taylor
@@ -156,7 +159,8 @@ INLINE vf exponential(vf x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     vf power = (vf)((vu)p + ((vu)shifted << 23));
-    return choose((vu)(x != x), x, power);
+    vf unbounded = choose((vu)(x > 88.7f), all(__builtin_inff()), power);
+    return choose((vu)(x != x), x, unbounded);
 }
 
 /* One step of `lane_sums`: lanes without bit `bit` have a's sums over pairs of lanes, the others b's. */
