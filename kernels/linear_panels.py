@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .native import Native, native
+from .native import Native, give_back_freed_memory, native
 
 VECTORS = 4
 _STEP_BYTES = 4
+_LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,18 @@ def panel_words(weight_OI: Tensor, lanes: int) -> Tensor:
 
     Shapes: returns [panels, steps, vectors, lanes] int32
     """
-    padded_OI = whole_panels(weight_OI, lanes)
-    words_OS = padded_OI.contiguous().view(torch.int32)
-    return words_OS.view(-1, VECTORS, lanes, words_OS.shape[1]).permute(0, 3, 1, 2).contiguous()
+    if weight_OI.nbytes >= _LARGE_BYTES:
+        give_back_freed_memory()
+    words_OS = weight_OI.contiguous().view(torch.int32)
+    outputs, steps = words_OS.shape
+    panel = VECTORS * lanes
+    words_PSVL = torch.empty((-(-outputs // panel), steps, VECTORS, lanes), dtype=torch.int32)
+    # The last panel by itself: filling up the whole weight would take its memory once more.
+    whole = outputs // panel
+    words_PSVL[:whole] = words_OS[: whole * panel].view(-1, VECTORS, lanes, steps).permute(0, 3, 1, 2)
+    if whole * panel < outputs:
+        words_PSVL[whole] = whole_panels(words_OS[whole * panel :], lanes).view(VECTORS, lanes, steps).permute(2, 0, 1)
+    return words_PSVL
 
 
 def whole_panels(values_O: Tensor, lanes: int) -> Tensor:

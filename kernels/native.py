@@ -146,6 +146,12 @@ def torch_parallel() -> int:
     raise NativeBuildError(f"torch's threads have no {_PARALLEL} here; the kernels need a torch built with OpenMP")
 
 
+def give_back_freed_memory() -> None:
+    """Let the allocator return what was freed: weights as they were read leave holes that it would keep for good."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
 def native_for(x: Tensor) -> Native | None:
     """Return the compiled kernels if they take ``x``: float32 or bfloat16 on the CPU, last axis contiguous."""
     if not x.is_cpu or x.dtype not in _TYPES or x.stride(-1) != 1:
@@ -153,4 +159,5 @@ def native_for(x: Tensor) -> Native | None:
     return native()
 
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
 _TYPES = (torch.bfloat16, torch.float32)
