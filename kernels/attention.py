@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention_decode import PreparedDecode, attend_decode, prepare_decode
+from .attention_paged import PagedRows, PreparedPaged, attend_paged, prepare_paged
 from .attention_plan import AttentionPlan
 from .attention_prefill import attend_prefill
 from .attention_prefill_plan import PrefillGroup
@@ -21,7 +22,7 @@ from .attention_workspace import AttentionWorkspace
 class PreparedAttention:
     """The attention of one step, ready for each layer of one window."""
 
-    decode: PreparedDecode | None
+    decode: PreparedDecode | PreparedPaged | None
     prefill: tuple[PrefillGroup, ...]
     workspace: AttentionWorkspace
 
@@ -33,8 +34,10 @@ def prepare_attention(
 
     Valid for one step: the next one may use the workspace's memory. ``layer_cache`` may be any layer's.
     """
-    decode = None
-    if plan.decode is not None:
+    decode: PreparedDecode | PreparedPaged | None = None
+    if isinstance(plan.decode, PagedRows):
+        decode = prepare_paged(plan.decode, layer_cache, heads=heads)
+    elif plan.decode is not None:
         decode = prepare_decode(plan.decode, layer_cache, tokens=tokens, heads=heads, workspace=workspace)
     return PreparedAttention(decode=decode, prefill=plan.prefill, workspace=workspace)
 
@@ -54,7 +57,9 @@ def paged_attention(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedAttent
     q_TKGD = q_TND.unflatten(1, (kv_heads, -1))
     out_TND = torch.empty((tokens, heads, head_size), dtype=q_TND.dtype, device=q_TND.device)
     out_TKGD = out_TND.unflatten(1, (kv_heads, -1))
-    if prepared.decode is not None:
+    if isinstance(prepared.decode, PreparedPaged):
+        attend_paged(q_TND, layer_cache, prepared.decode, scale=scale, out_TND=out_TND)
+    elif prepared.decode is not None:
         attend_decode(q_TKGD, layer_cache, prepared.decode, scale=scale, out_TKGD=out_TKGD)
     for group in prepared.prefill:
         attend_prefill(q_TKGD, layer_cache, group, scale=scale, workspace=prepared.workspace, out_TKGD=out_TKGD)

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .attention_decode_plan import DecodePlan, build_decode_plan
-from .attention_keys import KeyLayout
+from .attention_keys import Int32Array, Int64Array, KeyLayout
+from .attention_paged import PagedRows, build_paged_rows
 from .attention_prefill_plan import PrefillGroup, build_prefill_plan
-
-Int32Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +31,7 @@ class AttentionPlan:
     """The attention of one step for the layers of one window: token i sees j when 0 <= i - j < ``window``."""
 
     window: int | None
-    decode: DecodePlan | None
+    decode: DecodePlan | PagedRows | None
     prefill: tuple[PrefillGroup, ...]
 
 
@@ -64,7 +62,7 @@ def build_attention_plan(
     single = counts64 == 1
     decode = None
     if single.any():
-        decode = build_decode_plan(starts64[single], first_tokens[single], block_tables[single], layout)
+        decode = _decode_plan(starts64[single], first_tokens[single], block_tables[single], layout, deterministic)
     prefill: tuple[PrefillGroup, ...] = ()
     if not single.all():
         several = ~single
@@ -77,3 +75,15 @@ def build_attention_plan(
             deterministic=deterministic,
         )
     return AttentionPlan(window=window, decode=decode, prefill=prefill)
+
+
+def _decode_plan(
+    positions: Int64Array, tokens: Int64Array, block_tables: Int32Array, layout: KeyLayout, deterministic: bool
+) -> DecodePlan | PagedRows:
+    # A position must give the same bits decoded and prefilled in deterministic mode: both by torch's products.
+    if not deterministic:
+        lowest = layout.lowest_seen(positions)
+        paged = build_paged_rows(positions, lowest, tokens, block_tables, dtype=layout.dtype, device=layout.device)
+        if paged is not None:
+            return paged
+    return build_decode_plan(positions, tokens, block_tables, layout)

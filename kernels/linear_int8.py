@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .linear_int8_panels import Int8Panels, lay_int8_panels, linear_int8_panels
 from .row_buckets import in_buckets
 
 _LARGEST = 127.0
@@ -22,7 +23,7 @@ _SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Weight:
-    """A quantized weight.
+    """A quantized weight, as oneDNN multiplies with it.
 
     Shapes: packed, [outputs, inputs] int8 in oneDNN's layout; scales_O, [outputs] float32
     """
@@ -42,7 +43,7 @@ def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     return torch.div(x32_TI, scales_T1).round_(), scales_T1
 
 
-def pack_int8(weight_OI: Tensor) -> Int8Weight:
+def pack_int8(weight_OI: Tensor) -> Int8Weight | Int8Panels:
     """Quantize a weight, each output with a scale of its own.
 
     Shapes: weight_OI [outputs, inputs] any float type, on the CPU
@@ -50,6 +51,9 @@ def pack_int8(weight_OI: Tensor) -> Int8Weight:
     """
     integers_OI, scales_O1 = quantize_rows(weight_OI)
     outputs = weight_OI.shape[0]
+    panels = lay_int8_panels(integers_OI.to(torch.int8), scales_O1.view(outputs))
+    if panels is not None:
+        return panels
     return Int8Weight(
         packed=torch.ops.onednn.qlinear_prepack(integers_OI.to(torch.int8), None),
         scales_O=scales_O1.view(outputs),
@@ -57,12 +61,14 @@ def pack_int8(weight_OI: Tensor) -> Int8Weight:
     )
 
 
-def linear_int8(x_TI: Tensor, weight: Int8Weight, bias_O: Tensor | None = None) -> Tensor:
+def linear_int8(x_TI: Tensor, weight: Int8Weight | Int8Panels, bias_O: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias``, both quantized; the result is of x's type.
 
     Shapes: x_TI [tokens, inputs] float32 or bfloat16; bias_O [outputs]
     Source: dynamic quantization by token (ZeroQuant, arXiv 2206.01861, section 3.1)
     """
+    if isinstance(weight, Int8Panels):
+        return linear_int8_panels(x_TI, weight, bias_O)
     integers_TI, scales_T1 = quantize_rows(x_TI)
     unsigned_TI = integers_TI.add_(_ZERO_POINT).to(torch.uint8)
     product_TO = in_buckets(unsigned_TI, lambda rows_TI: _multiply(rows_TI, weight))

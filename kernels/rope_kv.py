@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .native import native_for
+
 
 def apply_rope_(x_TSD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
     """Rotate in place the pairs (d, d + D/2) of every head by the angle of its token.
@@ -46,6 +48,49 @@ def write_kv(kv_TSD: Tensor, rows: Tensor, layer_cache: Tensor) -> None:
     """
     head_size = layer_cache.shape[-1]
     layer_cache.view(-1, head_size).index_copy_(0, rows, kv_TSD.reshape(-1, head_size))
+
+
+def read_kv(rows: Tensor, layer_cache: Tensor) -> Tensor:
+    """Return what ``write_kv`` wrote.
+
+    Shapes: as there; returns [tokens, 2 * KV heads, head size]
+    """
+    kv_heads, head_size = layer_cache.shape[2], layer_cache.shape[-1]
+    return layer_cache.view(-1, head_size).index_select(0, rows).view(-1, 2 * kv_heads, head_size)
+
+
+def rotate_and_write_(
+    qkv_TSD: Tensor, cos_TD: Tensor, sin_TD: Tensor, rows: Tensor, layer_cache: Tensor, *, heads: int
+) -> None:
+    """Rotate the queries in place, and write rotated keys, and values, to their places.
+
+    What ``qkv_TSD`` holds of keys and values afterwards has no meaning.
+
+    Shapes: qkv_TSD [tokens, heads + 2 * KV heads, head size] contiguous, queries, keys, values; others as in
+    ``apply_rope_`` and ``write_kv``
+    """
+    head_size, kv_heads = layer_cache.shape[-1], layer_cache.shape[2]
+    compiled = native_for(qkv_TSD)
+    others = (cos_TD, sin_TD, layer_cache)
+    is_plain = qkv_TSD.is_contiguous() and all(x.is_contiguous() and x.dtype == qkv_TSD.dtype for x in others)
+    if compiled is None or not is_plain or head_size % 2 or not rows.is_contiguous():
+        apply_rope_(qkv_TSD[:, : heads + kv_heads], cos_TD, sin_TD)
+        write_kv(qkv_TSD[:, heads:], rows, layer_cache)
+        return
+    compiled.rope_kv(
+        qkv_TSD.data_ptr(),
+        cos_TD.data_ptr(),
+        sin_TD.data_ptr(),
+        rows.data_ptr(),
+        layer_cache.data_ptr(),
+        qkv_TSD.shape[0],
+        qkv_TSD.stride(0),
+        heads,
+        kv_heads,
+        head_size,
+        qkv_TSD.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
 
 
 def clear_blocks(blocks_F: Tensor, layer_cache: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
 from ...kernels.norm import rms_norm
-from ...kernels.rope_kv import apply_rope_, clear_blocks, write_kv
+from ...kernels.rope_kv import clear_blocks, read_kv, rotate_and_write_
 from .linear import Linear
 from .model_spec import ModelSpec
 from .parameters import Parameters
@@ -75,15 +75,15 @@ class Attention:
         rotated = self.num_heads + self.num_kv_heads
         if self.qk_norm_SD is not None:
             qkv_TSD[:, :rotated] = rms_norm(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
-        apply_rope_(qkv_TSD[:, :rotated], inputs.cos_TD, inputs.sin_TD)
         if inputs.fresh_blocks_F.shape[0]:
             clear_blocks(inputs.fresh_blocks_F, layer_cache)
-        q_TND, kv_TSD = qkv_TSD[:, : self.num_heads], qkv_TSD[:, self.num_heads :]
-        write_kv(kv_TSD, inputs.kv_rows, layer_cache)
+        rotate_and_write_(qkv_TSD, inputs.cos_TD, inputs.sin_TD, inputs.kv_rows, layer_cache, heads=self.num_heads)
+        q_TND = qkv_TSD[:, : self.num_heads]
         prepared, scale = inputs.attention[self.window], self.head_dim**-0.5
         if inputs.ring is None:
             attended_TND = paged_attention(q_TND, layer_cache, prepared, scale=scale)
         else:
+            kv_TSD = read_kv(inputs.kv_rows, layer_cache)
             attended_TND = yield from ring_attention(
                 q_TND, kv_TSD, layer_cache, prepared, inputs.ring, window=self.window, scale=scale
             )

@@ -56,6 +56,14 @@ def test_packages_are_the_tree() -> None:
     assert not bare, f"folders of the package without __init__.py: {bare}"
 
 
+def test_sources_of_compiled_kernels_are_shipped() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["slipstream.kernels"]
+    shipped = {path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)}
+    assert shipped == {path for path in (ROOT / "kernels" / "native").iterdir() if path.is_file()}
+    assert any(path.suffix == ".c" for path in shipped)
+
+
 def test_tests_are_not_packages() -> None:
     """With an ``__init__.py`` pytest takes the root for their parent package, and imports all of ours a second time."""
     found = [path for path in python_files(package=False) if path.startswith("tests/") and "__init__" in path]

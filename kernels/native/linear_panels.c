@@ -1,0 +1,154 @@
+/* The product with weights of float32, of bfloat16 and of 8-bit integers, laid out in panels.
+ *
+ * A step takes 4 bytes of a row (one float32, two bfloat16, four 8-bit integers) and VECTORS vectors of weights, of
+ * which each lane belongs to one output: weight [panels, steps, VECTORS, LANES, 4 bytes]. A tile of rows keeps its sums
+ * in registers from the first step to the last.
+ */
+#include "product.h"
+
+enum { FLOAT32, BFLOAT16, INT8 };
+
+#if LANES == 16
+#define TILE_ROWS 6
+#else
+#define TILE_ROWS 3
+#endif
+
+/* Return which kinds of weights this machine multiplies fast by this file's means: a bit each. Machines with tiles in
+ * their registers have something better for 16 and 8 bits, in torch.
+ */
+EXPORT int slipstream_panel_kinds(void) {
+    int kinds = LANES >= 8 ? 1 << FLOAT32 : 0;
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    kinds |= 1 << BFLOAT16;
+#endif
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+    kinds |= 1 << INT8;
+#endif
+    return kinds;
+}
+
+EXPORT int64_t slipstream_lanes(void) {
+    return LANES;
+}
+
+/* Add the products of one step. What is summed are lanes of 32 bits, of whatever type. */
+INLINE vf add_products(vf total, vf weights, uint32_t x, int kind) {
+    if (kind == FLOAT32) {
+        float one;
+        memcpy(&one, &x, sizeof one);
+        return total + weights * one;
+    }
+#if defined(__AVX512BF16__)
+    if (kind == BFLOAT16)
+        return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weights);
+#endif
+#if defined(__AVX512VNNI__)
+    if (kind == INT8)
+        return (vf)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)x), (__m512i)weights);
+#endif
+    return total;
+}
+
+SELDOM void write_integers(const struct product_job *job, int64_t row, int64_t first, vf sums) {
+#if defined(__AVX512VNNI__)
+    /* Corrections and scales are there for whole panels. */
+    __m512i exact = _mm512_sub_epi32((__m512i)sums, _mm512_loadu_si512(job->corrections + first));
+    vf values = (vf)_mm512_cvtepi32_ps(exact) * load(job->scales, first, 0) * job->row_scales[row];
+    write_outputs(job, row, first, values, job->bf16);
+#endif
+}
+
+SELDOM void write_tile(const struct product_job *job, int64_t panel, int64_t row, int rows, int kind,
+                       vf sums[][VECTORS]) {
+    for (int r = 0; r < rows; r++)
+        for (int vector = 0; vector < VECTORS; vector++) {
+            int64_t first = panel * PANEL + vector * LANES;
+            if (kind == INT8)
+                write_integers(job, row + r, first, sums[r][vector]);
+            else
+                write_outputs(job, row + r, first, sums[r][vector], kind == BFLOAT16);
+        }
+}
+
+/* Multiply `rows` rows with a panel. */
+INLINE void multiply_tile(const struct product_job *job, int64_t panel, int64_t row, int rows, int kind) {
+    int64_t steps = job->inputs / (kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4);
+    const char *weights = job->weight + panel * steps * PANEL * 4;
+    const char *x = job->x + row * job->row_bytes;
+    vf totals[TILE_ROWS][VECTORS];
+    _Pragma("GCC unroll 8")
+    for (int r = 0; r < rows; r++)
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            totals[r][vector] = (vf){0};
+    for (int64_t step = 0; step < steps; step++) {
+        vf some[VECTORS];
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            some[vector] = load(weights, (step * VECTORS + vector) * LANES, 0);
+        _Pragma("GCC unroll 8")
+        for (int r = 0; r < rows; r++) {
+            uint32_t word;
+            memcpy(&word, x + r * job->row_bytes + step * 4, sizeof word);
+            _Pragma("GCC unroll 4")
+            for (int vector = 0; vector < VECTORS; vector++)
+                totals[r][vector] = add_products(totals[r][vector], some[vector], word, kind);
+        }
+    }
+    vf finished[TILE_ROWS][VECTORS]; /* in memory, which `totals` never are */
+    _Pragma("GCC unroll 8")
+    for (int r = 0; r < rows; r++)
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            finished[r][vector] = totals[r][vector];
+    write_tile(job, panel, row, rows, kind, finished);
+}
+
+INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t first, int64_t last, int kind) {
+    int64_t row = first;
+    for (; row + TILE_ROWS <= last; row += TILE_ROWS)
+        multiply_tile(job, panel, row, TILE_ROWS, kind);
+    switch (last - row) {
+    case 1: multiply_tile(job, panel, row, 1, kind); break;
+    case 2: multiply_tile(job, panel, row, 2, kind); break;
+#if TILE_ROWS > 3
+    case 3: multiply_tile(job, panel, row, 3, kind); break;
+    case 4: multiply_tile(job, panel, row, 4, kind); break;
+    case 5: multiply_tile(job, panel, row, 5, kind); break;
+#endif
+    default: break;
+    }
+}
+
+static void multiply_pieces(void *argument) {
+    struct product_job *job = argument;
+    for (int64_t piece, first, last; (piece = take_piece(&job->pieces)) >= 0;) {
+        int64_t panel = rows_of_piece(job, piece, &first, &last);
+        switch (job->kind) {
+        case FLOAT32: multiply_rows(job, panel, first, last, FLOAT32); break;
+        case BFLOAT16: multiply_rows(job, panel, first, last, BFLOAT16); break;
+        default: multiply_rows(job, panel, first, last, INT8); break;
+        }
+    }
+}
+
+/* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
+EXPORT void slipstream_linear(const void *x, const void *weight, const void *bias, void *out, int64_t rows,
+                              int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
+    struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
+                              .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
+    run_product(multiply_pieces, &job, threads);
+}
+
+/* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
+ * weights; bias and out are bfloat16 or float32. corrections and scales [whole panels of outputs].
+ */
+EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const void *weight, const float *scales,
+                                   const int32_t *corrections, const void *bias, void *out, int64_t rows,
+                                   int64_t inputs, int64_t outputs, int bf16, int threads) {
+    struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
+                              .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
+                              .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
+    run_product(multiply_pieces, &job, threads);
+}

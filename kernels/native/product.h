@@ -1,0 +1,59 @@
+/* What the products with weights have in common: how a product is cut into pieces, and how results are written.
+ *
+ * Outputs come in panels of PANEL, the vectors of a panel side by side for each step through the inputs. A piece is one
+ * panel and up to PIECE_ROWS rows: the panel stays in cache for all its rows. Every output adds up its inputs one after
+ * the other, whatever rows stand beside it: a row's bits do not depend on their number.
+ */
+#ifndef SLIPSTREAM_PRODUCT_H
+#define SLIPSTREAM_PRODUCT_H
+
+#include "simd.h"
+#include "team.h"
+
+#define VECTORS 4
+#define PANEL (VECTORS * LANES)
+#define PIECE_ROWS 48
+
+/* x [rows, inputs], rows `row_bytes` apart; out [rows, outputs] contiguous; bias [outputs] or NULL. scales: of groups
+ * (int4), or of outputs (int8), whose `corrections` are subtracted from the integers and whose `row_scales` are those
+ * of x.
+ */
+struct product_job {
+    const char *x;
+    const char *weight;
+    const void *bias, *scales;
+    const int32_t *corrections;
+    const float *row_scales;
+    void *out;
+    int64_t rows, inputs, outputs, row_bytes;
+    int kind, bf16;
+    struct pieces pieces;
+};
+
+INLINE void run_product(void (*body)(void *), struct product_job *job, int threads) {
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
+    job->pieces.next = 0;
+    job->pieces.count = panels * chunks;
+    run_on_team(body, job, job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
+}
+
+/* Return the panel of a piece, and its rows. */
+INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64_t *first, int64_t *last) {
+    int64_t chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
+    *first = piece % chunks * PIECE_ROWS;
+    *last = *first + PIECE_ROWS < job->rows ? *first + PIECE_ROWS : job->rows;
+    return piece / chunks;
+}
+
+/* Write LANES outputs of a row, from output `first` on; those beyond the last one are none. */
+SELDOM void write_outputs(const struct product_job *job, int64_t row, int64_t first, vf values, int bf16) {
+    int64_t left = job->outputs - first;
+    if (left <= 0)
+        return;
+    int count = left < LANES ? (int)left : LANES;
+    if (job->bias)
+        values = values + load_up_to(job->bias, first, count, bf16);
+    store_up_to(job->out, row * job->outputs + first, values, count, bf16);
+}
+
+#endif
