@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slipstream.kernels.kv_blocks import copy_blocks
-from slipstream.kernels.rope_kv import clear_blocks, kv_write_rows, write_kv
+from slipstream.kernels.rope_kv import clear_blocks, kv_write_rows, read_kv, write_kv
 
 BLOCKS, HEADS, SIZE, HEAD_SIZE = 7, 3, 4, 5
 
@@ -31,6 +31,7 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(seed: int) -> None:
     rows = kv_write_rows(torch.from_numpy(slots), num_blocks=BLOCKS, kv_heads=HEADS, block_size=SIZE)
     write_kv(kv, rows, layer)
     assert torch.equal(layer, expected)
+    assert torch.equal(read_kv(rows, layer), kv)
 
 
 def test_cleared_blocks_are_zero_even_if_they_were_not_numbers() -> None:
