@@ -19,14 +19,17 @@ def silu_and_mul(gate_up_TI: Tensor) -> Tensor:
     times the threads: torch rounds values at the ragged end of a thread's share (which may lie within a row) in
     another way than the others.
 
-    Shapes: gate_up_TI [tokens, 2 * size], gate first; returns [tokens, size]
+    Shapes: gate_up_TI [..., 2 * size], gate first; returns [..., size]
     Source: SwiGLU (arXiv 2002.05202), section 2
     """
     compiled = native_for(gate_up_TI)
     if compiled is not None and gate_up_TI.is_contiguous():
-        out_TI = gate_up_TI.new_empty((gate_up_TI.shape[0], gate_up_TI.shape[1] // 2))
-        is_bfloat16, threads = gate_up_TI.dtype == torch.bfloat16, torch.get_num_threads()
-        compiled.silu_and_mul(gate_up_TI.data_ptr(), out_TI.data_ptr(), *out_TI.shape, is_bfloat16, threads)
+        size = gate_up_TI.shape[-1] // 2
+        out_TI = gate_up_TI.new_empty((*gate_up_TI.shape[:-1], size))
+        rows, is_bfloat16 = out_TI.numel() // max(size, 1), gate_up_TI.dtype == torch.bfloat16
+        compiled.silu_and_mul(
+            gate_up_TI.data_ptr(), out_TI.data_ptr(), rows, size, is_bfloat16, torch.get_num_threads()
+        )
         return out_TI
     gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
     return functional.silu(gate_TI).mul_(up_TI)

@@ -84,8 +84,12 @@ def build_paged_rows(
 
 
 def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> PreparedPaged:
-    """Make what the layers of a step have in common, for ``heads`` query heads. ``layer_cache``: any layer's."""
+    """Make what the layers of a step have in common, for ``heads`` query heads. ``layer_cache``: any layer's.
+
+    Raises: IndexError for a block that the cache does not have
+    """
     _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
+    _check_blocks(rows, num_blocks=num_blocks, block_size=block_size)
     items, group = len(rows.item_rows_C), heads // kv_heads
     partials = torch.empty(items * heads * (head_size + 2), dtype=torch.float32)
     spans_R = torch.from_numpy(np.diff(rows.first_items_R1))
@@ -110,6 +114,17 @@ def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> Prepar
         threads=torch.get_num_threads(),
     )
     return PreparedPaged(job=job, memory=(rows, partials, open_RK))
+
+
+def _check_blocks(rows: PagedRows, *, num_blocks: int, block_size: int) -> None:
+    """Refuse blocks that are not there: the compiled kernel reads wherever it is told to."""
+    columns_B = np.arange(rows.tables_RB.shape[1])
+    lasts_R1, firsts_R1 = rows.positions_R[:, None] // block_size, rows.lowest_seen_R[:, None] // block_size
+    if lasts_R1.max(initial=0) > rows.tables_RB.shape[1] - 1:
+        raise IndexError(f"position {rows.positions_R.max()} is not in a table of {rows.tables_RB.shape[1]} blocks")
+    read = rows.tables_RB[(firsts_R1 <= columns_B) & (columns_B <= lasts_R1)]
+    if read.size and (read.min() < 0 or read.max() >= num_blocks):
+        raise IndexError(f"blocks {read.min()} to {read.max()} are read from a cache of {num_blocks}")
 
 
 def attend_paged(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedPaged, *, scale: float, out_TND: Tensor) -> None:

@@ -20,7 +20,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     Source: RMSNorm (arXiv 1910.07467), equation 4
     """
     compiled = native_for(x_TH)
-    if compiled is not None and x_TH.dim() in (2, 3) and _is_like(weight_H, x_TH):
+    if compiled is not None and x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and _is_weight(weight_H, x_TH):
         heads = x_TH.shape[1] if x_TH.dim() == 3 else 1
         if heads == 1 or x_TH.stride(1) == x_TH.shape[-1]:
             out_TH = x_TH.new_empty(x_TH.shape)
@@ -33,8 +33,10 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     return (x_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
 
 
-def _is_like(other: Tensor, x_TH: Tensor) -> bool:
-    return other.dtype == x_TH.dtype and other.is_contiguous() and other.shape[-1] == x_TH.shape[-1]
+def _is_weight(weight_H: Tensor, x_TH: Tensor) -> bool:
+    """Return whether the compiled norm takes a weight: it trusts what it is given."""
+    shapes = (x_TH.shape[-1:], x_TH.shape[1:])
+    return weight_H.dtype == x_TH.dtype and weight_H.is_contiguous() and weight_H.shape in shapes
 
 
 def _normalize(
@@ -77,8 +79,9 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: f
     Shapes: x_TH, residual_TH [tokens, size], same float type; weight_H [size]
     """
     compiled = native_for(x_TH)
-    is_plain = x_TH.dim() == 2 and x_TH.is_contiguous() and _is_like(residual_TH, x_TH) and _is_like(weight_H, x_TH)
-    if compiled is not None and is_plain and weight_H.dim() == 1:
+    is_plain = x_TH.dim() == 2 and x_TH.is_contiguous() and residual_TH.is_contiguous()
+    are_alike = x_TH.shape == residual_TH.shape and x_TH.dtype == residual_TH.dtype
+    if compiled is not None and is_plain and are_alike and weight_H.dim() == 1 and _is_weight(weight_H, x_TH):
         total_TH, out_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
         _normalize(compiled, x_TH, residual_TH, weight_H, total_TH, out_TH, epsilon)
         return out_TH, total_TH

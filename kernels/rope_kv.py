@@ -31,7 +31,13 @@ def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size
 
     Shapes: slots_T [tokens] int64, block * block_size + offset; returns [tokens * 2 * KV heads] int64, for
     each token its key heads, then its value heads
+    Raises: IndexError for a slot that the cache, on a CPU, does not have
     """
+    if slots_T.device.type == "cpu" and slots_T.shape[0]:
+        # What is written there is not checked again, layer by layer.
+        lowest, highest = map(int, torch.aminmax(slots_T))
+        if lowest < 0 or highest >= num_blocks * block_size:
+            raise IndexError(f"slots {lowest} to {highest} of a cache of {num_blocks} blocks of {block_size}")
     blocks_T = torch.div(slots_T, block_size, rounding_mode="floor")
     first_T = blocks_T * (kv_heads * block_size) + (slots_T - blocks_T * block_size)
     heads_K = torch.arange(kv_heads, device=slots_T.device) * block_size

@@ -34,6 +34,12 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(seed: int) -> None:
     assert torch.equal(read_kv(rows, layer), kv)
 
 
+@pytest.mark.parametrize("slot", [-1, BLOCKS * SIZE])
+def test_a_slot_that_is_not_there_is_refused(slot: int) -> None:
+    with pytest.raises(IndexError, match=f"of a cache of {BLOCKS} blocks of {SIZE}"):
+        kv_write_rows(torch.tensor([3, slot]), num_blocks=BLOCKS, kv_heads=HEADS, block_size=SIZE)
+
+
 def test_cleared_blocks_are_zero_even_if_they_were_not_numbers() -> None:
     layer = cache()
     expected = layer.clone()

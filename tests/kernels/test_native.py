@@ -114,6 +114,23 @@ def test_activation(seed: int, size: int, dtype: torch.dtype) -> None:
             assert torch.equal(silu_and_mul(x[row : row + 1]), found[row : row + 1])
 
 
+def test_activation_of_more_axes(seed: int) -> None:
+    x = torch.randn((3, 5, 14), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(silu_and_mul(x), silu_and_mul(x.view(15, 14)).view(3, 5, 7))
+
+
+def test_what_does_not_fit_is_refused_and_not_read(seed: int) -> None:
+    x = torch.randn((4, 32), generator=torch.Generator().manual_seed(seed))
+    with pytest.raises(RuntimeError):
+        add_rms_norm(x, x[:3], torch.ones(32), 1e-6)
+    with pytest.raises(RuntimeError):
+        rms_norm(x.view(4, 2, 16), torch.ones(3, 16), 1e-6)
+    # A weight for all heads, and values that are not side by side, are served all the same.
+    heads = x.view(4, 2, 16)
+    assert_near(rms_norm(heads, torch.ones(1, 16), 1e-6), rms_norm(heads, torch.ones(2, 16), 1e-6))
+    assert_near(rms_norm(x.t(), torch.ones(4), 1e-6), rms_norm(x.t().contiguous(), torch.ones(4), 1e-6))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_that_are_large_small_or_none(dtype: torch.dtype) -> None:
     """What is not a number stays so: that is how a broken row is found out."""

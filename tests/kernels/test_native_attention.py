@@ -156,3 +156,19 @@ def test_deterministic_does_without(seed: int) -> None:
         deterministic=True,
     )
     assert plan.decode is not None and not isinstance(plan.decode, PagedRows)
+
+
+@pytest.mark.parametrize("block", [-1, 10**6])
+def test_a_block_that_is_not_there_is_refused(seed: int, block: int) -> None:
+    batch = Batch(seed, (5, 40), dtype=torch.float32, heads=(1, 1), head_size=16, block_size=16)
+    batch.tables[1, 1] = block
+    with pytest.raises(IndexError, match=f"{block} .*are read from a cache|to {block} are read from a cache"):
+        batch.attend(None, [0, 1])
+    batch.attend(8, [0])
+
+
+def test_a_position_behind_its_table_is_refused(seed: int) -> None:
+    batch = Batch(seed, (5, 40), dtype=torch.float32, heads=(1, 1), head_size=16, block_size=16)
+    batch.tables = batch.tables[:, :2]
+    with pytest.raises(IndexError, match="position 40 is not in a table of 2 blocks"):
+        batch.attend(None, [0, 1])
