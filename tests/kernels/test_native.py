@@ -14,22 +14,11 @@ from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_
 from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 DTYPES = [torch.float32, torch.bfloat16]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 SIZES = [1, 2, 7, 16, 31, 33, 64, 100, 768, 2049]
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    compiled_or_skip()
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

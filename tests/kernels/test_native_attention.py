@@ -12,7 +12,8 @@ from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_paged import PagedRows
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.attention_workspace import AttentionWorkspace
-from slipstream.tests.kernels.native_ways import compiled_or_skip
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 6e-6, torch.bfloat16: 2e-2}
@@ -89,19 +90,6 @@ class Batch:
             assert error <= BOUNDS[self.cache.dtype], (self.positions[row], window, error)
         for rows in ([0], [3], [len(every) - 1], every[4:9], every[::-1]):
             assert torch.equal(self.attend(window, rows), found[rows]), rows
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    compiled_or_skip()
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

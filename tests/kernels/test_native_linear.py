@@ -14,25 +14,14 @@ from slipstream.kernels.linear_int8 import linear_int8, pack_int8
 from slipstream.kernels.linear_int8_panels import Int8Panels
 from slipstream.kernels.linear_packed import linear_packed, pack_weight
 from slipstream.kernels.linear_panels import Panels
-from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
+from slipstream.tests.kernels.native_ways import torch_alone
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = [(1, 4), (15, 32), (64, 64), (65, 96), (130, 1024), (200, 32), (63, 2080)]
 ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 12, 47, 48, 49, 97]
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    compiled_or_skip()
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
