@@ -16,23 +16,16 @@ import torch
 from slipstream import LLM, SamplingParams
 from slipstream.comm import expert_hop, experts
 from slipstream.placement.expert_plan import keeps_replicas_on_hosts
-from slipstream.runtime import llm as llm_module
 from slipstream.runtime.models import expert_ranks
 from slipstream.runtime.worker import expert_trial
 from slipstream.runtime.worker.expert_balance import ExpertBalance
-from slipstream.runtime.worker.launch import launch_engine
 from slipstream.sdk.errors import ConfigError
 from slipstream.tests.fakes.thread_peers import SentByGroup, ThreadPeers
 from slipstream.tests.models.checkpoints import CASES, random_model
 from slipstream.tests.parity.references import Reference, load_reference
 from slipstream.tests.parity.test_parallel_parity import OPTIONS, PARAMS, asked, assert_same, generate
 
-
-@pytest.fixture(autouse=True)
-def ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        llm_module, "launch_engine", lambda options, clock: launch_engine(options, clock=clock, start_peers=ThreadPeers)
-    )
+pytestmark = pytest.mark.usefixtures("ranks_are_threads")
 
 
 @pytest.fixture(scope="module")

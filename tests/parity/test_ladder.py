@@ -16,17 +16,16 @@ from slipstream import LLM, SamplingParams
 from slipstream.comm.local_groups import LocalRank, LocalWork
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_split import Cuts
-from slipstream.runtime import llm as llm_module
 from slipstream.runtime.models.attention import Attention
 from slipstream.runtime.models.mlp import DenseMlp
 from slipstream.runtime.worker import rank as rank_module
-from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import ConfigError
-from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.models.checkpoints import make_checkpoint
 from slipstream.tests.models.ladder_llama import LadderLlama, make_ladder_checkpoint
 from slipstream.tests.parity.references import prompts
+
+pytestmark = pytest.mark.usefixtures("ranks_are_threads")
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4
@@ -44,13 +43,6 @@ PROMPTS = [prompts()[place] for place in (1, 4, 5)]
 # All layers, the upper ones (over two stages the ladder crosses from one to the next), and some.
 LADDERS: list[int | list[int]] = [5, 3, [1, 3]]
 MESHES = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2)]
-
-
-@pytest.fixture(autouse=True)
-def ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        llm_module, "launch_engine", lambda options, clock: launch_engine(options, clock=clock, start_peers=ThreadPeers)
-    )
 
 
 @pytest.fixture(scope="module")

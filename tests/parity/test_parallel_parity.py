@@ -17,16 +17,15 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.overlap_cost import Curve, PassCost
 from slipstream.comm.overlap_split import Cuts
 from slipstream.comm.reduce_norm import NormCost
-from slipstream.runtime import llm as llm_module
 from slipstream.runtime.worker import rank as rank_module
 from slipstream.runtime.worker import token_split
 from slipstream.runtime.worker.expert_balance import ExpertBalance
-from slipstream.runtime.worker.launch import launch_engine
 from slipstream.runtime.worker.norm_shares import fewest_in_shares
 from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.sdk.errors import CheckpointError, ConfigError
-from slipstream.tests.fakes.thread_peers import ThreadPeers
 from slipstream.tests.parity.references import Reference, load_reference, prompts
+
+pytestmark = pytest.mark.usefixtures("ranks_are_threads")
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "demo_model")
 NEW_TOKENS = 12
@@ -52,13 +51,6 @@ OPTIONS: dict[str, Any] = {
 }
 DENSE = [{"tp": tp, "pp": pp} for tp in (1, 2, 4) for pp in (1, 2, 3) if tp * pp > 1]
 EXPERTS = [{"tp": tp, "ep": ep, "pp": pp} for tp in (1, 2) for ep in (1, 2, 4) for pp in (1, 2) if tp * ep * pp > 1]
-
-
-@pytest.fixture(autouse=True)
-def ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        llm_module, "launch_engine", lambda options, clock: launch_engine(options, clock=clock, start_peers=ThreadPeers)
-    )
 
 
 @pytest.fixture(scope="module")
