@@ -80,7 +80,7 @@ def judge_times(path: Path, times: dict[str, Any]) -> dict[str, Any]:
     """Return how far predicted times are from those of steps that calibration has not seen."""
     device = DEVICE_TABLE["cpu-core"]
     cut = Cut(model=read_model_sizes(path, dtype=times["dtype"]), degrees=Degrees())
-    start = Efficiency(rows=filled_rows)
+    start = Efficiency(rows=filled_rows) if times["rows_in_buckets"] else Efficiency()
     found = calibrate([MeasuredStep(**row) for row in times["table"]], cut=cut, device=device, start=start)
     cost = StepCost(cut=cut, device=device, links=NO_LINKS, efficiency=found)
     rows = []

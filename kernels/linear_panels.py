@@ -48,6 +48,14 @@ def lay_panels(weight_OI: Tensor) -> Panels | None:
     return Panels(words_PSVL=words_PSVL, outputs=outputs, inputs=inputs, dtype=weight_OI.dtype, compiled=compiled)
 
 
+def takes_any_rows(dtype: torch.dtype) -> bool:
+    """Whether products with weights of a type compute the rows that they are given; others fill them up to few sizes
+    (``row_buckets``).
+    """
+    compiled = native()
+    return compiled is not None and _is_fast(compiled, dtype)
+
+
 def _is_fast(compiled: Native, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return compiled.has_bfloat16_panels

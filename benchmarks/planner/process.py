@@ -60,6 +60,7 @@ def times(request: dict[str, Any]) -> dict[str, Any]:
         rank.close()
     return {
         "dtype": rank.dtype,
+        "rows_in_buckets": rank.rows_in_buckets,
         "traits": traits.model_dump(),
         "table": [{**asdict(point), "seconds": found[point]} for point in table],
         "unseen": [{**asdict(point), "seconds": found[point]} for point in UNSEEN],

@@ -15,7 +15,7 @@ from ...placement.plan import Degrees, Role
 from ...placement.plan_memory import EngineLimits, MemoryTraits
 from ...placement.plan_search import search
 from ...placement.question import PoolRequest, Question, Ranking
-from ...placement.step_cost import Efficiency, filled_rows
+from ...placement.step_cost import Efficiency
 from ...placement.topology import Topology
 from ...sdk.errors import ConfigError
 from .cluster_file import ClusterFile
@@ -51,15 +51,14 @@ def question_of(
     )
     _check_names(file, topology)
     cpus = [name for name in topology.device_types if name.startswith(CPU_TYPES)]
-    efficiencies = {name: Efficiency(rows=filled_rows) for name in cpus}
+    efficiencies: dict[str, Efficiency] = {}
     traits = dict.fromkeys(cpus, _CPU)
     for profile in profiles:
         device = topology.device_types.get(profile.device_type)
         if device is None:
             raise ConfigError("profile", f"is of {profile.device_type!r}, which the topology does not have")
         cut = Cut(model=profile.sizes, degrees=Degrees())
-        start = efficiencies.get(profile.device_type, Efficiency())
-        efficiencies[profile.device_type] = calibrate(profile.steps, cut=cut, device=device, start=start)
+        efficiencies[profile.device_type] = calibrate(profile.steps, cut=cut, device=device, start=profile.start)
         if profile.traits is not None:
             traits[profile.device_type] = profile.traits
     return Question(

@@ -15,6 +15,7 @@ from pydantic import Field
 from ...placement.calibration import MeasuredStep
 from ...placement.model_sizes import ModelSizes
 from ...placement.plan_memory import MemoryTraits
+from ...placement.step_cost import Efficiency, filled_rows
 from .model_sizes_file import read_model_sizes
 from .sections import Section, read_section
 
@@ -38,13 +39,18 @@ class TraitsRow(Section):
 
 
 class ProfileFile(Section):
-    """A model's steps on a device. ``model``: its directory, for its sizes."""
+    """A model's steps on a device.
+
+    ``model``: its directory, for its sizes. ``rows_in_buckets``: products computed rows in few sizes, as on a CPU
+    without compiled kernels.
+    """
 
     device_type: str
     model: str
     dtype: str = "auto"
     quantization: str = "none"
     threads: int | None = None
+    rows_in_buckets: bool = False
     steps: Annotated[tuple[StepRow, ...], Field(min_length=1)]
     memory: TraitsRow | None = None
 
@@ -57,6 +63,12 @@ class Profile:
     sizes: ModelSizes
     steps: tuple[MeasuredStep, ...]
     traits: MemoryTraits | None
+    rows_in_buckets: bool = False
+
+    @property
+    def start(self) -> Efficiency:
+        """What calibration begins with."""
+        return Efficiency(rows=filled_rows) if self.rows_in_buckets else Efficiency()
 
 
 def read_profile(path: str | Path) -> Profile:
@@ -67,6 +79,7 @@ def read_profile(path: str | Path) -> Profile:
         sizes=read_model_sizes(file.model, dtype=file.dtype, quantization=file.quantization),
         steps=tuple(MeasuredStep(**row.model_dump()) for row in file.steps),
         traits=None if file.memory is None else MemoryTraits(**file.memory.model_dump()),
+        rows_in_buckets=file.rows_in_buckets,
     )
 
 

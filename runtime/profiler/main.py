@@ -38,6 +38,7 @@ def run_profile(
         dtype=rank.dtype,
         quantization=options.quantization,
         threads=options.num_threads,
+        rows_in_buckets=rank.rows_in_buckets,
         steps=tuple(
             StepRow(tokens=point.tokens, context=point.context, batch=point.batch, seconds=seconds)
             for point, seconds in measured

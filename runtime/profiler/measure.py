@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ...comm.groups import ALONE
+from ...kernels.linear_panels import takes_any_rows
 from ...sdk.errors import ConfigError
 from ..clock import Clock, monotonic_clock
 from ..messages import StepPlan
@@ -76,6 +77,9 @@ class MeasuredRank:
             max_length=self.longest,
             eos_token_ids=spec.eos_token_ids,
         )
+        # Formats with fewer bits are compiled where bfloat16 is.
+        kind = getattr(torch, self.dtype) if options.quantization == "none" else torch.bfloat16
+        self.rows_in_buckets = device.type == "cpu" and not takes_any_rows(kind)
         self._device = device
         self._executor: ModelExecutor = build_rank(setup, ALONE).executor
         self.loaded_bytes = process_bytes()

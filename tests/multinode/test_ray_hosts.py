@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -14,23 +13,12 @@ from typing import Any
 
 import pytest
 
-from slipstream.runtime.controller.node_facts import DEVICE_RESOURCE, NAME_LABEL
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
+from slipstream.tests.multinode.raylets import ENVIRONMENT, start_raylet
 
 pytest.importorskip("ray")
 
 PATIENCE_S = 100.0
-RAY = Path(sys.executable).with_name("ray")
-ENVIRONMENT = {
-    **os.environ,
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "1000",
-    "PYTHONSAFEPATH": "1",
-}
 
 
 class Talk:
@@ -66,20 +54,6 @@ class Talk:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-
-
-def start_raylet(host: Host, name: str, head: str | None) -> subprocess.Popen[bytes]:
-    """Start Ray's part of a host, in the foreground; it ends with the host."""
-    where = ["--head", "--port=6379", "--include-dashboard=false"] if head is None else [f"--address={head}:6379"]
-    resources = json.dumps({f"{DEVICE_RESOURCE}{index}": 1 for index in range(2)})
-    command = [
-        *(str(RAY), "start", *where, f"--node-ip-address={host.address}", "--num-cpus=2", "--block"),
-        *(f"--resources={resources}", f"--labels={NAME_LABEL}={name}", "--object-store-memory=80000000"),
-        "--disable-usage-stats",
-    ]
-    return subprocess.Popen(
-        host.command(*command), env=ENVIRONMENT, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL, stderr=2
-    )
 
 
 def ranks_on(host: Host) -> list[int]:

@@ -13,7 +13,7 @@ from slipstream.placement.device_table import DEVICE_TABLE
 from slipstream.placement.model_cut import Cut
 from slipstream.placement.plan import Degrees
 from slipstream.placement.replica_links import NO_LINKS
-from slipstream.placement.step_cost import Efficiency, StepCost, filled_rows
+from slipstream.placement.step_cost import StepCost, filled_rows
 from slipstream.runtime.cluster.plan_command import plan_command
 from slipstream.runtime.cluster.profile_file import read_profile
 from slipstream.runtime.profiler.main import run_profile
@@ -49,7 +49,7 @@ def test_what_was_measured_is_predicted(table: Path) -> None:
     """The form of the model must be able to say the times that it was given."""
     profile = read_profile(table)
     device, cut = DEVICE_TABLE["cpu-core"], Cut(model=profile.sizes, degrees=Degrees())
-    found = calibrate(profile.steps, cut=cut, device=device, start=Efficiency(rows=filled_rows))
+    found = calibrate(profile.steps, cut=cut, device=device, start=profile.start)
     cost = StepCost(cut=cut, device=device, links=NO_LINKS, efficiency=found)
     for step in profile.steps:
         assert cost.stage(0, step.step).seconds == pytest.approx(step.seconds, rel=0.5)

@@ -1,0 +1,39 @@
+"""Ray's part of a host: one raylet in a namespace, with devices of its own and a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from slipstream.runtime.controller.node_facts import DEVICE_RESOURCE, NAME_LABEL
+from slipstream.tests.multinode.namespaces import Host
+
+RAY = Path(sys.executable).with_name("ray")
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "PYTHONSAFEPATH": "1",
+}
+
+
+def start_raylet(host: Host, name: str, head: str | None, *, devices: int = 2) -> subprocess.Popen[bytes]:
+    """Start Ray's part of a host, in the foreground; it ends with the host. ``head``: None for the first."""
+    where = ["--head", "--port=6379", "--include-dashboard=false"] if head is None else [f"--address={head}:6379"]
+    resources = json.dumps({f"{DEVICE_RESOURCE}{index}": 1 for index in range(devices)})
+    command = [
+        *(str(RAY), "start", *where, f"--node-ip-address={host.address}", "--num-cpus=2", "--block"),
+        *(f"--resources={resources}", f"--labels={NAME_LABEL}={name}", "--object-store-memory=80000000"),
+        "--disable-usage-stats",
+    ]
+    return subprocess.Popen(
+        host.command(*command), env=ENVIRONMENT, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL, stderr=2
+    )
