@@ -46,6 +46,10 @@ class Peers(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Look, without waiting, whether a rank was lost while nothing runs. Raises: EngineError naming it"""
+        ...
+
     def why(self) -> str | None:
         """Return what the other ranks say of a failure that the driver's own rank has seen; waits a moment at most."""
         ...

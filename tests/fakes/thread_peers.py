@@ -88,6 +88,9 @@ class ThreadPeers:
         assert all(result.step == plan.step for result in results)
         return [results[rank - 1] for rank in self._speakers]
 
+    def check(self) -> None:
+        """Threads are not lost."""
+
     def why(self) -> str | None:
         errors = [step.exception(0.0) for step in (self._steps[0] if self._steps else []) if step.done()]
         return next((str(error) for error in errors if error is not None), None)
