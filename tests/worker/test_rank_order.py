@@ -86,7 +86,7 @@ def test_numbers_without_a_fraction_are_seconds_too() -> None:
     ],
 )
 def test_what_is_no_order_is_refused_by_name(line: str, said: str) -> None:
-    with pytest.raises(ConfigError, match="^meeting: ") as refused:
+    with pytest.raises(ConfigError, match=r"^meeting: ") as refused:
         RankOrder.from_json(line)
     assert said in str(refused.value)
     assert len(str(refused.value)) < 400
