@@ -113,9 +113,7 @@ class BusPeers(ABC):
         while not self._all_ready(min(_CHECK_PERIOD_S, self._deadline.remaining_s)):
             self._check_processes()
             if not self._deadline.remaining_s:
-                assert self._hub is not None, "the bus is there before it asks"
-                late = ", ".join(str(rank) for rank in self._hub.waits_for(self._asked))
-                raise EngineError(f"rank {late} was not ready within {self._deadline.timeout_s:g} s")
+                raise EngineError(f"{self._not_ready()} after {self._deadline.timeout_s:g} s")
 
     def send(self, plan: StepPlan) -> None:
         """Give a step to every rank."""
@@ -151,7 +149,7 @@ class BusPeers(ABC):
         try:
             self._hub.result(waited_for[0], _REASON_TIMEOUT_S)
         except CommTimeout as late:
-            return self._ended() or str(late)
+            return self._ended() or (str(late) if self._ready else self._not_ready())
         except CommError as error:
             return str(self._failed(error))
         return None
@@ -219,6 +217,10 @@ class BusPeers(ABC):
                 raise self._failed(error) from error
             self._ready = True
         return True
+
+    def _not_ready(self) -> str:
+        assert self._hub is not None, "the bus is there before it asks"
+        return f"rank {', '.join(str(rank) for rank in self._hub.waits_for(self._asked))} is not ready"
 
     def _check_processes(self) -> None:
         if (ended := self._ended()) is not None:

@@ -69,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ENGINE_FAILED
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # A thread may still wait for the rank that is missing, and end much later.
+        os._exit(EXIT_ENGINE_FAILED)
     if not loop.close(timeout_s=0.0):
         # A step that does not end holds a thread that cannot be joined: leave it behind.
         os._exit(status)

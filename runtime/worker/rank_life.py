@@ -53,7 +53,10 @@ def live(
     identity = Identity(replica=order.replica, secret=secret_from(os.environ))
     endpoint = connect_rank(order.bus, identity, rank=seat.rank, timeout_s=order.timeout_s, clock=monotonic_clock)
     try:
-        asked, _ = endpoint.next_step(deadline.remaining_s)
+        try:
+            asked, _ = endpoint.next_step(deadline.remaining_s)
+        except CommTimeout as error:
+            raise CommTimeout(f"not all ranks came within {order.timeout_s:g} s: {error}") from error
         try:
             rank = _build(order, seat, deadline, progress)
         except Exception as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
+from slipstream.comm.errors import HandshakeRefused
 from slipstream.comm.handshake import Identity
 from slipstream.comm.step_endpoint import StepEndpoint, connect_rank
 from slipstream.runtime.clock import monotonic_clock
@@ -18,7 +18,7 @@ from slipstream.runtime.worker.rank_order import RankOrder, Seat
 from slipstream.sdk.errors import EngineError
 
 PATIENCE_S = 20.0
-NEVER_S = 300.0
+LATE_S = 40.0
 IDENTITY = Identity(replica="chat/1", secret=b"a secret of the cluster")
 HOST = "127.0.0.2"
 SEAT = Seat(rank=0, address=HOST, ranks_on_host=1)
@@ -78,7 +78,7 @@ def test_ranks_that_never_come_are_named_and_so_is_who_was_refused() -> None:
     with meeting(start_timeout_s=1.0, tp=2, pp=2) as (order, waiting):
         present = join(order, 2)
         stranger = Identity(replica="chat/1", secret=b"another secret altogether")
-        with pytest.raises(Exception, match="secret"):
+        with pytest.raises(HandshakeRefused, match="secret"):
             join(order, 1, identity=stranger)
         with pytest.raises(EngineError, match=r"rank 1, 3 did not connect within 1 s; refused: .*secret"):
             waiting.result(PATIENCE_S)
@@ -106,7 +106,7 @@ def leaves(endpoint: StepEndpoint) -> None:
 def test_a_rank_that_fails_while_others_wait_for_it_is_named_at_once(
     strike: Callable[[StepEndpoint], None], said: str
 ) -> None:
-    with meeting(start_timeout_s=NEVER_S, tp=2) as (order, waiting):
+    with meeting(start_timeout_s=LATE_S, tp=2) as (order, waiting):
         endpoint = join(order, 1)
         strike(endpoint)
         with pytest.raises(EngineError, match=said):
@@ -117,7 +117,6 @@ def test_a_rank_that_fails_while_others_wait_for_it_is_named_at_once(
 def test_a_rank_that_says_nothing_is_named_at_the_deadline() -> None:
     with meeting(start_timeout_s=1.0, tp=2) as (order, waiting):
         endpoint = join(order, 1)
-        with pytest.raises(EngineError, match="no answer from rank 1"):
+        with pytest.raises(EngineError, match="rank 1 is not ready"):
             waiting.result(PATIENCE_S)
         endpoint.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "slipstream-meeting"]
