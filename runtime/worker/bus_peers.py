@@ -64,7 +64,9 @@ class BusPeers(ABC):
         self._on_their_way: deque[int] = deque()
         self._speakers = setup.mesh.place(0).pp_ranks[1:]
         self._hub: StepHub | None = None
+        # What was asked last before there are steps, whether all have answered it, and whether that was the end of it.
         self._asked = 0
+        self._answered = False
         self._ready = False
         self._opened = contextlib.ExitStack()
         try:
@@ -82,8 +84,7 @@ class BusPeers(ABC):
                 )
                 self._call(order)
                 self._hub = self._gather(listener, identity, setup)
-            # The first step asks whether a rank is ready; the answer comes when it is.
-            self._asked = self._hub.send_step(b"")
+            self._ask()
             self.groups: MeshGroups = self._while_they_live(
                 lambda: join_groups(order, seat, rendezvous, timeout_s=self._deadline.remaining_s)
             )
@@ -108,12 +109,15 @@ class BusPeers(ABC):
 
     # ------------------------------------------------------------------ Peers
 
-    def wait_ready(self) -> None:
+    def meet(self) -> None:
         """Wait until every rank has loaded its part."""
-        while not self._all_ready(min(_CHECK_PERIOD_S, self._deadline.remaining_s)):
-            self._check_processes()
-            if not self._deadline.remaining_s:
-                raise EngineError(f"{self._not_ready()} after {self._deadline.timeout_s:g} s")
+        self._wait_answers("has not loaded its part")
+        self._ask()
+
+    def wait_ready(self) -> None:
+        """Wait until every rank takes steps."""
+        self._wait_answers("is not ready")
+        self._ready = True
 
     def send(self, plan: StepPlan) -> None:
         """Give a step to every rank."""
@@ -143,13 +147,13 @@ class BusPeers(ABC):
 
     def why(self) -> str | None:
         """Return what the other ranks say of a failure."""
-        waited_for = list(self._on_their_way) if self._ready else [self._asked]
-        if self._hub is None or not waited_for:
+        oldest = self._oldest_unanswered()
+        if self._hub is None or oldest is None:
             return None
         try:
-            self._hub.result(waited_for[0], _REASON_TIMEOUT_S)
+            self._hub.result(oldest, _REASON_TIMEOUT_S)
         except CommTimeout as late:
-            return self._ended() or (str(late) if self._ready else self._not_ready())
+            return self._ended() or (str(late) if self._ready else self._late("is not ready"))
         except CommError as error:
             return str(self._failed(error))
         return None
@@ -197,30 +201,51 @@ class BusPeers(ABC):
             try:
                 return future.result(_CHECK_PERIOD_S)
             except FutureTimeoutError:
-                self._all_ready(0.0)
+                self._all_answered(0.0)
                 self._check_processes()
             except CommError as error:
                 raise EngineError(self.why() or str(error)) from error
 
-    def _all_ready(self, wait_s: float) -> bool:
-        """Wait until every rank has said that it is ready; return whether they have.
+    def _ask(self) -> None:
+        """Ask every rank whether it is as far; see ``rank_life``."""
+        assert self._hub is not None, "the bus is there before it asks"
+        try:
+            self._asked = self._hub.send_step(b"")
+        except CommError as error:
+            raise self._failed(error) from error
+        self._answered = False
+
+    def _wait_answers(self, missing: str) -> None:
+        while not self._all_answered(min(_CHECK_PERIOD_S, self._deadline.remaining_s)):
+            self._check_processes()
+            if not self._deadline.remaining_s:
+                raise EngineError(f"{self._late(missing)} after {self._deadline.timeout_s:g} s")
+
+    def _all_answered(self, wait_s: float) -> bool:
+        """Wait until every rank has said that it is as far; return whether they have.
 
         Raises: EngineError when one says that it cannot be, or is lost
         """
         assert self._hub is not None, "the bus is there before it asks"
-        if not self._ready:
+        if not self._answered:
             try:
                 self._hub.result(self._asked, wait_s)
             except CommTimeout:
                 return False
             except CommError as error:
                 raise self._failed(error) from error
-            self._ready = True
+            self._answered = True
         return True
 
-    def _not_ready(self) -> str:
+    def _oldest_unanswered(self) -> int | None:
+        """Return the number of the oldest step, or of the question, that not all ranks have answered."""
+        if self._ready:
+            return self._on_their_way[0] if self._on_their_way else None
+        return None if self._answered else self._asked
+
+    def _late(self, missing: str) -> str:
         assert self._hub is not None, "the bus is there before it asks"
-        return f"rank {', '.join(str(rank) for rank in self._hub.waits_for(self._asked))} is not ready"
+        return f"rank {', '.join(str(rank) for rank in self._hub.waits_for(self._asked))} {missing}"
 
     def _check_processes(self) -> None:
         if (ended := self._ended()) is not None:

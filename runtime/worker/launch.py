@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...comm.errors import CommError
-from ...comm.groups import ALONE, MeshGroups
+from ...comm.groups import ALONE
 from ...comm.mesh import MeshShape
 from ...sdk.errors import CheckpointError, ConfigError, EngineError
 from ..clock import Clock
@@ -180,7 +180,7 @@ class _Built:
     check: Callable[[], None]
 
 
-def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[[MeshGroups], Rank]) -> _Built:
+def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[..., Rank]) -> _Built:
     """Build the driver's own rank, beside the others if there are any."""
     if setup.mesh.size == 1:
         rank = build(ALONE)
@@ -188,7 +188,7 @@ def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[[MeshGroup
     peers = start_peers(setup)
     try:
         try:
-            rank = build(peers.groups)
+            rank = build(peers.groups, meet=peers.meet)
         except CommError as error:
             # Ranks measure together when they are loaded, and see only that another is gone: it may have said why.
             raise EngineError(peers.why() or str(error)) from error

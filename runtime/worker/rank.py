@@ -6,6 +6,7 @@ out, and no rank decides anything by itself. The driver builds its own rank from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,12 +90,18 @@ class Rank:
 
 
 def build_rank(
-    setup: RankSetup, groups: MeshGroups, *, ranks_on_host: int | None = None, progress: Progress | None = None
+    setup: RankSetup,
+    groups: MeshGroups,
+    *,
+    ranks_on_host: int | None = None,
+    progress: Progress | None = None,
+    meet: Callable[[], None] = lambda: None,
 ) -> Rank:
     """Load a rank's part of the model and make its executor; close that to end everything.
 
     ``ranks_on_host``: how many of the replica's ranks share this host's cores; None is all. ``progress`` is told how
-    much of the weights is loaded.
+    much of the weights is loaded. ``meet`` returns once every rank has come to it: loading may take one of them much
+    longer than an exchange may, and then ranks measure together.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
     """
@@ -126,6 +133,7 @@ def build_rank(
         cache = KvCache.allocate(
             local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
         )
+        meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
         layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
     except BaseException:

@@ -1,8 +1,8 @@
 """A rank other than the driver's: it joins its replica, loads its part of the model, and carries out steps.
 
-The step bus comes first, so that from then on driver and rank hear of each other's end. The driver's first step asks
-whether a rank is ready, once all have come; the answer is sent when it has loaded its part, or says why it could not.
-Knows nothing of who has started the process.
+The step bus comes first, so that from then on driver and rank hear of each other's end. Once all ranks have come, the
+driver's first step asks each whether it has loaded its part, and when all have, its second whether it takes steps; the
+answer comes when it has, or does, or says why it cannot. Knows nothing of who has started the process.
 """
 
 from __future__ import annotations
@@ -53,19 +53,16 @@ def live(
     identity = Identity(replica=order.replica, secret=secret_from(os.environ))
     endpoint = connect_rank(order.bus, identity, rank=seat.rank, timeout_s=order.timeout_s, clock=monotonic_clock)
     try:
+        start = _Start(endpoint, deadline)
+        start.hear()
         try:
-            asked, _ = endpoint.next_step(deadline.remaining_s)
-        except CommTimeout as error:
-            raise CommTimeout(f"not all ranks came within {order.timeout_s:g} s: {error}") from error
-        try:
-            rank = _build(order, seat, deadline, progress)
+            rank = _build(order, seat, deadline, progress, start.meet)
         except Exception as error:
             # Whatever it was, the driver hears of it before this rank's end.
-            with suppress(CommError):
-                endpoint.send_failure(asked, f"{type(error).__name__}: {error}")
+            start.refuse(error)
             raise
         try:
-            endpoint.send_result(asked, b"")
+            start.answer()
             on_ready()
             return _Steps(rank.executor, endpoint, max_slots=order.setup.max_slots).run()
         finally:
@@ -87,17 +84,49 @@ def join_groups(order: RankOrder, seat: Seat, rendezvous: Rendezvous, *, timeout
     return open_mesh_groups(place, rendezvous, settings, experts_over_tp=order.setup.experts_over_tp)
 
 
-def _build(order: RankOrder, seat: Seat, deadline: Deadline, progress: Progress | None) -> Rank:
+def _build(
+    order: RankOrder, seat: Seat, deadline: Deadline, progress: Progress | None, meet: Callable[[], None]
+) -> Rank:
     rendezvous = Rendezvous.join(order.rendezvous_host, order.rendezvous_port, timeout_s=deadline.remaining_s)
     try:
         groups = join_groups(order, seat, rendezvous, timeout_s=deadline.remaining_s)
     finally:
         rendezvous.close()
     try:
-        return build_rank(order.setup, groups, ranks_on_host=seat.ranks_on_host, progress=progress)
+        return build_rank(order.setup, groups, ranks_on_host=seat.ranks_on_host, progress=progress, meet=meet)
     except BaseException:
         groups.close()
         raise
+
+
+class _Start:
+    """The driver's questions before there are steps, each asked once all ranks have answered the one before."""
+
+    def __init__(self, endpoint: StepEndpoint, deadline: Deadline) -> None:
+        self._endpoint = endpoint
+        self._deadline = deadline
+        self._seq = 0
+
+    def hear(self) -> None:
+        """Wait for the next question. Raises: CommError"""
+        try:
+            self._seq, _ = self._endpoint.next_step(self._deadline.remaining_s)
+        except CommTimeout as error:
+            raise CommTimeout(f"not all ranks were as far within {self._deadline.timeout_s:g} s: {error}") from error
+
+    def answer(self) -> None:
+        """Say yes. Raises: CommError"""
+        self._endpoint.send_result(self._seq, b"")
+
+    def meet(self) -> None:
+        """Say yes, and wait until all have. Raises: CommError"""
+        self.answer()
+        self.hear()
+
+    def refuse(self, error: Exception) -> None:
+        """Say why it cannot be, if the driver is there to hear it."""
+        with suppress(CommError):
+            self._endpoint.send_failure(self._seq, f"{type(error).__name__}: {error}")
 
 
 class _Steps:

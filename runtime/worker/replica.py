@@ -27,8 +27,15 @@ class Peers(Protocol):
         """Rank 0's groups."""
         ...
 
+    def meet(self) -> None:
+        """Wait until every rank has loaded its part of the model, as the driver's own has.
+
+        Raises: as ``wait_ready``
+        """
+        ...
+
     def wait_ready(self) -> None:
-        """Wait until every rank has loaded its part of the model.
+        """Wait until every rank takes steps.
 
         Raises: EngineError naming the rank that failed or did not get ready in time
         """

@@ -77,6 +77,9 @@ class ThreadPeers:
         self._steps: deque[list[Future[StepResult]]] = deque()
         self._speakers = shape.place(0).pp_ranks[1:]
 
+    def meet(self) -> None:
+        """Threads load the same files at the same time."""
+
     def wait_ready(self) -> None:
         self._ranks = [loading.result(LOAD_TIMEOUT_S) for loading in self._loading]
 

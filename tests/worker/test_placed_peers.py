@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from slipstream.comm.errors import HandshakeRefused
+from slipstream.comm.errors import GroupClosed, HandshakeRefused
+from slipstream.comm.groups import ALONE
 from slipstream.comm.handshake import Identity
 from slipstream.comm.step_endpoint import StepEndpoint, connect_rank
 from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.worker import bus_peers
 from slipstream.runtime.worker.placed_peers import PlacedPeers, any_port
 from slipstream.runtime.worker.rank import RankSetup
 from slipstream.runtime.worker.rank_order import RankOrder, Seat
@@ -112,6 +114,27 @@ def test_a_rank_that_fails_while_others_wait_for_it_is_named_at_once(
         with pytest.raises(EngineError, match=said):
             waiting.result(PATIENCE_S)
         endpoint.close()
+
+
+def test_who_is_not_ready_by_the_deadline_is_named_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus_peers, "join_groups", lambda *_, **__: ALONE)
+    with meeting(start_timeout_s=3.0, tp=3) as (order, waiting), ThreadPoolExecutor(max_workers=1) as threads:
+        endpoints = [join(order, rank) for rank in (1, 2)]
+        peers = waiting.result(PATIENCE_S)
+        for endpoint in endpoints:
+            seq, _ = endpoint.next_step(PATIENCE_S)
+            endpoint.send_result(seq, b"")
+        peers.meet()
+        seq, _ = endpoints[0].next_step(PATIENCE_S)
+        endpoints[0].send_result(seq, b"")
+        ready = threads.submit(peers.wait_ready)
+        with pytest.raises(EngineError, match=r"^rank 2 is not ready after 3 s$"):
+            ready.result(PATIENCE_S)
+        peers.close()
+        with pytest.raises(GroupClosed):
+            endpoints[0].next_step(PATIENCE_S)
+        for endpoint in endpoints:
+            endpoint.close()
 
 
 def test_a_rank_that_says_nothing_is_named_at_the_deadline() -> None:
