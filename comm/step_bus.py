@@ -118,6 +118,12 @@ class StepHub:
         finally:
             self._receiving.release()
 
+    def waits_for(self, seq: int) -> tuple[int, ...]:
+        """Return the ranks that have not answered a step yet."""
+        with self._state:
+            step = self._steps.get(seq)
+            return () if step is None else tuple(sorted(step.waiting))
+
     def check(self) -> None:
         """Take in what has arrived, without waiting: for a driver with nothing to do, whose ranks may have ended.
 
@@ -221,8 +227,7 @@ class StepHub:
                 del self._steps[due]
 
     def _too_late(self, seq: int, timeout_s: float) -> CommTimeout:
-        with self._state:
-            missing = ", ".join(str(rank) for rank in sorted(self._steps[seq].waiting))
+        missing = ", ".join(str(rank) for rank in self.waits_for(seq))
         return CommTimeout(f"{self._name}: step {seq}: no answer from rank {missing} within {timeout_s:g} s")
 
     def _flush(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +25,7 @@ from .wire import BusLimits, Clock, Deadline, Wire
 
 MAX_STRANGERS = 64
 _REFUSALS_KEPT = 4
+_MEANWHILE_PERIOD_MS = 200
 
 
 class StepListener:
@@ -45,16 +46,19 @@ class StepListener:
         timeout_s: float,
         clock: Clock,
         limits: BusLimits | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepHub:
         """Wait until every rank has connected, and return the hub that joins them.
+
+        ``meanwhile`` is called several times a second, and ends the wait by raising something.
 
         Raises: CommTimeout naming the ranks that are missing, and who was refused
         """
         gathering = _Gathering(self._socket, identity, frozenset(ranks), limits or BusLimits())
         reason = "the driver needs no more connections"
         try:
-            return gathering.run(Deadline(timeout_s, clock), clock)
-        except CommError as error:
+            return gathering.run(Deadline(timeout_s, clock), clock, meanwhile)
+        except Exception as error:
             reason = str(error)
             raise
         finally:
@@ -97,10 +101,14 @@ class _Gathering:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
-    def run(self, deadline: Deadline, clock: Clock) -> StepHub:
+    def run(self, deadline: Deadline, clock: Clock, meanwhile: Callable[[], None] | None) -> StepHub:
         """Let guests in until nobody is missing."""
         while self._missing:
-            ready = self._poll.poll(deadline.remaining_ms)
+            wait_ms = deadline.remaining_ms
+            if meanwhile is not None:
+                meanwhile()
+                wait_ms = min(wait_ms, _MEANWHILE_PERIOD_MS)
+            ready = self._poll.poll(wait_ms)
             if not ready and not deadline.remaining_s:
                 raise self._too_late(deadline.timeout_s)
             for descriptor, _ in ready:

@@ -100,8 +100,9 @@ class EngineOptions:
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
     - ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages have some layers each, and
-      experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, on this host.
-      ``enable_expert_parallel`` spreads experts over the tensor-parallel ranks instead of cutting each of them.
+      experts are spread over ``expert_parallel_size`` ranks; their product is the number of processes, which ``LLM``
+      and ``slipstream serve`` start on this host. ``enable_expert_parallel`` spreads experts over the tensor-parallel
+      ranks instead of cutting each of them.
     - ``sequence_parallel_size``: ranks that have the same weights, times the others, and share the tokens of long
       prompts; experts may then not be spread.
     - ``enable_eplb``: while serving, every ``eplb_step_interval`` steps, move experts between ranks so that each has as

@@ -33,7 +33,7 @@ from .residual import open_residual
 from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
-from .weights import read_parameters
+from .weights import Progress, read_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,17 +191,18 @@ def load_decoder(
     deterministic: bool = False,
     groups: MeshGroups = ALONE,
     shard: Shard = WHOLE,
+    progress: Progress | None = None,
 ) -> Decoder:
     """Load the weights in the directory ``path``, or a rank's ``shard`` of them, and return its decoder.
 
-    ``spec`` is the whole model's.
+    ``spec`` is the whole model's. ``progress`` is told how much is loaded.
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
     linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
     local_spec = shard.local_spec(spec)
     parameters = Parameters(linear_format)
-    for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard):
+    for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)
 

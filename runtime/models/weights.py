@@ -7,7 +7,8 @@ and nothing stays when loading fails. At most one tensor beyond the parameters e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,11 +20,22 @@ from .layout import Parameter, Piece, expert_layout, is_ignorable, parameter_lay
 from .model_spec import ModelSpec
 from .sharding import WHOLE, Shard
 
+Progress = Callable[[float], None]
+"""Is told, time and again, the share of a rank's weights that is loaded; the last is 1."""
+
 
 def read_parameters(
-    path: str | Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+    path: str | Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Parameter, Tensor]]:
     """Read every parameter of ``spec``, or a rank's part of it, from the directory ``path``, one after the other.
+
+    ``progress`` hears of a parameter when the next one is asked for: by then it has been turned into what is kept.
 
     Raises: CheckpointError naming the file and the tensor.
     """
@@ -31,8 +43,14 @@ def read_parameters(
     with CheckpointReader.open(directory) as reader:
         # Every rank checks the whole model: all of them refuse a checkpoint, with the same words.
         check_tensors(directory, reader, parameter_layout(spec, reader.tensors), spec)
-        for parameter in parameter_layout(spec, reader.tensors, shard):
+        layout = parameter_layout(spec, reader.tensors, shard)
+        # Of one type all: numbers are as good as bytes.
+        total, done = sum(prod(parameter.shape) for parameter in layout), 0
+        for parameter in layout:
             yield parameter, _load(reader, parameter, dtype, device)
+            done += prod(parameter.shape)
+            if progress is not None:
+                progress(done / total)
 
 
 def read_expert(

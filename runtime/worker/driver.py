@@ -15,6 +15,7 @@ import heapq
 import itertools
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -58,7 +59,11 @@ class DriverLimits:
 
 
 class EngineLoop:
-    """An engine in motion; an ``EngineHost``. Call ``start`` once, ``close`` at the end."""
+    """An engine in motion; an ``EngineHost``. Call ``start`` once, ``close`` at the end.
+
+    ``check`` is called while there is nothing to do, and ends the engine by raising something: a rank may be lost then
+    too.
+    """
 
     def __init__(
         self,
@@ -68,11 +73,13 @@ class EngineLoop:
         clock: Clock,
         limits: DriverLimits | None = None,
         compiler: ConstraintCompiler | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._facts = facts
         self._clock = clock
         self._limits = limits or DriverLimits()
+        self._check = check
         self._inbox: Inbox[Post] = Inbox()
         self._gate = GrammarGate(compiler)
         self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
@@ -132,6 +139,8 @@ class EngineLoop:
                 self._end_overdue()
                 if self._engine.has_work:
                     self._note(self._engine.step())
+                else:
+                    self._check()
                 self._post()
         except Exception as error:
             # Whatever it was, the engine's state is not to be trusted any more, and everybody who waits must hear it.

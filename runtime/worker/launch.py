@@ -6,14 +6,17 @@ are read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ...comm.errors import CommError
 from ...comm.groups import ALONE
 from ...comm.mesh import MeshShape
-from ...sdk.errors import CheckpointError, ConfigError
+from ...sdk.errors import CheckpointError, ConfigError, EngineError
 from ..clock import Clock
 from ..config import EngineOptions, SchedulerConfig
 from ..engine.engine import Engine, Executor
@@ -22,6 +25,7 @@ from ..models.generation_defaults import GenerationDefaults, read_generation_def
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard, check_degrees
+from ..models.weights import Progress
 from .grammar import GrammarCompiler
 from .rank import Rank, RankSetup, build_rank
 from .rank_processes import RankProcesses
@@ -36,7 +40,8 @@ class LaunchedEngine:
     """A running engine with what its front end has to know about the model.
 
     ``eos_token_ids``: the generation config's, or else the model config's. ``grammars``: where a constraint has to be
-    compiled before a request that has it is submitted.
+    compiled before a request that has it is submitted. ``check``: raises EngineError when another rank was lost; for
+    whoever has nothing to run.
     """
 
     engine: Engine
@@ -47,10 +52,21 @@ class LaunchedEngine:
     device: torch.device
     eos_token_ids: tuple[int, ...]
     grammars: GrammarCompiler
+    check: Callable[[], None]
 
 
-def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPeers = RankProcesses) -> LaunchedEngine:
+def launch_engine(
+    options: EngineOptions,
+    *,
+    clock: Clock,
+    start_peers: StartPeers = RankProcesses,
+    ranks_on_host: int | None = None,
+    progress: Progress | None = None,
+) -> LaunchedEngine:
     """Load a model and start its engine, with as many other ranks as the options ask for.
+
+    ``ranks_on_host``: how many ranks, this one included, share the host's memory and cores, each with GPUs of its own;
+    None is all of them, which see the same GPUs. ``progress`` is told how much of this rank's weights is loaded.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor; EngineError when another rank
     does not come up
@@ -63,7 +79,7 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
     if options.sharded_norm and any(layer.ladder for layer in spec.layers):
         raise ConfigError("sharded_norm", "is not for models with ladder layers: their sums are hidden as they are")
     device = choose_device(options.device)
-    check_devices(device, mesh)
+    check_devices(device, mesh, placed=ranks_on_host is not None)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     if options.deterministic and device.type != "cpu":
         raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
@@ -73,14 +89,51 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         experts_over_tp=options.enable_expert_parallel,
         redundant_experts=options.num_redundant_experts,
     )
-    max_model_len, cache_size = size_engine(options, first.local_spec(spec), device, dtype, ranks_on_host=mesh.size)
+    max_model_len, cache_size = size_engine(
+        options, first.local_spec(spec), device, dtype, ranks_on_host=ranks_on_host or mesh.size
+    )
     config = options.scheduler_config(
         max_model_len=max_model_len,
         num_blocks=cache_size.num_blocks,
         attention_ratio=spec.facts().attention_ratio(),
     )
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
-    setup = RankSetup(
+    setup = _rank_setup(options, path, mesh, device=device, dtype=dtype, config=config, eos_token_ids=eos_token_ids)
+    built = _build(setup, start_peers, partial(build_rank, setup, ranks_on_host=ranks_on_host, progress=progress))
+    return LaunchedEngine(
+        engine=_engine(options, config, spec, built.executor, clock=clock),
+        spec=spec,
+        generation=generation,
+        config=config,
+        dtype=dtype,
+        device=device,
+        eos_token_ids=eos_token_ids,
+        grammars=built.rank.grammars,
+        check=built.check,
+    )
+
+
+def _mesh(options: EngineOptions) -> MeshShape:
+    return MeshShape(
+        pp=options.pipeline_parallel_size,
+        sp=options.sequence_parallel_size,
+        ep=options.expert_parallel_size,
+        tp=options.tensor_parallel_size,
+        ranks_per_host=options.ranks_per_host,
+    )
+
+
+def _rank_setup(
+    options: EngineOptions,
+    path: Path,
+    mesh: MeshShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: SchedulerConfig,
+    eos_token_ids: tuple[int, ...],
+) -> RankSetup:
+    return RankSetup(
         model=str(path),
         tokenizer=options.tokenizer or options.model,
         dtype=str(dtype).removeprefix("torch."),
@@ -88,10 +141,10 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         quantization=options.quantization,
         deterministic=options.deterministic,
         num_threads=options.num_threads,
-        num_blocks=cache_size.num_blocks,
+        num_blocks=config.num_blocks,
         block_size=options.block_size,
         max_slots=options.max_num_seqs,
-        max_length=max_model_len,
+        max_length=config.max_model_len,
         eos_token_ids=eos_token_ids,
         pp=mesh.pp,
         ep=mesh.ep,
@@ -105,27 +158,6 @@ def launch_engine(options: EngineOptions, *, clock: Clock, start_peers: StartPee
         expert_policy=options.eplb_policy,
         expert_exchange=options.expert_exchange,
         ranks_per_host=mesh.ranks_per_host,
-    )
-    rank, executor = _build(setup, start_peers)
-    return LaunchedEngine(
-        engine=_engine(options, config, spec, executor, clock=clock),
-        spec=spec,
-        generation=generation,
-        config=config,
-        dtype=dtype,
-        device=device,
-        eos_token_ids=eos_token_ids,
-        grammars=rank.grammars,
-    )
-
-
-def _mesh(options: EngineOptions) -> MeshShape:
-    return MeshShape(
-        pp=options.pipeline_parallel_size,
-        sp=options.sequence_parallel_size,
-        ep=options.expert_parallel_size,
-        tp=options.tensor_parallel_size,
-        ranks_per_host=options.ranks_per_host,
     )
 
 
@@ -141,14 +173,25 @@ def _engine(
     )
 
 
-def _build(setup: RankSetup, start_peers: StartPeers) -> tuple[Rank, Executor]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    rank: Rank
+    executor: Executor
+    check: Callable[[], None]
+
+
+def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[..., Rank]) -> _Built:
     """Build the driver's own rank, beside the others if there are any."""
     if setup.mesh.size == 1:
-        rank = build_rank(setup, ALONE)
-        return rank, rank.executor
+        rank = build(ALONE)
+        return _Built(rank=rank, executor=rank.executor, check=lambda: None)
     peers = start_peers(setup)
     try:
-        rank = build_rank(setup, peers.groups)
+        try:
+            rank = build(peers.groups, meet=peers.meet)
+        except CommError as error:
+            # Ranks measure together when they are loaded, and see only that another is gone: it may have said why.
+            raise EngineError(peers.why() or str(error)) from error
         try:
             peers.wait_ready()
         except BaseException:
@@ -157,7 +200,7 @@ def _build(setup: RankSetup, start_peers: StartPeers) -> tuple[Rank, Executor]:
     except BaseException:
         peers.close()
         raise
-    return rank, ReplicaExecutor(rank.executor, peers)
+    return _Built(rank=rank, executor=ReplicaExecutor(rank.executor, peers), check=peers.check)
 
 
 def model_directory(model: str) -> Path:
@@ -183,13 +226,27 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def check_devices(device: torch.device, mesh: MeshShape) -> None:
-    """Refuse more ranks than there are GPUs. Raises: ConfigError"""
+def check_devices(device: torch.device, mesh: MeshShape, *, placed: bool = False) -> None:
+    """Refuse more ranks than there are GPUs; a placed rank is shown its own GPU and no other. Raises: ConfigError"""
     if device.type != "cuda" or mesh.size == 1:
         return
     if str(device) != "cuda":
         raise ConfigError("device", f"{device} is one GPU; {mesh.size} ranks take one each: say cuda")
-    if mesh.size > torch.cuda.device_count():
+    if placed:
+        check_own_gpu()
+    elif mesh.size > torch.cuda.device_count():
         raise ConfigError(
             "tensor_parallel_size", f"{mesh.size} ranks need a GPU each, torch sees {torch.cuda.device_count()}"
+        )
+
+
+def check_own_gpu() -> None:
+    """Refuse several GPUs in the process of a placed rank, which cannot know which of them is its own.
+
+    Raises: ConfigError
+    """
+    visible = torch.cuda.device_count()
+    if visible != 1:
+        raise ConfigError(
+            "device", f"a placed rank has a GPU of its own, torch sees {visible}: set CUDA_VISIBLE_DEVICES"
         )

@@ -4,8 +4,8 @@ Launches the engine, serves it over gRPC and prints one line of JSON, ``{"ready"
 are taken. The first SIGTERM or SIGINT drains: requests that run may finish within ``--drain-timeout``, new ones are
 refused; a second signal stops at once. The process ends when the one that started it does.
 
-Exit status: 0 after a drain; 1 when it was stopped at once; 2 for a wrong option or checkpoint; 3 when the engine
-failed, which a new process can mend.
+With ``--rank`` it is one rank of a replica whose others somebody else starts, and rank 0 is the driver; see
+``placed_rank``. Exit status: see ``exit_status``.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ import signal
 import sys
 import threading
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from ...sdk.errors import CheckpointError, ConfigError, EngineUnavailable
+from ...sdk.errors import CheckpointError, ConfigError, EngineError, EngineUnavailable
 from ..clock import monotonic_clock
 from ..config import EngineOptions
-from ..engine.engine import Engine
 from ..rpc.engine_client import EngineFacts
 from ..rpc.in_process import InProcessEngineClient
 from ..rpc.server import EngineServer
 from .driver import DriverLimits, EngineLoop
-from .grammar_gate import ConstraintCompiler
+from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from .keeper_pipe import KeeperPipe
 from .null_engine import NullEngineOptions, launch_null_engine
 
-EXIT_DRAINED, EXIT_STOPPED, EXIT_REFUSED, EXIT_ENGINE_FAILED = 0, 1, 2, 3
+if TYPE_CHECKING:
+    from .placed_rank import Placed
 
 # Text is the gateway's business; the tokenizer's vocabulary is needed where grammars are followed.
 _NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
@@ -50,22 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a driver until it is told to stop; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.model is None and not options.null:
-        parser.error("MODEL is missing: give a Hugging Face directory, or --null")
+    _check(parser, options)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if options.exit_with_parent:
         _exit_with_parent()
+    if options.rank is not None:
+        pipe = KeeperPipe(sys.stdin.fileno(), lambda: os._exit(EXIT_STOPPED))
+        if options.rank > 0:
+            return _be_other_rank(options, pipe)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        engine, facts, compiler = _launch_null(options) if options.null else _launch(options)
-        limits = DriverLimits(max_sessions=options.max_sessions)
-        loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler)
+        loop = _launch_null(options) if options.null else _launch(options)
         loop.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             status = runner.run(_serve(loop, options.socket or options.listen, options.drain_timeout))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # A thread may still wait for the rank that is missing, and end much later.
+        os._exit(EXIT_ENGINE_FAILED)
     if not loop.close(timeout_s=0.0):
         # A step that does not end holds a thread that cannot be joined: leave it behind.
         os._exit(status)
@@ -126,12 +132,17 @@ async def _first_of(*waits: Any) -> None:
 # ------------------------------------------------------------------ engines
 
 
-def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts, ConstraintCompiler]:
+def _launch(options: argparse.Namespace) -> EngineLoop:
     # Only here: a driver without a model starts without torch.
     from .launch import launch_engine
+    from .placed_rank import launch_placed
 
     given = {name: getattr(options, name) for name in _engine_options() if getattr(options, name) is not None}
-    launched = launch_engine(EngineOptions(model=options.model, **given), clock=monotonic_clock)
+    engine_options = EngineOptions(model=options.model, **given)
+    if options.rank is None:
+        launched = launch_engine(engine_options, clock=monotonic_clock)
+    else:
+        launched = launch_placed(engine_options, _placed(options))
     facts = EngineFacts(
         epoch=secrets.token_hex(8),
         model=options.model,
@@ -142,10 +153,17 @@ def _launch(options: argparse.Namespace) -> tuple[Engine, EngineFacts, Constrain
         dtype=str(launched.dtype).removeprefix("torch."),
         device=str(launched.device),
     )
-    return launched.engine, facts, launched.grammars
+    return EngineLoop(
+        launched.engine,
+        facts,
+        clock=monotonic_clock,
+        limits=DriverLimits(max_sessions=options.max_sessions),
+        compiler=launched.grammars,
+        check=launched.check,
+    )
 
 
-def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts, None]:
+def _launch_null(options: argparse.Namespace) -> EngineLoop:
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     null = NullEngineOptions(vocab_size=options.null_vocab_size, step_time_s=options.null_step_time, **given)
@@ -159,7 +177,27 @@ def _launch_null(options: argparse.Namespace) -> tuple[Engine, EngineFacts, None
         dtype="none",
         device="none",
     )
-    return launch_null_engine(null, clock=monotonic_clock), facts, None
+    engine = launch_null_engine(null, clock=monotonic_clock)
+    limits = DriverLimits(max_sessions=options.max_sessions)
+    return EngineLoop(engine, facts, clock=monotonic_clock, limits=limits)
+
+
+def _be_other_rank(options: argparse.Namespace, pipe: KeeperPipe) -> int:
+    from .placed_rank import run_placed
+
+    return run_placed(_placed(options), pipe)
+
+
+def _placed(options: argparse.Namespace) -> Placed:
+    from .placed_rank import Placed
+    from .rank_order import Seat
+
+    return Placed(
+        replica=options.replica,
+        seat=Seat(rank=options.rank, address=options.address, ranks_on_host=options.ranks_on_host),
+        start_timeout_s=options.start_timeout,
+        comm_timeout_s=options.comm_timeout,
+    )
 
 
 # ------------------------------------------------------------------ options
@@ -170,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m slipstream.runtime.worker.main", description=description)
     parser.allow_abbrev = False
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory; with --null a name", nargs="?")
-    where = parser.add_mutually_exclusive_group(required=True)
+    where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="listen on a unix socket")
     where.add_argument("--listen", metavar="HOST:PORT", help="listen on an address; port 0 takes any free one")
     parser.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="S", help="seconds (default: 30)")
@@ -181,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="stop at once when the process that started this one ends (default: yes)",
     )
+    _add_placed(parser)
     null = parser.add_argument_group("without a model")
     null.add_argument(
         "--null", action="store_true", help="an engine that draws tokens from a hash, to measure the rest"
@@ -195,6 +234,35 @@ def _parser() -> argparse.ArgumentParser:
         else:
             engine.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper())
     return parser
+
+
+def _add_placed(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("one rank of a replica, whose other ranks somebody else starts")
+    group.add_argument("--replica", metavar="NAME", help="the replica's name")
+    group.add_argument("--rank", type=int, metavar="R", help="which of its ranks; 0 is the driver")
+    group.add_argument("--address", metavar="HOST", help="this node's address, by which the other ranks reach it")
+    group.add_argument("--ranks-on-host", type=int, metavar="N", help="how many of its ranks are on this host")
+    group.add_argument(
+        "--start-timeout", type=_seconds, default=600.0, metavar="S", help="until all are ready (default: 600)"
+    )
+    group.add_argument(
+        "--comm-timeout", type=_seconds, default=60.0, metavar="S", help="a rank waits for another (default: 60)"
+    )
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if options.model is None and not options.null:
+        parser.error("MODEL is missing: give a Hugging Face directory, or --null")
+    if options.socket is None and options.listen is None and not options.rank:
+        parser.error("one of the arguments --socket --listen is required")
+    given = [name for name in ("replica", "rank", "address", "ranks_on_host") if getattr(options, name) is not None]
+    if 0 < len(given) < 4:
+        parser.error("--replica, --rank, --address and --ranks-on-host belong together")
+    if given and (options.rank < 0 or options.ranks_on_host < 1):
+        parser.error("--rank counts from 0, --ranks-on-host from 1")
+    if options.null and options.rank:
+        parser.error("--null is an engine of one rank")
 
 
 def _engine_options() -> dict[str, type]:

@@ -1,13 +1,13 @@
 """One rank's share of an engine: the model's part, its cache and its executor, from one description.
 
-The description is the same for all ranks of a replica and travels as JSON: the driver has worked it out, and no rank
-decides anything by itself. The driver builds its own rank from it too.
+The description is the same for all ranks of a replica and travels as JSON (``rank_order``): the driver has worked it
+out, and no rank decides anything by itself. The driver builds its own rank from it too.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..models.linear_format import choose_format
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
-from ..models.weights import read_expert
+from ..models.weights import Progress, read_expert
 from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
@@ -43,7 +43,8 @@ from .wire_meter import ring_meter, wire_meter
 class RankSetup:
     """What every rank of a replica has to know.
 
-    - ``device``: of all ranks; with several of them, ``cuda`` is one GPU each, in the order of the ranks.
+    - ``device``: of all ranks; with several of them, ``cuda`` is one GPU each: the only one that a process sees, or of
+      those that it sees the rank's own, in the order of the ranks.
     - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
     - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
     - ``sharded_norm``: None is what was found to be faster.
@@ -79,16 +80,6 @@ class RankSetup:
         """The replica's shape."""
         return MeshShape(pp=self.pp, sp=self.sp, ep=self.ep, tp=self.tp, ranks_per_host=self.ranks_per_host)
 
-    def to_json(self) -> str:
-        """Return the setup as one line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RankSetup:
-        """Return what ``to_json`` was given."""
-        values = json.loads(text)
-        return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
@@ -98,8 +89,19 @@ class Rank:
     grammars: GrammarCompiler
 
 
-def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
+def build_rank(
+    setup: RankSetup,
+    groups: MeshGroups,
+    *,
+    ranks_on_host: int | None = None,
+    progress: Progress | None = None,
+    meet: Callable[[], None] = lambda: None,
+) -> Rank:
     """Load a rank's part of the model and make its executor; close that to end everything.
+
+    ``ranks_on_host``: how many of the replica's ranks share this host's cores; None is all. ``progress`` is told how
+    much of the weights is loaded. ``meet`` returns once every rank has come to it: loading may take one of them much
+    longer than an exchange may, and then ranks measure together.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
     """
@@ -110,7 +112,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
-        settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=setup.mesh.size)
+        settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=ranks_on_host or setup.mesh.size)
     thread = step_thread()
 
     def load() -> Decoder:
@@ -123,6 +125,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
             deterministic=setup.deterministic,
             groups=groups,
             shard=shard,
+            progress=progress,
         )
 
     try:
@@ -130,6 +133,7 @@ def build_rank(setup: RankSetup, groups: MeshGroups) -> Rank:
         cache = KvCache.allocate(
             local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
         )
+        meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
         layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
     except BaseException:
@@ -270,7 +274,14 @@ def _try(
 
 
 def rank_device(setup: RankSetup, rank: int) -> torch.device:
-    """Return where a rank computes: ranks on GPUs have one each, in order."""
+    """Return where a rank computes: on a GPU of its own where there are several ranks.
+
+    Raises: ConfigError when this process sees none
+    """
     if setup.device == "cuda" and setup.mesh.size > 1:
-        return torch.device("cuda", rank)
+        visible = torch.cuda.device_count()
+        if not visible:
+            raise ConfigError("device", f"the replica computes on GPUs, and torch sees none where rank {rank} is")
+        # Whoever starts a rank may show it no other than its own.
+        return torch.device("cuda", 0 if visible == 1 else rank)
     return torch.device(setup.device)

@@ -27,8 +27,15 @@ class Peers(Protocol):
         """Rank 0's groups."""
         ...
 
+    def meet(self) -> None:
+        """Wait until every rank has loaded its part of the model, as the driver's own has.
+
+        Raises: as ``wait_ready``
+        """
+        ...
+
     def wait_ready(self) -> None:
-        """Wait until every rank has loaded its part of the model.
+        """Wait until every rank takes steps.
 
         Raises: EngineError naming the rank that failed or did not get ready in time
         """
@@ -44,6 +51,10 @@ class Peers(Protocol):
 
         Raises: EngineError naming the rank that failed, or is behind by more than ranks wait for one another
         """
+        ...
+
+    def check(self) -> None:
+        """Look, without waiting, whether a rank was lost while nothing runs. Raises: EngineError naming it"""
         ...
 
     def why(self) -> str | None:

@@ -33,6 +33,7 @@ from slipstream.comm.step_bus import StepHub
 from slipstream.comm.step_endpoint import StepEndpoint
 from slipstream.comm.step_listener import MAX_STRANGERS, StepListener
 from slipstream.comm.wire import BusLimits, Wire
+from slipstream.runtime.clock import monotonic_clock
 from slipstream.tests.comm.buses import (
     IDENTITY,
     PATIENCE_S,
@@ -149,6 +150,7 @@ def test_the_driver_may_not_run_ahead_of_the_slowest_rank(kind: str) -> None:
             fast.send_result(fast.next_step(PATIENCE_S)[0], b"")
             with pytest.raises(CommTimeout, match=rf"step {seq}: no answer from rank 2 within"):
                 b.hub.result(seq, 0.0)
+            assert b.hub.waits_for(seq) == (2,)
         with pytest.raises(TooFarAhead, match="3 steps are on their way, rank 2 has answered 0 of 3"):
             b.hub.send_step(b"refused")
         slow.send_result(slow.next_step(PATIENCE_S)[0], b"at last")
@@ -552,6 +554,26 @@ def test_ranks_that_are_missing_are_named_and_those_who_came_are_told() -> None:
         with pytest.raises(CommTimeout, match=r"rank 1, 3 did not connect within 0\.1 s; refused: the secret is not"):
             gathering.result(PATIENCE_S)
         with pytest.raises(GroupClosed, match="rank 1, 3 did not connect"):
+            endpoint.next_step(PATIENCE_S)
+        endpoint.close()
+
+
+def test_a_driver_that_learns_better_gives_up_waiting_and_tells_those_who_came() -> None:
+    with addresses("unix") as address, StepListener(address) as listener, ThreadPoolExecutor(1) as pool:
+        ended = threading.Event()
+
+        def look() -> None:
+            if ended.is_set():
+                raise RuntimeError("rank 2's process has ended")
+
+        gathering = pool.submit(
+            listener.gather, IDENTITY, ranks=(1, 2), timeout_s=PATIENCE_S, clock=monotonic_clock, meanwhile=look
+        )
+        endpoint = join(listener.address, 1)
+        ended.set()
+        with pytest.raises(RuntimeError, match="process has ended"):
+            gathering.result(PATIENCE_S)
+        with pytest.raises(GroupClosed, match="rank 2's process has ended"):
             endpoint.next_step(PATIENCE_S)
         endpoint.close()
 

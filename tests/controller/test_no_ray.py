@@ -11,6 +11,7 @@ SERVING = (
     "slipstream.runtime.worker.main",
     "slipstream.runtime.worker.launch",
     "slipstream.runtime.worker.rank_main",
+    "slipstream.runtime.worker.placed_rank",
     "slipstream.runtime.gateway.main",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ def engine_bench(
     gate_open: bool = True,
     limits: DriverLimits | None = None,
     compiler: ConstraintCompiler | None = None,
+    check: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Iterator[EngineBench]:
     """Run a small engine; ``options`` are the scheduler's. At the end all is closed, and every block must be free."""
@@ -67,7 +68,7 @@ def engine_bench(
         dtype="none",
         device="none",
     )
-    loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler)
+    loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler, check=check)
     loop.start()
     try:
         yield EngineBench(loop=loop, scheduler=scheduler, gate=gate)

@@ -77,6 +77,9 @@ class ThreadPeers:
         self._steps: deque[list[Future[StepResult]]] = deque()
         self._speakers = shape.place(0).pp_ranks[1:]
 
+    def meet(self) -> None:
+        """Threads load the same files at the same time."""
+
     def wait_ready(self) -> None:
         self._ranks = [loading.result(LOAD_TIMEOUT_S) for loading in self._loading]
 
@@ -87,6 +90,9 @@ class ThreadPeers:
         results = [step.result(STEP_TIMEOUT_S) for step in self._steps.popleft()]
         assert all(result.step == plan.step for result in results)
         return [results[rank - 1] for rank in self._speakers]
+
+    def check(self) -> None:
+        """Threads are not lost."""
 
     def why(self) -> str | None:
         errors = [step.exception(0.0) for step in (self._steps[0] if self._steps else []) if step.done()]

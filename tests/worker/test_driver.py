@@ -15,7 +15,7 @@ from slipstream.runtime.rpc.session import Abort, Closed, Drained, Event, Load, 
 from slipstream.runtime.worker.driver import DriverLimits
 from slipstream.runtime.worker.driver_session import DriverSession, News
 from slipstream.runtime.worker.inbox import Inbox
-from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, Overloaded
+from slipstream.sdk.errors import DeadlineExceeded, EngineError, EngineUnavailable, Overloaded
 from slipstream.tests.contracts.engine_client import PATIENCE_S, all_is_free
 from slipstream.tests.engine.builders import request
 from slipstream.tests.fakes.engine_bench import engine_bench
@@ -170,6 +170,25 @@ def test_stopping_ends_every_session_after_its_last_news() -> None:
             assert isinstance(last[-1], Closed) and isinstance(last[-1].error, EngineUnavailable)
             with pytest.raises(EngineUnavailable):
                 bench.loop.open_session()
+
+    run(test())
+
+
+def test_an_engine_that_is_lost_while_nothing_runs_ends_its_sessions_within_a_load_period() -> None:
+    lost = threading.Event()
+
+    def check() -> None:
+        if lost.is_set():
+            raise EngineError("rank 1 is gone")
+
+    async def test() -> None:
+        with engine_bench(check=check, limits=DriverLimits(load_period_s=0.02)) as bench:
+            session = bench.loop.open_session()
+            session.send(submit(1, max_tokens=5))
+            await events_until(session, Load)
+            lost.set()
+            last = await events_until(session, Closed)
+            assert isinstance(last[-1], Closed) and "rank 1 is gone" in str(last[-1].error)
 
     run(test())
 

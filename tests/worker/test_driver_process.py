@@ -246,6 +246,10 @@ def test_no_driver_outlives_its_parent() -> None:
         (["--socket", "/tmp/s", "--null", "--no-such-option"], "no-such-option"),
         (["--socket", "/tmp/s", "--null", "--max-num-seqs", "0"], "max_num_seqs"),
         (["--socket", "/tmp/s", "/nowhere/at/all"], "is not a directory"),
+        (["--socket", "/tmp/s", "model", "--rank", "0"], "belong together"),
+        (["model", "--rank", "1", "--replica", "a", "--address", "::1"], "belong together"),
+        (["model", "--rank=-1", "--replica", "a", "--address", "::1", "--ranks-on-host", "1"], "counts from 0"),
+        (["--null", "--rank=1", "--replica", "a", "--address", "::1", "--ranks-on-host", "1"], "one rank"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options: list[str], said: str) -> None:
