@@ -31,7 +31,7 @@ from ..reconcile.actions import StartGang, StopRank, Unroute
 from ..reconcile.observed import DriverSeen, Observed, RankSeen, RankState, ReplicaSpec
 from ..reconcile.views import View
 from .cluster import ClusterError, StaleController, StartRefused
-from .launch import Launch, RankOrder
+from .launch import Launch, RankOrder, ranks_per_host
 from .ledger import Gang, Ledger
 from .node_facts import NodeFacts, one_of_each, topology_of
 from .rank_keeper import KeeperReport, RankKeeper
@@ -77,6 +77,9 @@ class RankActor:
     def report(self) -> str:
         return to_json(self._keeper.report())
 
+    def log(self, begin: int) -> str:
+        return to_json(self._keeper.log(begin))
+
     def meet(self, meeting: str) -> None:
         self._keeper.meet(meeting)
 
@@ -120,7 +123,7 @@ class RayCluster:
     def observe(self) -> Observed:
         """Return what is there now."""
         try:
-            nodes, gangs = _nodes(), self.ledger.gangs()
+            nodes, gangs = list_nodes(), self.ledger.gangs()
             living = [gang for gang in gangs.values() if not gang.gone]
             alive = self._ask(_name(gang.spec, rank) for gang in living for rank in range(len(gang.devices)))
             view = self.ledger.view()
@@ -162,15 +165,15 @@ class RayCluster:
             if name not in alive and (gone or rank in gang.stopped):
                 self._known.pop(name, None)
                 continue
-            state, detail = RankState.FAILED, "its actor is gone"
+            state, detail, loaded = RankState.FAILED, "its actor is gone", 0.0
             if gone:
                 state, detail = RankState.LOST, "its node is gone"
             elif name in alive:
                 report = alive[name] or self._known[name].report
-                state = RankState.READY if gang.ready else RankState.STARTING
+                state, detail = RankState.READY if gang.ready else RankState.STARTING, ""
                 if report is not None:
-                    state, detail = report.state, report.detail
-            found.append(RankSeen(spec=gang.spec, rank=rank, device=device, state=state, detail=detail))
+                    state, detail, loaded = report.state, report.detail, report.loaded
+            found.append(RankSeen(spec=gang.spec, rank=rank, device=device, state=state, detail=detail, loaded=loaded))
         return found
 
     def _introduce(self, gang: Gang, meeting: str, alive: Mapping[str, KeeperReport | None]) -> None:
@@ -217,7 +220,7 @@ class RayCluster:
         launch = self.launches.get(gang.spec.id.pool)
         if launch is None:
             raise StartRefused(f"nobody has said how ranks of pool {gang.spec.id.pool} are started")
-        nodes = {node.name: node for node in one_of_each(_nodes())}
+        nodes = {node.name: node for node in one_of_each(list_nodes())}
         if gone := sorted({device.node for device in gang.devices if device.node not in nodes}):
             raise StartRefused(f"{gang.spec.id}: node {', '.join(gone)} is gone")
         numbers = tuple(nodes[device.node].number for device in gang.devices)
@@ -266,7 +269,15 @@ class RayCluster:
     def _start_rank(self, gang: Gang, rank: int, node: NodeFacts, launch: Launch) -> None:
         index = gang.devices[rank].index
         launch = replace(launch, environment={**node.environment(index), **launch.environment})
-        order = RankOrder(spec=gang.spec, rank=rank, address=node.address, device=index, launch=launch)
+        order = RankOrder(
+            spec=gang.spec,
+            rank=rank,
+            address=node.address,
+            device=index,
+            launch=launch,
+            ranks_on_host=sum(device.node == node.name for device in gang.devices),
+            ranks_per_host=ranks_per_host(gang.devices),
+        )
         claim = node.claim(index)
         name = _name(gang.spec, rank)
         actor: Any = ray.remote(RankActor)
@@ -298,9 +309,13 @@ class RayCluster:
 # ------------------------------------------------------------------ actors
 
 
-def start_actor(kind: type, name: str, namespace: str, *arguments: Any) -> Any:
-    """Start a detached actor that Ray starts again whenever it fails, or return the one that runs; its handle."""
+def start_actor(kind: type, name: str, namespace: str, *arguments: Any, node: str | None = None) -> Any:
+    """Start a detached actor that Ray starts again whenever it fails, or return the one that runs; its handle.
+
+    ``node``: the number of the node that it runs on as long as that is up.
+    """
     actor: Any = ray.remote(kind)
+    where = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node_id=node, soft=True)
     return actor.options(
         name=name,
         namespace=namespace,
@@ -309,6 +324,7 @@ def start_actor(kind: type, name: str, namespace: str, *arguments: Any) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=_CONCURRENCY,
+        scheduling_strategy=where,
         runtime_env=_RUNTIME_ENV,
     ).remote(*arguments)
 
@@ -323,7 +339,7 @@ _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA
 """The root of a clone must not be on the path of what runs there; and devices are chosen here, not by Ray."""
 
 
-def _nodes() -> list[NodeFacts]:
+def list_nodes() -> list[NodeFacts]:
     """Return the nodes that Ray holds to be alive."""
     listed: Any = ray.nodes
     return [
