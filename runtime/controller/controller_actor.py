@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...placement.topology import DeviceType, Link
@@ -64,8 +64,8 @@ class ControllerActor:
         return os.getpid()
 
     def runs_with(self, settings_json: str) -> bool:
-        """Whether these are the settings that it was started with."""
-        return self._settings == from_json(ControllerSettings, settings_json)
+        """Whether these are the settings that it was started with; how patient it is it may have been told since."""
+        return replace(from_json(ControllerSettings, settings_json), limits=self._settings.limits) == self._settings
 
     def want(self, deployment_json: str) -> None:
         """Set what is wanted from now on. Raises: StaleController"""

@@ -81,10 +81,14 @@ class Pauses:
 
 
 class GatewayKeeper:
-    """Runs one gateway until it is ended. ``own_address``: the node's, shown where the gateway listens on all."""
+    """Runs one gateway until it is ended.
 
-    def __init__(self, order: GatewayOrder, *, own_address: str, clock: Clock) -> None:
+    ``node``: where this is, by name; ``own_address``: the node's, shown where the gateway listens on all.
+    """
+
+    def __init__(self, order: GatewayOrder, *, node: str, own_address: str, clock: Clock) -> None:
         self._order = order
+        self._node = node
         self._own_address = own_address
         self._clock = clock
         self._process: RankProcess | None = None
@@ -104,7 +108,7 @@ class GatewayKeeper:
             state = GatewayState.STARTING
         return GatewayReport(
             name=self._order.name,
-            node=self._order.node,
+            node=self._node,
             state=state,
             address=self._shown(process.address) if process is not None else "",
             pid=process.pid if process is not None else 0,

@@ -27,6 +27,8 @@ NETWORK = Link(bytes_per_s=1.25e9, latency_s=100e-6)
 DEVICE_LINK = Link(bytes_per_s=32e9, latency_s=10e-6)
 """Between nodes, and between devices of one, where nobody has measured."""
 
+NONE_YET = Generation(model=0, cut=0)
+
 _TRIES = 8
 
 _Record = TypeVar("_Record")
@@ -97,7 +99,7 @@ class Deployment:
     desired: Desired = field(default_factory=Desired)
     launches: Mapping[str, Launch] = field(default_factory=dict)
     pools: Mapping[str, PoolRecord] = field(default_factory=dict)
-    highest: Generation = Generation(model=0, cut=0)
+    highest: Generation = NONE_YET
     gateways: tuple[GatewayOrder, ...] = ()
     limits: Limits = field(default_factory=Limits)
     device_types: Mapping[str, DeviceType] = field(default_factory=dict)

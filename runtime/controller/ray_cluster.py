@@ -292,7 +292,7 @@ class RayCluster:
             num_gpus=claim.pop("GPU", 0.0),
             resources=claim,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
-            runtime_env=_RUNTIME_ENV,
+            runtime_env=RUNTIME_ENV,
         )
         self._known[name] = _Known(handle=started.remote(to_json(order)))
 
@@ -325,7 +325,7 @@ def start_actor(kind: type, name: str, namespace: str, *arguments: Any, node: st
         max_restarts=-1,
         max_concurrency=_CONCURRENCY,
         scheduling_strategy=where,
-        runtime_env=_RUNTIME_ENV,
+        runtime_env=RUNTIME_ENV,
     ).remote(*arguments)
 
 
@@ -335,7 +335,7 @@ def end_actor(name: str, namespace: str) -> None:
         ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
 
 
-_RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 """The root of a clone must not be on the path of what runs there; and devices are chosen here, not by Ray."""
 
 
