@@ -27,10 +27,10 @@ _ROUND_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
-    """What a controller is started with, and again after each failure.
+    """What a controller is started with, and again after each failure. ``deployment``: its actors' namespace.
 
-    ``deployment``: its actors' namespace. ``watch_address``: where it gives views to gateways; ``secret``: what they
-    prove to know, on a request's way drivers ask for the same.
+    ``watch_address``: host:port at which gateways watch views, always the same, "" for none; ``secret``: the cluster's,
+    which they have to know, "" for none.
     """
 
     deployment: str

@@ -30,7 +30,11 @@ _EVERY_ADDRESS = ("0.0.0.0", "[::]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOrder:
-    """One gateway as it should be. ``node``: where, by its name; ``api_keys``: those that are let in, all if empty."""
+    """One gateway as it should be.
+
+    ``node``: where, by its name. ``host``: what it listens on, its node's own address if empty. ``api_keys``: those
+    that are let in, all if empty.
+    """
 
     name: str
     node: str
@@ -161,7 +165,7 @@ class GatewayKeeper:
 
     def _arguments(self, folder: str) -> list[str]:
         order = self._order
-        arguments = ["--host", order.host, "--port", str(order.port)]
+        arguments = ["--host", order.host or self._own_address, "--port", str(order.port)]
         for address in order.watch:
             arguments += ["--watch", address]
         if order.api_keys:

@@ -17,6 +17,9 @@ from ...placement.topology import DeviceRef
 from ..driver_command import DRIVER_MODULE
 from ..reconcile.observed import ReplicaSpec
 
+MARK_VARIABLE = "SLIPSTREAM_DEPLOYMENT"
+"""What all processes of a deployment have in their environment, with its mark in it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import psutil
 
-MARK_VARIABLE = "SLIPSTREAM_DEPLOYMENT"
+from .launch import MARK_VARIABLE
+
+_SAME_S = 1.0
+"""How far apart two readings of one process' birth may be: it is counted from when the machine was started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,3 @@ def end_tree(wanted: ProcessMark, *, patience_s: float) -> bool:
         psutil.wait_procs(living, timeout=patience_s)
         return True
     return False
-
-
-_SAME_S = 1.0
-"""How far apart two readings of one process' birth may be: it is counted from when the machine was started."""
