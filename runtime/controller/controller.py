@@ -81,7 +81,10 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How a deployment is. ``problem``: why the last round failed. ``rounds``: how many this controller has run."""
+    """How a deployment is, as the last round saw it that saw anything.
+
+    ``problem``: why the last round did not do all. ``rounds``: how many this controller has run.
+    """
 
     rounds: int = 0
     epoch: int = 0
@@ -150,11 +153,11 @@ class Controller:
                 self._status = self._said(self._rounds.run(), rounds)
             except ClusterError as error:
                 logger.warning("the cluster cannot be seen: %s", error)
-                self._status = Status(rounds=rounds, problem=str(error))
+                self._status = replace(self._status, rounds=rounds, problem=str(error))
             except Exception as error:
                 # Whatever it was, what serves goes on, and the next round begins with a fresh look.
                 logger.exception("a round failed")
-                self._status = Status(rounds=rounds, problem=f"{type(error).__name__}: {error}")
+                self._status = replace(self._status, rounds=rounds, problem=f"{type(error).__name__}: {error}")
 
     def _said(self, report: RoundReport, rounds: int) -> Status:
         observed, desired = report.observed, self._rounds.desired

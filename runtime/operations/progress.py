@@ -58,7 +58,7 @@ def judge(status: DeploymentStatus, wanted: Deployment) -> Verdict:
         return Verdict.COMING
     if status.shortages:
         return Verdict.SHORT
-    return Verdict.AS_WANTED if _all_serve(status, wanted) else Verdict.COMING
+    return Verdict.AS_WANTED if _all_serve(status, wanted) and not status.problem else Verdict.COMING
 
 
 def _all_serve(status: DeploymentStatus, wanted: Deployment) -> bool:
@@ -124,8 +124,8 @@ def _controller(before: DeploymentStatus, after: DeploymentStatus) -> Iterator[E
 
 
 def _nodes(before: DeploymentStatus, after: DeploymentStatus) -> Iterator[Event]:
-    if not after.controller or (after.problem and not after.nodes):
-        # Nobody has looked.
+    if not (before.controller and after.controller):
+        # The ledger does not know of nodes: that none is listed says nothing.
         return
     known = {node.name for node in before.nodes}
     for node in after.nodes:
@@ -139,8 +139,6 @@ def _nodes(before: DeploymentStatus, after: DeploymentStatus) -> Iterator[Event]
 
 
 def _replicas(before: DeploymentStatus, after: DeploymentStatus) -> Iterator[Event]:
-    if after.problem and not after.replicas:
-        return
     known = {replica.replica: replica for replica in before.replicas}
     for replica in after.replicas:
         yield from _replica(known.pop(replica.replica, None), replica)
