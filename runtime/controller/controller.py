@@ -110,6 +110,7 @@ class Controller:
         self._news = False
         self._closing = False
         self._status = Status()
+        self._count = 0
         self._thread = threading.Thread(target=self._run, name="slipstream-controller", daemon=True)
 
     def want(self, desired: Desired, limits: Limits | None = None) -> None:
@@ -135,8 +136,25 @@ class Controller:
             self._changed.notify()
         self._thread.join(timeout_s)
 
+    def run_round(self) -> None:
+        """Run one round; what came of it is the status. Until something is wanted there is none."""
+        with self._changed:
+            if self._wanted is None:
+                return
+            self._rounds.desired = self._wanted
+            self._rounds.policy = replace(self._rounds.policy, limits=self._limits)
+        self._count += 1
+        try:
+            self._status = self._said(self._rounds.run(), self._count)
+        except ClusterError as error:
+            logger.warning("the cluster cannot be seen: %s", error)
+            self._status = replace(self._status, rounds=self._count, problem=str(error))
+        except Exception as error:
+            # Whatever it was, what serves goes on, and the next round begins with a fresh look.
+            logger.exception("a round failed")
+            self._status = replace(self._status, rounds=self._count, problem=f"{type(error).__name__}: {error}")
+
     def _run(self) -> None:
-        rounds = 0
         while True:
             with self._changed:
                 # A new wish, or the end, is not kept waiting.
@@ -144,20 +162,7 @@ class Controller:
                 self._news = False
                 if self._closing:
                     return
-                if self._wanted is None:
-                    continue
-                self._rounds.desired = self._wanted
-                self._rounds.policy = replace(self._rounds.policy, limits=self._limits)
-            rounds += 1
-            try:
-                self._status = self._said(self._rounds.run(), rounds)
-            except ClusterError as error:
-                logger.warning("the cluster cannot be seen: %s", error)
-                self._status = replace(self._status, rounds=rounds, problem=str(error))
-            except Exception as error:
-                # Whatever it was, what serves goes on, and the next round begins with a fresh look.
-                logger.exception("a round failed")
-                self._status = replace(self._status, rounds=rounds, problem=f"{type(error).__name__}: {error}")
+            self.run_round()
 
     def _said(self, report: RoundReport, rounds: int) -> Status:
         observed, desired = report.observed, self._rounds.desired

@@ -27,8 +27,11 @@ from .node_facts import DEVICE_RESOURCE, NAME_LABEL, TYPE_LABEL
 from .records import BadRecord, from_json, to_json
 
 HOST = "127.0.0.1"
+CLIENT_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
+"""What both who starts it and who connects to it have to say."""
+
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
+    **CLIENT_ENVIRONMENT,
     "RAY_USAGE_STATS_ENABLED": "0",
     # A node that dies is given up after seconds, not after a minute.
     "RAY_health_check_period_ms": "500",

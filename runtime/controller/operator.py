@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...placement.topology import DeviceType, Link, Topology
+from .cluster import ClusterError
 from .controller import Status
 from .gateway_keeper import GatewayOrder, GatewayReport
 from .ledger import Deployment, Store
 from .process_log import LogPage
+
+
+class NoCluster(ClusterError):
+    """There is no platform that could be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,29 +43,43 @@ _END_PATIENCE_S = 10.0
 _CONCURRENCY = 4
 
 
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Say in our words that Ray does not answer."""
+    try:
+        yield
+    except (RayError, RuntimeError) as error:
+        raise ClusterError(f"Ray does not answer: {error}") from error
+
+
 class RayStore:
-    """Ray's key-value store, as a ``Store``."""
+    """Ray's key-value store, as a ``Store``. All calls raise ``ClusterError`` when Ray does not answer."""
 
     def put(self, key: str, value: str) -> None:
         """Write a key."""
-        _internal_kv_put(key.encode(), value.encode(), overwrite=True, namespace=_KV_NAMESPACE)
+        with _asking():
+            _internal_kv_put(key.encode(), value.encode(), overwrite=True, namespace=_KV_NAMESPACE)
 
     def put_new(self, key: str, value: str) -> bool:
         """Write a key that is not there; return whether this was the first."""
-        return not _internal_kv_put(key.encode(), value.encode(), overwrite=False, namespace=_KV_NAMESPACE)
+        with _asking():
+            return not _internal_kv_put(key.encode(), value.encode(), overwrite=False, namespace=_KV_NAMESPACE)
 
     def get(self, key: str) -> str | None:
         """Return a key's value, None if it is not there."""
-        value: Any = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
-        return None if value is None else bytes(value).decode()
+        with _asking():
+            value: Any = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+            return None if value is None else bytes(value).decode()
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys that begin so."""
-        return [bytes(key).decode() for key in _internal_kv_list(prefix.encode(), namespace=_KV_NAMESPACE)]
+        with _asking():
+            return [bytes(key).decode() for key in _internal_kv_list(prefix.encode(), namespace=_KV_NAMESPACE)]
 
     def delete(self, key: str) -> None:
         """Remove a key if it is there."""
-        _internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
+        with _asking():
+            _internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
 
 
 class RankActor:

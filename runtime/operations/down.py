@@ -22,6 +22,7 @@ from .status import DeploymentStatus
 END_MARGIN_S = 60.0
 """What ending takes at most, in addition to draining."""
 
+_ENDING_S = 5.0
 _LEFT_TIMEOUT_S = 30.0
 
 
@@ -41,12 +42,12 @@ def down(session: Session, name: str, *, now: bool, timeout_s: float | None) -> 
     for order in deployment.gateways:
         operator.end_gateway(name, order.name, drain_s=0.0 if now else order.drain_s)
     operator.end_controller(name)
-    left = operator.remains(name, deployment.mark)
+    # Actors that were told to end take a moment.
+    left = _until_nothing(session, name, deployment.mark, timeout_s=_ENDING_S)
     if not left.nothing:
-        if drained:
-            session.reporter.say(f"ended at once: {left}")
+        session.reporter.say(f"ended at once: {left}")
         operator.end_all(name, deployment.mark)
-        left = _until_nothing(session, name, deployment.mark)
+        left = _until_nothing(session, name, deployment.mark, timeout_s=_LEFT_TIMEOUT_S)
     if not left.nothing:
         text = f"of {name} there is still {left}: run slipstream down again"
         return Ending(exit_code=EXIT_FAILED, outcome="left", text=text)
@@ -70,8 +71,8 @@ def _drain(session: Session, name: str, deployment: Deployment, *, timeout_s: fl
         return False
 
 
-def _until_nothing(session: Session, name: str, mark: str) -> Remains:
-    deadline_s = session.patience.clock() + _LEFT_TIMEOUT_S
+def _until_nothing(session: Session, name: str, mark: str, *, timeout_s: float) -> Remains:
+    deadline_s = session.patience.clock() + timeout_s
     while True:
         left = session.operator.remains(name, mark)
         if left.nothing or session.patience.clock() >= deadline_s:

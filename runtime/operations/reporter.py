@@ -48,12 +48,17 @@ class Reporter(Protocol):
         """Show how the command has ended, at last."""
         ...
 
+    def close(self) -> None:
+        """Leave what it is shown on as it was. Idempotent."""
+        ...
+
 
 class Lines:
-    """A line for everything that happens."""
+    """A line for everything that happens; ``complain`` gets why a command failed."""
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: Write, complain: Write) -> None:
         self._write = write
+        self._complain = complain
 
     def show(self, status: DeploymentStatus, happened: Iterable[Event]) -> None:
         """Show what has happened."""
@@ -70,7 +75,10 @@ class Lines:
 
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""
-        self._write(ending.text)
+        (self._complain if ending.exit_code else self._write)(ending.text)
+
+    def close(self) -> None:
+        """Leave it."""
 
 
 class JsonLines:
@@ -95,3 +103,6 @@ class JsonLines:
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""
         self._write(to_json(ending))
+
+    def close(self) -> None:
+        """Leave it."""

@@ -19,7 +19,7 @@ from ..controller.gateway_keeper import GatewayState
 from ..reconcile.adopt import Phase
 from ..reconcile.observed import RankState
 from .progress import Event
-from .reporter import Ending
+from .reporter import Ending, JsonLines, Lines, Reporter, Write
 from .status import DeploymentStatus
 
 _FRAMES_PER_S = 4
@@ -82,13 +82,25 @@ class LiveScreen:
 
     def end(self, ending: Ending) -> None:
         """Show the last status and how it has ended."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self.close()
         if ending.status is not None and ending.status.pools:
             print_status(ending.status, console=self._console)
         color = "red" if ending.exit_code else "green"
         self._console.print(f"[{color}]{escape(ending.text)}[/{color}]", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def make_reporter(*, as_json: bool, write: Write, complain: Write) -> Reporter:
+    """Return what a command tells through: JSON, a terminal, or lines where nobody looks."""
+    if as_json:
+        return JsonLines(write)
+    console = Console(highlight=False)
+    return LiveScreen(console) if console.is_terminal else Lines(write, complain)
 
 
 def _head(status: DeploymentStatus) -> str:

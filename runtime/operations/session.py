@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...sdk.errors import Blame, SlipstreamError
 from ..controller.ledger import Deployment, Ledger
 from ..controller.operator import Operator
 from .follow import Followed, Outcome, Patience, Watcher
@@ -11,6 +12,12 @@ from .progress import missing
 from .reporter import Ending, Reporter
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class NothingRuns(SlipstreamError):
+    """There is no deployment."""
+
+    blame = Blame.CALLER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
