@@ -63,9 +63,9 @@ def _others(before: Deployment, after: Deployment) -> Iterator[str]:
         yield f"place_what_fits: {before.desired.partial} → {after.desired.partial}".lower()
     if before.device_types != after.device_types:
         yield "the device table"
-    for name in before.desired.cordoned ^ after.desired.cordoned:
+    for name in sorted(before.desired.cordoned ^ after.desired.cordoned):
         yield f"node {name} is {'drained' if name in after.desired.cordoned else 'used again'}"
-    for name in after.desired.leaving - before.desired.leaving:
+    for name in sorted(after.desired.leaving - before.desired.leaving):
         yield f"replica {name} is replaced"
-    for name in before.desired.leaving - after.desired.leaving:
+    for name in sorted(before.desired.leaving - after.desired.leaving):
         yield f"replica {name} may stay"
