@@ -18,8 +18,6 @@ from ..clock import Clock
 from .process_log import LogPage
 from .rank_process import RankProcess
 
-GATEWAY_MODULE = "slipstream.runtime.gateway.cluster_main"
-
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _STABLE_AFTER_S = 60.0
@@ -30,7 +28,7 @@ _EVERY_ADDRESS = ("0.0.0.0", "[::]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOrder:
-    """One gateway as it should be.
+    """One gateway as it should be: ``python -P -m module --host .. --port .. --watch .. arguments``.
 
     ``node``: where, by its name. ``host``: what it listens on, its node's own address if empty. ``api_keys``: those
     that are let in, all if empty.
@@ -41,7 +39,7 @@ class GatewayOrder:
     host: str
     port: int
     watch: tuple[str, ...]
-    module: str = GATEWAY_MODULE
+    module: str
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     api_keys: tuple[str, ...] = field(default=(), repr=False)

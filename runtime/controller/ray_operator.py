@@ -233,14 +233,19 @@ def _answer(reference: Any, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> Any:
 
 
 def _until_as_ordered(start: Callable[[], bool], end: Callable[[], None], *, what: str) -> None:
-    """Start an actor until one runs as ordered: one that runs otherwise, or has just been ended, is not it."""
-    deadline_s, never = monotonic_clock() + _START_TIMEOUT_S, threading.Event()
+    """Start an actor until one runs as ordered: one that runs otherwise, or has just been ended, is not it.
+
+    ``end`` ends one that runs otherwise, which may take as long as it drains.
+    """
+    deadline_s, never, ended = monotonic_clock() + _START_TIMEOUT_S, threading.Event(), False
     while True:
-        problem = "it runs otherwise and does not end"
+        problem = "one that runs otherwise does not end"
         try:
             if start():
                 return
-            end()
+            if not ended:
+                end()
+                deadline_s, ended = monotonic_clock() + _START_TIMEOUT_S, True
         except ClusterError as error:
             problem = str(error)
         if monotonic_clock() >= deadline_s:

@@ -240,14 +240,18 @@ def down(
 def _stay(session: Session, name: str, follow: Callable[[], Ending]) -> Ending:
     """Wait until a deployment serves, stay until told to end, and take it down."""
     from ..ending import ending_on_signals
+    from .progress import Event
     from .reporter import Ending
+    from .session import EXIT_DONE
 
     reporter, failed = session.reporter, None
     try:
         with ending_on_signals():
             ending = follow()
-            if ending.status is not None and any(pool.serving for pool in ending.status.pools):
-                reporter.say(f"{ending.text}\nCtrl-C takes it down")
+            serves = ending.status is not None and any(pool.serving for pool in ending.status.pools)
+            if serves or ending.exit_code == EXIT_DONE:
+                reporter.events([Event(event="serving", text=ending.text)])
+                reporter.say("Ctrl-C takes it down")
                 session.watcher(name).until(lambda _: None, timeout_s=float("inf"))
             failed = ending
     except KeyboardInterrupt:

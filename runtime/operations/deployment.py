@@ -22,8 +22,12 @@ from ..config import EngineOptions
 from ..controller.gateway_keeper import GatewayOrder
 from ..controller.launch import MARK_VARIABLE, Launch
 from ..controller.ledger import Deployment, PoolRecord
-from ..driver_command import engine_arguments
+from ..driver_command import DRIVER_MODULE, engine_arguments
 from ..reconcile.desired import Generation, Limits, PoolWish
+
+RANK_MODULE = DRIVER_MODULE
+GATEWAY_MODULE = "slipstream.runtime.gateway.cluster_main"
+"""What is run for each rank and for each gateway."""
 
 _OF_THE_MODEL = ("model", "dtype", "quantization", "deterministic")
 """Options that tokens depend on."""
@@ -168,7 +172,8 @@ def make_deployment(
     return Deployment(
         desired=replace(previous.desired, pools=wishes, partial=file.place_what_fits),
         launches={
-            pool.name: Launch(arguments=_arguments(options[pool.name]), environment=environment) for pool in chosen
+            pool.name: Launch(module=RANK_MODULE, arguments=_arguments(options[pool.name]), environment=environment)
+            for pool in chosen
         },
         pools=records,
         highest=highest,
@@ -284,6 +289,7 @@ def _gateways(
                 node=given.nodes[place] if given.nodes else "",
                 host="" if section.host == "auto" else section.host,
                 port=section.port + rounds if section.port else 0,
+                module=GATEWAY_MODULE,
                 watch=(given.watch_address,),
                 arguments=tuple(arguments),
                 environment=environment,

@@ -92,10 +92,14 @@ class Watcher:
     def until_as_wanted(self, wanted: Deployment, *, timeout_s: float) -> Followed:
         """Look until the deployment is as wanted, or has been short of something for a while."""
         short_since_s: float | None = None
+        failed_before: dict[str, int] = {}
 
         def check(status: DeploymentStatus) -> Outcome | None:
             nonlocal short_since_s
-            verdict = judge(status, wanted)
+            for pool in status.pools:
+                # From the first look on; a pool that has lasted since begins anew.
+                failed_before[pool.pool] = min(pool.failures, failed_before.get(pool.pool, pool.failures))
+            verdict = judge(status, wanted, failed_before)
             now_s = self._patience.clock()
             if verdict is not Verdict.SHORT:
                 short_since_s = None

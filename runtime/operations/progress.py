@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..controller.controller import ReplicaStatus
+from ..controller.controller import PoolStatus, ReplicaStatus
 from ..controller.gateway_keeper import GatewayState
 from ..controller.ledger import Deployment
 from ..reconcile.adopt import Phase
@@ -16,6 +16,7 @@ from .status import UNKNOWN, DeploymentStatus
 MOST_FAILURES = 3
 """Starts of a pool that fail in a row before it is said that it does not come up."""
 
+_NEVER: Mapping[str, int] = {}
 _PARTS = 4
 """Into how many parts loading is told."""
 
@@ -43,14 +44,17 @@ class Verdict(StrEnum):
     FAILING = "failing"  # a pool of which nothing serves has failed again and again
 
 
-def judge(status: DeploymentStatus, wanted: Deployment) -> Verdict:
-    """Say whether a deployment is as wanted; what a controller says that has not heard of it yet does not count."""
+def judge(status: DeploymentStatus, wanted: Deployment, failed_before: Mapping[str, int] = _NEVER) -> Verdict:
+    """Say whether a deployment is as wanted; what a controller says that has not heard of it yet does not count.
+
+    ``failed_before``: how often starts of a pool had failed already, before there was anything to wait for.
+    """
     asked = {(pool.name, str(pool.generation), pool.replicas) for pool in wanted.desired.pools}
     heard = asked == {(pool.pool, pool.generation, pool.wanted) for pool in status.pools}
     cordoned = (tuple(sorted(wanted.desired.cordoned)), tuple(sorted(wanted.desired.leaving)))
     if not status.controller or not heard or cordoned != (status.cordoned, status.leaving):
         return Verdict.COMING
-    if any(pool.failures >= MOST_FAILURES and pool.wanted and not pool.serving for pool in status.pools):
+    if any(_fails(pool, failed_before) for pool in status.pools):
         return Verdict.FAILING
     moving = any(not replica.routed or replica.phase != Phase.READY for replica in status.replicas)
     moving |= any(gateway.state is not GatewayState.READY for gateway in status.gateways)
@@ -59,6 +63,11 @@ def judge(status: DeploymentStatus, wanted: Deployment) -> Verdict:
     if status.shortages:
         return Verdict.SHORT
     return Verdict.AS_WANTED if _all_serve(status, wanted) and not status.problem else Verdict.COMING
+
+
+def _fails(pool: PoolStatus, failed_before: Mapping[str, int]) -> bool:
+    again = pool.failures > failed_before.get(pool.pool, 0)
+    return again and pool.failures >= MOST_FAILURES and bool(pool.wanted) and not pool.serving
 
 
 def _all_serve(status: DeploymentStatus, wanted: Deployment) -> bool:

@@ -59,6 +59,8 @@ def _started(rays: LocalRays, announce: Callable[[str], None]) -> LocalRay:
 @contextlib.contextmanager
 def _connected_locally(local: LocalRay) -> Iterator[Operator]:
     with _set(CLIENT_ENVIRONMENT), connected(local.address) as operator:
+        # By this it is known again, whatever Ray calls it.
+        operator.address = local.address
         yield operator
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...sdk.errors import Blame, SlipstreamError
 from ..controller.ledger import Deployment, Ledger
@@ -27,14 +27,17 @@ class Session:
     operator: Operator
     reporter: Reporter
     patience: Patience
+    _watchers: dict[str, Watcher] = field(default_factory=dict)
 
     def ledger(self, name: str) -> Ledger:
         """Return a deployment's records."""
         return Ledger(self.operator.store, deployment=name)
 
     def watcher(self, name: str) -> Watcher:
-        """Return someone who looks at a deployment and tells."""
-        return Watcher(self.operator, name, self.reporter, self.patience)
+        """Return who looks at a deployment and tells what is new to this command."""
+        if name not in self._watchers:
+            self._watchers[name] = Watcher(self.operator, name, self.reporter, self.patience)
+        return self._watchers[name]
 
     def ask(self, name: str, wanted: Deployment) -> None:
         """Let the controller keep this from now on; one that has gone is started again. Raises: ClusterError"""

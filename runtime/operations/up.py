@@ -19,6 +19,7 @@ from ..cluster.topology_sections import device_types
 from ..controller.ledger import Deployment
 from .changes import changes
 from .deployment import Given, check_can_run, choose, leaves_open, make_deployment, model_directory
+from .progress import Event
 from .reporter import Ending
 from .session import Session
 from .status import DeploymentStatus
@@ -84,8 +85,8 @@ def apply(
     )
     wanted = make_deployment(file, chosen, directory=path.parent, given=given, device_types=types, previous=previous)
     if ran:
-        for change in changes(previous, wanted) or ("nothing changes",):
-            session.reporter.say(change)
+        told = changes(previous, wanted) or ("nothing changes",)
+        session.reporter.events(Event(event="change", text=change) for change in told)
     session.ask(name, wanted)
     _keep_gateways(session, name, previous, wanted)
     return Applied(

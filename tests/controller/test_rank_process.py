@@ -65,7 +65,8 @@ def test_what_a_process_said_last_is_why_it_ended(started: Callable[..., RankPro
 
 
 def test_a_rank_says_how_much_it_has_loaded_and_what_it_prints_is_kept() -> None:
-    arguments = ["--replica", "p-1", "--rank", "1", "--address", "127.0.0.1", "--ranks-on-host", "1", "--ranks-per-host", "1", "--listen", "x:0"]
+    arguments = ["--replica", "p-1", "--rank", "1", "--address", "127.0.0.1", "--listen", "x:0"]
+    arguments += ["--ranks-on-host", "1", "--ranks-per-host", "1"]
     process = RankProcess("slipstream.tests.fakes.placed_rank", arguments, {"SLIPSTREAM_SECRET": "s"})
     try:
         wait(lambda: process.loaded == 1.0)

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--api-key-file")
     parser.add_argument("--fail", action="store_true")
     options, others = parser.parse_known_args(arguments)
-    keys = open(options.api_key_file, encoding="utf-8").read().split() if options.api_key_file else []
+    keys = Path(options.api_key_file).read_text(encoding="utf-8").split() if options.api_key_file else []
     print(f"watches {options.watch[0]} with {len(keys)} keys, {len(others)} other arguments", flush=True)
     if options.fail:
         print("the port is taken", flush=True)

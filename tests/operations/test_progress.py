@@ -86,6 +86,11 @@ def test_how_near_it_is(status: DeploymentStatus, verdict: Verdict) -> None:
     assert judge(status, WANTED) is verdict
 
 
+def test_failures_from_before_do_not_count_until_there_is_another() -> None:
+    assert judge(seen(pools=(pool(0, failures=4),)), WANTED, {"p": 4}) is Verdict.COMING
+    assert judge(seen(pools=(pool(0, failures=5),)), WANTED, {"p": 4}) is Verdict.FAILING
+
+
 def test_nothing_may_be_left_on_what_is_drained() -> None:
     drained = replace(WANTED, desired=replace(WANTED.desired, cordoned=frozenset({"a"})))
     assert judge(seen(*BOTH, cordoned=("a",)), drained) is Verdict.COMING
