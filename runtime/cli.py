@@ -20,6 +20,7 @@ from rich.markup import escape
 from .. import __version__
 from ..sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..sdk.results import RequestOutput
+from .operations.commands import register as register_operations
 
 if TYPE_CHECKING:
     from ..sdk.params import SamplingParams
@@ -33,6 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+register_operations(app)
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -18,6 +18,7 @@ from .pool_sections import Auto, DevicesSection, EngineSection, ModelSection, Na
 from .sections import Section, read_section
 from .service_sections import (
     Autoscaling,
+    GatewaySection,
     KvTransportSection,
     LimitsSection,
     ObjectivesSection,
@@ -48,6 +49,7 @@ class ClusterFile(Section):
     objectives: ObjectivesSection = ObjectivesSection()
     kv_transport: KvTransportSection = KvTransportSection()
     limits: LimitsSection = LimitsSection()
+    gateway: GatewaySection = GatewaySection()
     autoscaling: Autoscaling = StaticScaling()
     device_types: dict[str, DeviceTypeSection] = Field(default_factory=dict)
     place_what_fits: bool = False

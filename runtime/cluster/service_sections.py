@@ -16,6 +16,7 @@ from .sections import Section
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
 
 QUANTILE_POINTS = 8
 """Lengths that stand for a distribution; prompts times answers is the number of kinds of requests."""
@@ -115,6 +116,28 @@ class LimitsSection(Section):
     request_timeout_s: Positive = 600.0
     start_timeout_s: Positive = 1800.0
     drain_timeout_s: Positive = 60.0
+
+
+class GatewaySection(Section):
+    """How clients reach the deployment.
+
+    - ``host``: what gateways listen on; ``auto`` is their node's own address, and 127.0.0.1 on a Ray that ``up`` has
+      started for one machine; ``0.0.0.0`` is all addresses.
+    - ``port``: where several gateways are on one node, the next ones listen on the ports after it; 0 is any free one.
+    - ``count``: gateways, over the nodes in turn.
+    - ``watch_port``: where the controller tells them who serves; 0 is a free one, chosen when the deployment starts.
+    - ``api_keys_env``: the environment variable that ``up`` finds the keys in which clients have to show, separated by
+      commas or spaces; left out, no key is needed.
+    """
+
+    host: Annotated[str, Field(min_length=1, max_length=253)] = "auto"
+    port: Port = 8000
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    watch_port: Port = 0
+    api_keys_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    max_body_bytes: Annotated[int, Field(ge=1)] = 8 << 20
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class _Scaling(Section):

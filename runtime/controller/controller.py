@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from ...placement.plan import Shortage
+from ...placement.plan import Degrees, Shortage
 from ..clock import Clock
-from ..reconcile.adopt import adopt
-from ..reconcile.desired import Desired
-from ..reconcile.observed import Observed
+from ..reconcile.adopt import Phase, Replica, adopt
+from ..reconcile.desired import Desired, Limits, PoolWish
 from ..reconcile.round import Policy
+from ..reconcile.surplus import COMING
 from ..reconcile.views import View
 from .cluster import Cluster, ClusterError
 from .rounds import RoundReport, Rounds
@@ -23,8 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankStatus:
+    """One rank, for people. ``loaded``: the share of its weights that it has read."""
+
+    rank: int
+    device: str
+    state: str
+    loaded: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica, for people. ``routed``: whether gateways send it requests."""
+    """One replica, for people. ``routed``: whether gateways send it requests; ``requests``: how many it works on."""
 
     replica: str
     pool: str
@@ -34,6 +46,27 @@ class ReplicaStatus:
     devices: tuple[str, ...]
     address: str
     why: str
+    requests: int = 0
+    ranks: tuple[RankStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatus:
+    """One pool, for people.
+
+    ``serving``: replicas of the generation that is wanted, to which gateways send requests. ``coming`` and ``leaving``:
+    those on their way in, and all others. ``failures``: starts that failed since the last one that lasted.
+    """
+
+    pool: str
+    role: str
+    degrees: Degrees
+    generation: str
+    wanted: int
+    serving: int = 0
+    coming: int = 0
+    leaving: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +81,16 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How a deployment is. ``problem``: why the last round failed. ``rounds``: how many this controller has run."""
+    """How a deployment is, as the last round saw it that saw anything.
+
+    ``problem``: why the last round did not do all. ``rounds``: how many this controller has run.
+    """
 
     rounds: int = 0
     epoch: int = 0
+    pools: tuple[PoolStatus, ...] = ()
+    cordoned: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
     nodes: tuple[NodeStatus, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     shortages: tuple[Shortage, ...] = ()
@@ -67,15 +106,18 @@ class Controller:
         self._period_s = period_s
         self._changed = threading.Condition()
         self._wanted: Desired | None = None
+        self._limits = policy.limits
         self._news = False
         self._closing = False
         self._status = Status()
+        self._count = 0
         self._thread = threading.Thread(target=self._run, name="slipstream-controller", daemon=True)
 
-    def want(self, desired: Desired) -> None:
-        """Set what is wanted from now on; until something is, nothing is decided."""
+    def want(self, desired: Desired, limits: Limits | None = None) -> None:
+        """Set what is wanted from now on, and how patient to be; until something is, nothing is decided."""
         with self._changed:
             self._wanted = desired
+            self._limits = limits or self._limits
             self._news = True
             self._changed.notify()
 
@@ -94,8 +136,25 @@ class Controller:
             self._changed.notify()
         self._thread.join(timeout_s)
 
+    def run_round(self) -> None:
+        """Run one round; what came of it is the status. Until something is wanted there is none."""
+        with self._changed:
+            if self._wanted is None:
+                return
+            self._rounds.desired = self._wanted
+            self._rounds.policy = replace(self._rounds.policy, limits=self._limits)
+        self._count += 1
+        try:
+            self._status = self._said(self._rounds.run(), self._count)
+        except ClusterError as error:
+            logger.warning("the cluster cannot be seen: %s", error)
+            self._status = replace(self._status, rounds=self._count, problem=str(error))
+        except Exception as error:
+            # Whatever it was, what serves goes on, and the next round begins with a fresh look.
+            logger.exception("a round failed")
+            self._status = replace(self._status, rounds=self._count, problem=f"{type(error).__name__}: {error}")
+
     def _run(self) -> None:
-        rounds = 0
         while True:
             with self._changed:
                 # A new wish, or the end, is not kept waiting.
@@ -103,45 +162,71 @@ class Controller:
                 self._news = False
                 if self._closing:
                     return
-                if self._wanted is None:
-                    continue
-                self._rounds.desired = self._wanted
-            rounds += 1
-            try:
-                self._status = self._said(self._rounds.run(), rounds)
-            except ClusterError as error:
-                logger.warning("the cluster cannot be seen: %s", error)
-                self._status = Status(rounds=rounds, problem=str(error))
-            except Exception as error:
-                # Whatever it was, what serves goes on, and the next round begins with a fresh look.
-                logger.exception("a round failed")
-                self._status = Status(rounds=rounds, problem=f"{type(error).__name__}: {error}")
+            self.run_round()
 
     def _said(self, report: RoundReport, rounds: int) -> Status:
-        observed = report.observed
+        observed, desired = report.observed, self._rounds.desired
+        replicas = adopt(observed, self._rounds.memory, now_s=self._clock())
         return Status(
             rounds=rounds,
             epoch=report.view.epoch,
+            pools=tuple(self._pool(pool, replicas, report.view) for pool in desired.pools),
+            cordoned=tuple(sorted(desired.cordoned)),
+            leaving=tuple(sorted(desired.leaving)),
             nodes=tuple(
                 NodeStatus(name=node.name, address=node.address, device_type=node.device_type, devices=node.devices)
                 for node in observed.topology.nodes
             ),
-            replicas=self._replicas(observed, report.view),
+            replicas=tuple(_replica(replica, report.view) for replica in replicas),
             shortages=report.shortages,
             problem="; ".join(why for _, why in report.refused),
         )
 
-    def _replicas(self, observed: Observed, view: View) -> tuple[ReplicaStatus, ...]:
-        return tuple(
-            ReplicaStatus(
-                replica=str(replica.id),
-                pool=replica.id.pool,
-                generation=str(replica.spec.generation),
-                phase=replica.phase.value,
-                routed=view.replica(str(replica.id)) is not None,
-                devices=tuple(str(rank.device) for rank in replica.ranks),
-                address=replica.driver.address if replica.driver is not None else "",
-                why=replica.why,
-            )
-            for replica in adopt(observed, self._rounds.memory, now_s=self._clock())
+    def _pool(self, pool: PoolWish, replicas: Iterable[Replica], view: View) -> PoolStatus:
+        backoff = self._rounds.memory.backoffs.get(pool.name)
+        serving = coming = leaving = 0
+        for replica in replicas:
+            if replica.id.pool != pool.name:
+                continue
+            current = replica.spec.generation == pool.generation
+            if current and replica.phase is Phase.READY and view.replica(str(replica.id)) is not None:
+                serving += 1
+            elif current and replica.phase in (*COMING, Phase.READY):
+                coming += 1
+            else:
+                leaving += 1
+        return PoolStatus(
+            pool=pool.name,
+            role=pool.role.value,
+            degrees=pool.degrees,
+            generation=str(pool.generation),
+            wanted=pool.replicas,
+            serving=serving,
+            coming=coming,
+            leaving=leaving,
+            failures=backoff.failures if backoff is not None else 0,
         )
+
+
+def _replica(replica: Replica, view: View) -> ReplicaStatus:
+    return ReplicaStatus(
+        replica=str(replica.id),
+        pool=replica.id.pool,
+        generation=str(replica.spec.generation),
+        phase=replica.phase.value,
+        routed=view.replica(str(replica.id)) is not None,
+        devices=tuple(str(rank.device) for rank in replica.ranks),
+        address=replica.driver.address if replica.driver is not None else "",
+        why=replica.why,
+        requests=replica.driver.requests if replica.driver is not None else 0,
+        ranks=tuple(
+            RankStatus(
+                rank=rank.rank,
+                device=str(rank.device),
+                state=rank.state.value,
+                loaded=rank.loaded,
+                detail=rank.detail,
+            )
+            for rank in replica.ranks
+        ),
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...placement.topology import DeviceType, Link
@@ -27,20 +27,26 @@ _ROUND_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
-    """What a controller is started with, and again after each failure. ``deployment``: its actors' namespace."""
+    """What a controller is started with, and again after each failure. ``deployment``: its actors' namespace.
+
+    ``watch_address``: host:port at which gateways watch views, always the same, "" for none; ``secret``: the cluster's,
+    which they have to know, "" for none.
+    """
 
     deployment: str
     limits: Limits
     device_types: Mapping[str, DeviceType]
     network: Link
     device_link: Link
+    watch_address: str = ""
+    secret: str = field(default="", repr=False)
 
 
 class ControllerActor:
     """Runs the controller; when it fails, the next one takes over what lives."""
 
     def __init__(self, settings_json: str, assign: Assign) -> None:
-        settings = from_json(ControllerSettings, settings_json)
+        self._settings = settings = from_json(ControllerSettings, settings_json)
         self._cluster = RayCluster(
             deployment=settings.deployment,
             device_types=settings.device_types,
@@ -57,6 +63,10 @@ class ControllerActor:
         """Return its process."""
         return os.getpid()
 
+    def runs_with(self, settings_json: str) -> bool:
+        """Whether these are the settings that it was started with; how patient it is it may have been told since."""
+        return replace(from_json(ControllerSettings, settings_json), limits=self._settings.limits) == self._settings
+
     def want(self, deployment_json: str) -> None:
         """Set what is wanted from now on. Raises: StaleController"""
         deployment = from_json(Deployment, deployment_json)
@@ -70,12 +80,15 @@ class ControllerActor:
 
     def _want(self, deployment: Deployment) -> None:
         self._cluster.launches = deployment.launches
-        self._controller.want(deployment.desired)
+        self._controller.want(deployment.desired, deployment.limits)
 
 
-def start_controller(settings: ControllerSettings, assign: Assign) -> Any:
-    """Start a deployment's controller, or return the one that runs: a handle of a ``ControllerActor``."""
-    return start_actor(ControllerActor, CONTROLLER_NAME, settings.deployment, to_json(settings), assign)
+def start_controller(settings: ControllerSettings, assign: Assign, *, node: str | None = None) -> Any:
+    """Start a deployment's controller, or return the one that runs: a handle of a ``ControllerActor``.
+
+    ``node``: the number of the node on which its watch address is; it runs there as long as that node is up.
+    """
+    return start_actor(ControllerActor, CONTROLLER_NAME, settings.deployment, to_json(settings), assign, node=node)
 
 
 def end_controller(deployment: str) -> None:

@@ -15,12 +15,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from ...placement.topology import DeviceRef
-from ..reconcile.desired import Desired
+from ...placement.topology import DeviceRef, DeviceType, Link
+from ..reconcile.desired import Desired, Generation, Limits
 from ..reconcile.observed import ReplicaSpec
 from ..reconcile.views import View
+from .gateway_keeper import GatewayOrder
 from .launch import Launch
 from .records import from_json, to_json
+
+NETWORK = Link(bytes_per_s=1.25e9, latency_s=100e-6)
+DEVICE_LINK = Link(bytes_per_s=32e9, latency_s=10e-6)
+"""Between nodes, and between devices of one, where nobody has measured."""
+
+NONE_YET = Generation(model=0, cut=0)
 
 _TRIES = 8
 
@@ -68,11 +75,50 @@ class Gang:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRecord:
+    """What a pool's generation stands for: what tokens depend on, and what else a running replica cannot take over.
+
+    Lines such as ``dtype=float32``, in order: two that are equal are the same engine.
+    """
+
+    model: tuple[str, ...]
+    cut: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is wanted, and how the ranks of each pool are started."""
+    """What is wanted, how the ranks of each pool are started, and what else has to be known to keep it.
+
+    - ``pools``: what the generations of the pools stand for. ``highest``: the highest numbers that were ever given.
+    - ``limits``, ``device_types``, ``network``, ``device_link``: what its controller works with.
+    - ``watch_address``: where that gives views to gateways. ``secret``: what all its processes share.
+    - ``mark``: what its processes, and no others, have in their environment.
+    - ``model_path`` and ``served_names``: for people.
+    """
 
     desired: Desired = field(default_factory=Desired)
     launches: Mapping[str, Launch] = field(default_factory=dict)
+    pools: Mapping[str, PoolRecord] = field(default_factory=dict)
+    highest: Generation = NONE_YET
+    gateways: tuple[GatewayOrder, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    device_types: Mapping[str, DeviceType] = field(default_factory=dict)
+    network: Link = NETWORK
+    device_link: Link = DEVICE_LINK
+    watch_address: str = ""
+    secret: str = field(default="", repr=False)
+    mark: str = ""
+    model_path: str = ""
+    served_names: tuple[str, ...] = ()
+
+    def gateway(self, name: str) -> GatewayOrder | None:
+        """Return a gateway's order, None if it is not wanted."""
+        return next((each for each in self.gateways if each.name == name), None)
+
+
+def deployments(store: Store) -> list[str]:
+    """Return the names of the deployments of which something is kept."""
+    return sorted({key.partition("/")[0] for key in store.keys("") if "/deployment/" in key})
 
 
 class Ledger:

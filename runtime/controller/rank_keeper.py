@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from ..driver_command import driver_environment
 from ..reconcile.observed import DriverSeen, RankState
 from .driver_link import DriverLink
 from .launch import RankOrder
+from .process_log import LogPage
 from .rank_process import RankProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperReport:
-    """What a keeper says of its rank. ``meeting``: what other ranks are to be told; ``told``: whether this one was."""
+    """What a keeper says of its rank.
+
+    ``meeting``: what other ranks are to be told; ``told``: whether this one was. ``loaded``: share of its weights.
+    """
 
     state: RankState
     detail: str = ""
     pid: int = 0
     meeting: str = ""
     told: bool = False
+    loaded: float = 0.0
     driver: DriverSeen | None = None
 
 
@@ -31,7 +38,8 @@ class RankKeeper:
         self._link: DriverLink | None = None
         self._failed = ""
         try:
-            self._process = RankProcess(order.launch.module, order.arguments(), order.launch.environment)
+            environment = driver_environment({**os.environ, **order.launch.environment})
+            self._process = RankProcess(order.launch.module, order.arguments(), environment)
         except OSError as error:
             self._failed = f"its process could not be started: {error}"
 
@@ -43,14 +51,25 @@ class RankKeeper:
         if (ended := process.ended()) is not None:
             return KeeperReport(state=RankState.FAILED, detail=ended, pid=process.pid)
         if not process.ready:
-            return KeeperReport(state=RankState.LOADING, pid=process.pid, meeting=process.meeting, told=process.told)
+            return KeeperReport(
+                state=RankState.LOADING,
+                pid=process.pid,
+                meeting=process.meeting,
+                told=process.told,
+                loaded=process.loaded,
+            )
         return KeeperReport(
             state=RankState.READY,
             pid=process.pid,
             meeting=process.meeting,
             told=process.told,
+            loaded=1.0,
             driver=self._driver(process),
         )
+
+    def log(self, begin: int) -> LogPage:
+        """Return what the rank has printed from a line on; see ``ProcessLog.page``."""
+        return self._process.log.page(begin) if self._process is not None else LogPage(lines=(self._failed,), next=1)
 
     def meet(self, meeting: str) -> None:
         """Tell the rank where the ranks of its replica meet. Idempotent."""

@@ -1,8 +1,9 @@
-"""One rank's process: started, watched, ended with all it has started itself.
+"""One rank's process, or a gateway's: started, watched, ended with all it has started itself.
 
-It speaks in lines of JSON on standard output: ``{"ready": true}``, a driver with its ``address``; before that a driver
-may say how the other ranks find it, ``{"meeting": text}``, and they get that text as a line on standard input. That is
-a pipe, and ends with this process: by that a rank notices that nobody keeps it any more.
+It speaks in lines of JSON on standard output: ``{"ready": true}``, a driver with its ``address``; before that
+``{"loaded": share}`` says how much of its weights it has, and a driver may say how the other ranks find it,
+``{"meeting": text}``: they get that text as a line on standard input. That is a pipe, and ends with this process: by
+that a rank notices that nobody keeps it any more. All other lines are its log.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 
-_LINES_KEPT = 8
+from .process_log import ProcessLog
+
+_LAST_LINES = 8
 _LINE_BYTES = 16_384
 _END_TIMEOUT_S = 10.0
 
 
 class RankProcess:
-    """A process that runs, or has ended."""
+    """A process that runs, or has ended. ``log``: what it has printed last."""
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start ``python -P -m module arguments``. Raises: OSError"""
         self._ready = threading.Event()
         self._address = ""
         self._meeting = ""
+        self._loaded = 0.0
         self._told = False
-        self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self.log = ProcessLog()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.PIPE,
@@ -65,6 +68,11 @@ class RankProcess:
         return self._meeting
 
     @property
+    def loaded(self) -> float:
+        """The share of its weights that it has read, as far as it has said."""
+        return 1.0 if self.ready else self._loaded
+
+    @property
     def told(self) -> bool:
         """Whether the process has been told where to meet."""
         return self._told
@@ -83,8 +91,20 @@ class RankProcess:
         status = self._process.poll()
         if status is None:
             return None
-        lines = " | ".join(self._last_lines)
+        lines = " | ".join(self.log.page(-_LAST_LINES).lines)
         return f"its process ended with status {status}" + (f": {lines}" if lines else "")
+
+    def wait_ended(self, timeout_s: float) -> int | None:
+        """Wait until it has ended and return its status, None if it has not in this time."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def ask_to_end(self) -> None:
+        """Let it finish what runs, and end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
 
     def end(self) -> None:
         """End it at once, with all that it has started. Idempotent."""
@@ -115,7 +135,9 @@ class RankProcess:
                 self._ready.set()
             case {"meeting": str(meeting)} if "\n" not in meeting:
                 self._meeting = meeting
+            case {"loaded": float() | int() as share}:
+                self._loaded = min(max(float(share), 0.0), 1.0)
             case _ if line:
-                self._last_lines.append(line)
+                self.log.add(line)
                 # The log of whoever keeps the process is the rank's.
                 print(line, file=sys.stderr, flush=True)

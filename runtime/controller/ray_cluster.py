@@ -11,7 +11,7 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..reconcile.actions import StartGang, StopRank, Unroute
 from ..reconcile.observed import DriverSeen, Observed, RankSeen, RankState, ReplicaSpec
 from ..reconcile.views import View
 from .cluster import ClusterError, StaleController, StartRefused
-from .launch import Launch, RankOrder
+from .launch import Launch, RankOrder, ranks_per_host
 from .ledger import Gang, Ledger
 from .node_facts import NodeFacts, one_of_each, topology_of
 from .rank_keeper import KeeperReport, RankKeeper
@@ -41,31 +41,46 @@ _KV_NAMESPACE = b"slipstream"
 _REPORT_TIMEOUT_S = 1.0
 _END_PATIENCE_S = 10.0
 _CONCURRENCY = 4
+_A_LITTLE = 0.001
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Say in our words that Ray does not answer."""
+    try:
+        yield
+    except (RayError, RuntimeError) as error:
+        raise ClusterError(f"Ray does not answer: {error}") from error
 
 
 class RayStore:
-    """Ray's key-value store, as a ``Store``."""
+    """Ray's key-value store, as a ``Store``. All calls raise ``ClusterError`` when Ray does not answer."""
 
     def put(self, key: str, value: str) -> None:
         """Write a key."""
-        _internal_kv_put(key.encode(), value.encode(), overwrite=True, namespace=_KV_NAMESPACE)
+        with _asking():
+            _internal_kv_put(key.encode(), value.encode(), overwrite=True, namespace=_KV_NAMESPACE)
 
     def put_new(self, key: str, value: str) -> bool:
         """Write a key that is not there; return whether this was the first."""
-        return not _internal_kv_put(key.encode(), value.encode(), overwrite=False, namespace=_KV_NAMESPACE)
+        with _asking():
+            return not _internal_kv_put(key.encode(), value.encode(), overwrite=False, namespace=_KV_NAMESPACE)
 
     def get(self, key: str) -> str | None:
         """Return a key's value, None if it is not there."""
-        value: Any = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
-        return None if value is None else bytes(value).decode()
+        with _asking():
+            value: Any = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+            return None if value is None else bytes(value).decode()
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys that begin so."""
-        return [bytes(key).decode() for key in _internal_kv_list(prefix.encode(), namespace=_KV_NAMESPACE)]
+        with _asking():
+            return [bytes(key).decode() for key in _internal_kv_list(prefix.encode(), namespace=_KV_NAMESPACE)]
 
     def delete(self, key: str) -> None:
         """Remove a key if it is there."""
-        _internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
+        with _asking():
+            _internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
 
 
 class RankActor:
@@ -76,6 +91,9 @@ class RankActor:
 
     def report(self) -> str:
         return to_json(self._keeper.report())
+
+    def log(self, begin: int) -> str:
+        return to_json(self._keeper.log(begin))
 
     def meet(self, meeting: str) -> None:
         self._keeper.meet(meeting)
@@ -120,7 +138,7 @@ class RayCluster:
     def observe(self) -> Observed:
         """Return what is there now."""
         try:
-            nodes, gangs = _nodes(), self.ledger.gangs()
+            nodes, gangs = list_nodes(), self.ledger.gangs()
             living = [gang for gang in gangs.values() if not gang.gone]
             alive = self._ask(_name(gang.spec, rank) for gang in living for rank in range(len(gang.devices)))
             view = self.ledger.view()
@@ -162,15 +180,15 @@ class RayCluster:
             if name not in alive and (gone or rank in gang.stopped):
                 self._known.pop(name, None)
                 continue
-            state, detail = RankState.FAILED, "its actor is gone"
+            state, detail, loaded = RankState.FAILED, "its actor is gone", 0.0
             if gone:
                 state, detail = RankState.LOST, "its node is gone"
             elif name in alive:
                 report = alive[name] or self._known[name].report
-                state = RankState.READY if gang.ready else RankState.STARTING
+                state, detail = RankState.READY if gang.ready else RankState.STARTING, ""
                 if report is not None:
-                    state, detail = report.state, report.detail
-            found.append(RankSeen(spec=gang.spec, rank=rank, device=device, state=state, detail=detail))
+                    state, detail, loaded = report.state, report.detail, report.loaded
+            found.append(RankSeen(spec=gang.spec, rank=rank, device=device, state=state, detail=detail, loaded=loaded))
         return found
 
     def _introduce(self, gang: Gang, meeting: str, alive: Mapping[str, KeeperReport | None]) -> None:
@@ -217,7 +235,7 @@ class RayCluster:
         launch = self.launches.get(gang.spec.id.pool)
         if launch is None:
             raise StartRefused(f"nobody has said how ranks of pool {gang.spec.id.pool} are started")
-        nodes = {node.name: node for node in one_of_each(_nodes())}
+        nodes = {node.name: node for node in one_of_each(list_nodes())}
         if gone := sorted({device.node for device in gang.devices if device.node not in nodes}):
             raise StartRefused(f"{gang.spec.id}: node {', '.join(gone)} is gone")
         numbers = tuple(nodes[device.node].number for device in gang.devices)
@@ -266,7 +284,15 @@ class RayCluster:
     def _start_rank(self, gang: Gang, rank: int, node: NodeFacts, launch: Launch) -> None:
         index = gang.devices[rank].index
         launch = replace(launch, environment={**node.environment(index), **launch.environment})
-        order = RankOrder(spec=gang.spec, rank=rank, address=node.address, device=index, launch=launch)
+        order = RankOrder(
+            spec=gang.spec,
+            rank=rank,
+            address=node.address,
+            device=index,
+            launch=launch,
+            ranks_on_host=sum(device.node == node.name for device in gang.devices),
+            ranks_per_host=ranks_per_host(gang.devices),
+        )
         claim = node.claim(index)
         name = _name(gang.spec, rank)
         actor: Any = ray.remote(RankActor)
@@ -298,17 +324,23 @@ class RayCluster:
 # ------------------------------------------------------------------ actors
 
 
-def start_actor(kind: type, name: str, namespace: str, *arguments: Any) -> Any:
-    """Start a detached actor that Ray starts again whenever it fails, or return the one that runs; its handle."""
+def start_actor(kind: type, name: str, namespace: str, *arguments: Any, node: str | None = None) -> Any:
+    """Start a detached actor that Ray starts again whenever it fails, or return the one that runs; its handle.
+
+    ``node``: the number of the node that it runs on as long as that is up.
+    """
     actor: Any = ray.remote(kind)
+    where = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node_id=node, soft=True)
     return actor.options(
         name=name,
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
-        num_cpus=0,
+        # Ray puts an actor that needs nothing on any node, whichever it was asked for.
+        num_cpus=0 if node is None else _A_LITTLE,
         max_restarts=-1,
         max_concurrency=_CONCURRENCY,
+        scheduling_strategy=where,
         runtime_env=_RUNTIME_ENV,
     ).remote(*arguments)
 
@@ -319,11 +351,22 @@ def end_actor(name: str, namespace: str) -> None:
         ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
 
 
+def task_on(work: Callable[[str], Any], node: NodeFacts, argument: str) -> Any:
+    """Call a function on a node, once; a reference to what it returns."""
+    task: Any = ray.remote(work)
+    return task.options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
+        runtime_env=_RUNTIME_ENV,
+    ).remote(argument)
+
+
 _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 """The root of a clone must not be on the path of what runs there; and devices are chosen here, not by Ray."""
 
 
-def _nodes() -> list[NodeFacts]:
+def list_nodes() -> list[NodeFacts]:
     """Return the nodes that Ray holds to be alive."""
     listed: Any = ray.nodes
     return [

@@ -39,11 +39,11 @@ class RoundReport:
 
 
 class Rounds:
-    """Runs rounds against one cluster; ``desired`` may be replaced between them."""
+    """Runs rounds against one cluster; ``desired`` and ``policy`` may be replaced between them."""
 
     def __init__(self, cluster: Cluster, policy: Policy, desired: Desired, *, clock: Clock) -> None:
         self._cluster = cluster
-        self._policy = policy
+        self.policy = policy
         self._clock = clock
         self._shortages: tuple[Shortage, ...] = ()
         self.desired = desired
@@ -52,7 +52,7 @@ class Rounds:
     def run(self) -> RoundReport:
         """Run one round. Raises: ClusterError when the cluster cannot be seen"""
         observed = self._cluster.observe()
-        decision = reconcile(self.desired, observed, self.memory, self._policy, now_s=self._clock())
+        decision = reconcile(self.desired, observed, self.memory, self.policy, now_s=self._clock())
         self.memory = decision.memory
         if decision.shortages != self._shortages:
             self._shortages = decision.shortages

@@ -13,49 +13,25 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...sdk.errors import ConfigError, EngineUnavailable
 from ..config import EngineOptions
+from ..driver_command import DRIVER_MODULE, driver_environment, engine_arguments
 
 logger = logging.getLogger(__name__)
 
 EXIT_REFUSED = 2
 """A driver's exit status when its options or its checkpoint are wrong: another one would fail the same way."""
 
-_MODULE = "slipstream.runtime.worker.main"
-_NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _KILL_TIMEOUT_S = 10.0
-_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def driver_command(options: EngineOptions, socket: Path, *, drain_timeout_s: float) -> list[str]:
     """Return the command that starts a driver for a model."""
-    command = [sys.executable, "-P", "-m", _MODULE, "--socket", str(socket), "--drain-timeout", str(drain_timeout_s)]
-    for each in fields(EngineOptions):
-        value = getattr(options, each.name)
-        if each.name in _NOT_FOR_A_DRIVER or value == each.default:
-            continue
-        flag = each.name.replace("_", "-")
-        if isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            command += [f"--{flag}", str(value)]
-    return [*command, "--", options.model]
-
-
-def driver_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a driver's environment: huge pages for all that it allocates, unless somebody has chosen already.
-
-    glibc reads this before the process begins, so only whoever starts it can set it. Weights on a CPU are read from
-    beginning to end at every step, and are many small pieces: in small pages a step takes 5 to 15 % longer.
-    """
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if _HUGE_PAGES not in tunables:
-        tunables = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
-    return {**environment, "GLIBC_TUNABLES": tunables}
+    where = ("--socket", str(socket), "--drain-timeout", str(drain_timeout_s))
+    return [sys.executable, "-P", "-m", DRIVER_MODULE, *where, *engine_arguments(options), "--", options.model]
 
 
 class DriverProcess:

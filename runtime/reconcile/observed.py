@@ -59,13 +59,14 @@ class RankState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSeen:
-    """One rank's process. ``detail``: why it failed."""
+    """One rank's process. ``detail``: why it failed. ``loaded``: the share of its weights that it has read."""
 
     spec: ReplicaSpec
     rank: int
     device: DeviceRef
     state: RankState
     detail: str = ""
+    loaded: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ TOP_MAY_IMPORT: dict[str, frozenset[str]] = {
 }
 """Folder → the other folders it may import."""
 
-_VALUES = frozenset({"messages", "config", "errors", "clock", "metrics"})
+_VALUES = frozenset({"messages", "config", "errors", "clock", "metrics", "driver_command"})
 
 _BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collector", "reconcile"})
 
@@ -43,6 +43,8 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "gateway": _VALUES | _BELOW_SHELLS,
     # Files about a cluster that a person writes, and plans made from them; models' sizes come from their config.json.
     "cluster": _VALUES | {"models"},
+    # Commands around the controller: they see the cluster through it.
+    "operations": _VALUES | {"reconcile", "cluster", "controller", "ending"},
     # Steps of a rank, measured for planning.
     "profiler": _VALUES | {"models", "worker", "cluster"},
     # Clients of any server's HTTP API: they know nothing of how ours works.
@@ -58,7 +60,19 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "cli": _VALUES
     | _BELOW_SHELLS
-    | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster", "profiler"},
+    | {
+        "worker",
+        "controller",
+        "gateway",
+        "load_test",
+        "chat",
+        "llm",
+        "demo",
+        "local_server",
+        "cluster",
+        "profiler",
+        "operations",
+    },
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
@@ -86,14 +100,15 @@ PURE_NEVER_REACHES = frozenset({"torch", "triton", "ray", "grpc", "asyncio"})
 """What importing a pure core must not load either, through anything of ours."""
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "ray": ("runtime/controller/ray_cluster.py",),
+    # Two sides of it: what the controller does on Ray, and what operators' commands do there.
+    "ray": ("runtime/controller/ray_cluster.py", "runtime/controller/ray_operator.py"),
     "grpc": ("runtime/rpc/", "sdk/"),
     "torch.distributed": ("comm/",),
     "triton": ("kernels/",),
     "safetensors": ("runtime/models/",),
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
-    "psutil": ("runtime/worker/",),
+    "psutil": ("runtime/worker/", "runtime/controller/marked_processes.py"),
     "msgpack": ("runtime/worker/step_codec.py",),
     "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),
@@ -107,8 +122,14 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "orjson": ("runtime/gateway/",),
     "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
     "httpx": ("runtime/api_client/",),
-    "typer": ("runtime/cli.py",),
-    "rich": ("runtime/cli.py", "runtime/demo/", "runtime/llm.py", "runtime/load_test/"),
+    "typer": ("runtime/cli.py", "runtime/operations/commands.py"),
+    "rich": (
+        "runtime/cli.py",
+        "runtime/demo/",
+        "runtime/llm.py",
+        "runtime/load_test/",
+        "runtime/operations/screen.py",
+    ),
     "time": ("runtime/clock.py",),
     # comm/timeouts.py says how long to wait in torch's terms; it asks no clock.
     "datetime": ("runtime/clock.py", "comm/timeouts.py"),
@@ -139,7 +160,9 @@ FORBIDDEN = {
 }
 """Dependency → why no file of the package imports it."""
 
-MAY_IMPORT_IN_FUNCTIONS = frozenset({"__init__.py", "runtime/cli.py", "runtime/worker/main.py"})
+MAY_IMPORT_IN_FUNCTIONS = frozenset(
+    {"__init__.py", "runtime/cli.py", "runtime/operations/commands.py", "runtime/worker/main.py"}
+)
 """Files that load what they need when it is asked for."""
 
 FORBIDDEN_FILE_NAMES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py", "common.py"})

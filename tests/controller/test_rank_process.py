@@ -64,6 +64,20 @@ def test_what_a_process_said_last_is_why_it_ended(started: Callable[..., RankPro
     process.tell("nobody hears it")
 
 
+def test_a_rank_says_how_much_it_has_loaded_and_what_it_prints_is_kept() -> None:
+    arguments = ["--replica", "p-1", "--rank", "1", "--address", "127.0.0.1", "--listen", "x:0"]
+    arguments += ["--ranks-on-host", "1", "--ranks-per-host", "1"]
+    process = RankProcess("slipstream.tests.fakes.placed_rank", arguments, {"SLIPSTREAM_SECRET": "s"})
+    try:
+        wait(lambda: process.loaded == 1.0)
+        assert not process.ready
+        process.tell("at 127.0.0.1")
+        wait(lambda: process.ready)
+        assert process.log.page(0).lines == ("p-1 rank 1 stands in for slipstream.runtime.worker.main, with a secret",)
+    finally:
+        process.end()
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_ends_when_whoever_keeps_it_is_killed(rank: str) -> None:
     keeper = f"""

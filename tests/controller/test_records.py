@@ -8,7 +8,7 @@ import pytest
 
 from slipstream.placement.plan import Constraint, Degrees, Role
 from slipstream.placement.topology import DeviceRef
-from slipstream.runtime.controller.launch import Launch, RankOrder
+from slipstream.runtime.controller.launch import Launch, RankOrder, ranks_per_host
 from slipstream.runtime.controller.ledger import Deployment, Gang
 from slipstream.runtime.controller.rank_keeper import KeeperReport
 from slipstream.runtime.controller.records import BadRecord, from_json, to_json
@@ -84,6 +84,18 @@ def test_an_order_has_its_own_in_the_arguments() -> None:
     launch = Launch(arguments=("--listen", "{address}:0", "--name", "{replica}/{rank}@{device}", "{other}"))
     order = RankOrder(spec=SPEC, rank=5, address="10.0.0.9", device=2, launch=launch)
     assert order.arguments() == ("--listen", "10.0.0.9:0", "--name", "de-code-7/5@2", "{other}")
+    hosts = RankOrder(
+        spec=SPEC, rank=0, address="h", device=0, launch=Launch(arguments=("{ranks_on_host}/{ranks_per_host}",)),
+        ranks_on_host=4, ranks_per_host=2,
+    )  # fmt: skip
+    assert hosts.arguments() == ("4/2",)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"), [("a", 1), ("aaaa", 4), ("aabb", 2), ("aaab", 1), ("aabbbb", 2), ("abab", 1), ("aaaabb", 2)]
+)
+def test_into_what_pieces_ranks_can_be_cut_by_their_hosts(nodes: str, expected: int) -> None:
+    assert ranks_per_host([DeviceRef(node=node, index=index) for index, node in enumerate(nodes)]) == expected
 
 
 def test_a_replica_is_named_so_that_it_can_be_read() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from slipstream.runtime.gateway.driver_process import driver_environment
+from slipstream.runtime.driver_command import driver_environment
 from slipstream.runtime.gateway.replica import Replica
 from slipstream.runtime.gateway.supervisor import Backoff, Supervisor
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
