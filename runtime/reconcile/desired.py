@@ -48,13 +48,16 @@ class Desired:
     """A deployment as it should be; without pools it is to go away.
 
     ``partial``: what fits is started even if not everything does. Without it a deployment begins whole or not at all;
-    once it has served, what can be repaired or added always is.
+    once it has served, what can be repaired or added always is. ``cordoned``: nodes that replicas move away from;
+    ``leaving``: replicas that others are to replace.
 
     Raises: ValueError naming the pool that is there twice
     """
 
     pools: tuple[PoolWish, ...] = ()
     partial: bool = False
+    cordoned: frozenset[str] = frozenset()
+    leaving: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         names = [pool.name for pool in self.pools]
