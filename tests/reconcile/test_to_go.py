@@ -143,7 +143,7 @@ def test_with_a_new_model_the_old_one_stays_where_it_may() -> None:
     on_a, on_b = (replica("p", index, place, role=Role.PREFILL) for index, place in ((1, "a/0"), (2, "b/0")))
     old_d = replica("d", 3, "b/1", role=Role.DECODE)
     new_p = replica("p", 4, "b/2", role=Role.PREFILL, model=2)
-    there, last = nodes("a:1 b:3"), view(1, [p, d], on_a, on_b, old_d, new_p)
+    there, last = nodes("a:1 b:4"), view(1, [p, d], on_a, on_b, old_d, new_p)
     seen = observed(there, on_a, on_b, old_d, new_p.driven(), last=last)
     decision = Story().round(wanted(p, d, cordoned="a"), seen)
     assert "unroute p-1" in said(decision.actions) and "unroute p-2" not in said(decision.actions)
