@@ -65,18 +65,16 @@ def suspicions(measured: MeasuredLinks) -> Iterator[str]:
     trips = {(each.source, each.target): each.figures.round_trip_s for each in measured.links}
     yield from _slow_nodes(rates)
     for (source, target), rate in sorted(rates.items()):
-        usual = _usual(rates, source, target)
-        if usual and rate < _SLOW * min(usual):
-            yield f"{source} -> {target}: {rate / 1e9:.3g} GB/s, where both have {min(usual) / 1e9:.3g} with others"
+        usual = min(_others(rates, source, target, quarter=1), default=0.0)
+        if rate < _SLOW * usual:
+            yield f"{source} -> {target}: {rate / 1e9:.3g} GB/s, where both have {usual / 1e9:.3g} with others"
         back = rates.get((target, source))
         if back is not None and back > _UNEQUAL * rate:
             yield f"{source} -> {target}: {rate / 1e9:.3g} GB/s, and {back / 1e9:.3g} the other way"
-        trip, trip_usual = trips[source, target], _usual(trips, source, target)
-        if trip_usual and trip > max(_LATE * max(trip_usual), max(trip_usual) + _LATE_S) and source < target:
-            yield (
-                f"{source} - {target}: a round trip takes {trip * 1e6:.0f} us, and at most "
-                f"{max(trip_usual) * 1e6:.0f} with others"
-            )
+        trip = trips[source, target]
+        late = max(_others(trips, source, target, quarter=3), default=trip)
+        if source < target and trip > max(_LATE * late, late + _LATE_S):
+            yield f"{source} - {target}: a round trip takes {trip * 1e6:.0f} us, and {late * 1e6:.0f} with others"
     for each in measured.links:
         worst, usual_s = each.figures.round_trip_p99_s, each.figures.round_trip_s
         if worst > max(_UNSTEADY * usual_s, _UNSTEADY_S):
@@ -98,14 +96,17 @@ def _slow_nodes(rates: dict[tuple[str, str], float]) -> Iterator[str]:
             yield f"{name}: its links have {rate / 1e9:.3g} GB/s, those of other nodes {all_nodes / 1e9:.3g}"
 
 
-def _usual(figures: dict[tuple[str, str], float], source: str, target: str) -> list[float]:
-    """Return the medians of what two nodes have with others; nothing where one of them has no others."""
+def _others(figures: dict[tuple[str, str], float], source: str, target: str, *, quarter: int) -> list[float]:
+    """Return a quartile of what each of two nodes has with others; nothing where one of them has no others.
+
+    Quartiles, because a node may well have few links of a kind, such as those inside its rack.
+    """
     found = []
     for name in (source, target):
-        others = [value for pair, value in figures.items() if name in pair and set(pair) != {source, target}]
+        others = sorted(value for pair, value in figures.items() if name in pair and set(pair) != {source, target})
         if not others:
             return []
-        found.append(median(others))
+        found.append(others[(len(others) - 1) * quarter // 4])
     return found
 
 

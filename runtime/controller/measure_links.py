@@ -47,19 +47,17 @@ class _Measuring:
         return [self._one(one, other), self._one(other, one)]
 
     def _one(self, source: str, target: str) -> MeasuredLink | UnmeasuredLink:
-        if self._left_s() <= 0:
+        left_s = self._deadline_s - self._clock()
+        if left_s <= 0:
             return UnmeasuredLink(source=source, target=target, why=f"the {self._timeout_s:g} s for all were over")
         # For this measurement alone: a connection of any other has no part in it.
         token = secrets.token_hex(32)
         try:
-            where = self._ends.listen(source, token, timeout_s=self._left_s())
-            figures = self._ends.measure(target, where, token, timeout_s=self._left_s())
+            where = self._ends.listen(source, token, timeout_s=left_s)
+            figures = self._ends.measure(target, where, token, timeout_s=left_s)
         except (ProbeError, ClusterError) as error:
             return UnmeasuredLink(source=source, target=target, why=str(error))
         return MeasuredLink(source=source, target=target, figures=figures)
-
-    def _left_s(self) -> float:
-        return self._deadline_s - self._clock()
 
 
 def measure_links(

@@ -20,7 +20,7 @@ from .adopt import Phase, Replica
 from .desired import PoolWish
 from .give_way import give_way
 from .round import Round
-from .surplus import COMING, LIVING, is_held, old, partners, release, serving_beside, surplus
+from .surplus import COMING, LIVING, is_held, old, partners, release, serving_beside, surplus, why_to_go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def place_missing(round: Round) -> None:
                 round.start(pool, place)
             case _MakeRoom(victims=victims) if not round.backs_off(pool):
                 for victim in victims:
-                    release(round, victim, f"it makes room for generation {pool.generation} of pool {pool.name}")
+                    release(round, victim, _why_room(round, victim, pool))
             case Shortage() as shortage:
                 round.shortages.append(shortage)
             case _:
@@ -177,6 +177,8 @@ def _because_of_cordons(
 ) -> Shortage:
     """Return a shortage, with the cordoned nodes in its words if there would be room on them."""
     cordoned = round.desired.cordoned
+    if not cordoned:
+        return found
     own = [device for replica in old(round, pool) for device in replica.devices if device.node in cordoned]
     there = round.policy.assign(
         round.observed.topology,
@@ -217,6 +219,12 @@ def _unless_old_would_stop(round: Round, pool: PoolWish, choice: _Choice, lackin
             why = f"{', '.join(held)} would have to make room, and serves on because pool {without[0]} finds no place"
             return Shortage(pool=pool.name, needed=pool.degrees.ranks, found=0, why=why)
     return choice
+
+
+def _why_room(round: Round, victim: Replica, pool: PoolWish) -> str:
+    if victim.id.pool == pool.name and victim.spec.generation == pool.generation:
+        return f"{why_to_go(round, victim)}, and another needs its room"
+    return f"it makes room for generation {pool.generation} of pool {pool.name}"
 
 
 def _held_back(shortage: Shortage) -> Shortage:

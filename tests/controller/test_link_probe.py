@@ -73,9 +73,10 @@ def test_strangers_that_say_nothing_or_nonsense_do_not_keep_a_measurement_from_r
         loud = connected(listener)
         loud.sendall(b"\xff" * 70_000)
         assert measure(listener.address, TOKEN, LIMITS).moved_bytes
+        # A stranger hears the challenge and a refusal, and nothing else.
         receive(loud)
+        assert receive(loud) == b""
         with pytest.raises(OSError):
-            # A stranger is never sent bytes.
             receive(loud)
         for each in (*silent, loud):
             each.close()

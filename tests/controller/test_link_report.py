@@ -62,7 +62,7 @@ def test_directions_that_differ_late_and_unsteady_links_are_named() -> None:
     (unequal,) = suspicions(measured("ab", rates={"a>b": 0.5}))
     assert unequal == "a -> b: 0.5 GB/s, and 1 the other way"
     (late,) = suspicions(measured("abc", trips_us={"a>b": 900.0, "b>a": 900.0}))
-    assert late == "a - b: a round trip takes 900 us, and at most 100 with others"
+    assert late == "a - b: a round trip takes 900 us, and 100 with others"
     figures = LinkFigures(bytes_per_s=1e9, round_trip_s=1e-4, round_trip_p99_s=0.02)
     unsteady = MeasuredLinks(
         began_s=0,

@@ -299,6 +299,7 @@ class Sequence:
             raise Violation(f"the view names {named}, there are {[str(replica.id) for replica in living]}")
         if unready := [str(replica.id) for replica in living if replica.phase is not Phase.READY]:
             raise Violation(f"{unready} are not ready")
+        self._check_to_go(living, short)
         for pool in desired.pools:
             of_pool = [replica for replica in living if replica.id.pool == pool.name]
             current = [replica for replica in of_pool if self._is_current(replica, pool)]
@@ -311,7 +312,6 @@ class Sequence:
                 raise Violation(f"pool {pool.name} is said to lack what it has")
         if gone := [str(replica.id) for replica in living if desired.pool(replica.id.pool) is None]:
             raise Violation(f"{gone} are of no pool that is wanted")
-        self._check_to_go(living, short)
         self._tally.short += bool(short)
         self._tally.whole += not short
         self._check_shortages(observed, short)
