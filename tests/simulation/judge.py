@@ -79,6 +79,10 @@ class Judge:
             self.new_controller = False
             heard = {id for id, driver in self.seen_drivers.items() if not driver.admitting}
             self.drains_s = {id: since_s for id, since_s in self.drains_s.items() if id in heard}
+        for id, driver in self.seen_drivers.items():
+            # A driver may have been out of sight when this controller began.
+            if not driver.admitting:
+                self.drains_s.setdefault(id, now_s)
         self.started = {}
 
     def forgets(self) -> None:
