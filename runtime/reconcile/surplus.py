@@ -108,10 +108,13 @@ def _stays_rather(round: Round, replica: Replica) -> tuple[bool, int]:
     return bool(round.cordoned_nodes(replica)), replica.id.incarnation
 
 
-def _least_wanted_first(round: Round, replica: Replica) -> tuple[bool, bool, int, int]:
+def _least_wanted_first(round: Round, replica: Replica) -> tuple[bool, bool, bool, int, int]:
     driver = replica.driver
     load = 0 if driver is None else driver.requests + driver.grants + driver.transfers
-    return round.phase(replica) is Phase.READY, not round.is_to_go(replica), load, -replica.id.incarnation
+    pool = round.desired.pool(replica.id.pool)
+    # What is new stays rather than what may stay where it is: a pool does not go back to an old model.
+    new = pool is not None and replica.spec.generation == pool.generation
+    return round.phase(replica) is Phase.READY, new, not round.is_to_go(replica), load, -replica.id.incarnation
 
 
 def _why(round: Round, replica: Replica) -> str:

@@ -150,10 +150,6 @@ def _the_last_one_goes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(give_way, "serving_beside", lambda round, replica: [replica])
 
 
-def _room_is_made_by_the_last_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_may_make_room", lambda *_: True)
-
-
 def _nobody_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, "give_way", lambda round, pool: None)
 
@@ -175,11 +171,10 @@ def _decide_otherwise(monkeypatch: pytest.MonkeyPatch, decider, other) -> None:
         (_a_new_controller_begins_anew, "is stopped"),
         (_a_loaded_replica_counts_as_ready, "not ready"),
         (_cordoned_nodes_are_used, "which is cordoned"),
-        (_nothing_moves_away, "left on a cordoned node"),
+        (_nothing_moves_away, "left on a cordoned node|nothing is said of it"),
         (_names_are_not_read, "was to leave and has not"),
         (_nobody_waits_for_who_takes_their_place, "and nobody serves in its pool|before another has come"),
         (_the_last_one_goes_too, "and nobody serves in its pool"),
-        (_room_is_made_by_the_last_one_too, "and nobody serves in its pool"),
         (_nobody_gives_way, "left on a cordoned node|was to leave"),
     ],
 )
