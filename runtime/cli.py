@@ -20,6 +20,7 @@ from rich.markup import escape
 from .. import __version__
 from ..sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..sdk.results import RequestOutput
+from .link_commands import AddressOption, measure_links, read_running
 from .operations.commands import register as register_operations
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ register_operations(app)
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command("measure-links")(measure_links)
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 _DEMO_START_TIMEOUT_S = 120.0
@@ -239,8 +241,10 @@ def serve(
 def plan(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a cluster file")],
     topology: Annotated[
-        Path | None, typer.Option(help="a topology file. Default: NAME.topology.yaml beside NAME.yaml")
+        Path | None,
+        typer.Option(help="a topology file. Default: NAME.topology.yaml beside NAME.yaml, else the Ray that runs"),
     ] = None,
+    address: AddressOption = None,
     profile: Annotated[
         list[Path] | None, typer.Option(help="measured steps, from `slipstream profile`; may be repeated")
     ] = None,
@@ -249,7 +253,9 @@ def plan(
     """Show plans for a cluster file, the best first, with what they are predicted to do and what limits each."""
     from .cluster.plan_command import plan_command
 
-    text, found = plan_command(file, topology=topology, profiles=profile or (), as_json=as_json)
+    text, found = plan_command(
+        file, topology=topology, address=address, running=read_running, profiles=profile or (), as_json=as_json
+    )
     typer.echo(text)
     if not found:
         raise typer.Exit(1)

@@ -1,6 +1,7 @@
 """``slipstream plan``: a cluster file and a topology in, ranked plans out, as text or as JSON.
 
-Owns what is printed. The command line hands in paths and prints what comes back.
+Owns what is printed. The command line hands in paths and prints what comes back. Where the topology comes from is
+``topology_choice``'s to decide.
 """
 
 from __future__ import annotations
@@ -13,32 +14,33 @@ from typing import Any
 from ...placement.explain import SHOWN, places, report, sentence, structure, verdict, why_first
 from ...placement.plan_figures import Figures
 from ...placement.question import RankedPlan, Ranking
-from ...sdk.errors import ConfigError
 from .cluster_file import ClusterFile, read_cluster_file
 from .planning import plan_cluster
 from .profile_file import read_profile
-from .topology_sections import read_topology
+from .topology_choice import ReadRunning, choose_topology
 
 
 def plan_command(
-    file: Path, *, topology: Path | None, profiles: Sequence[Path] = (), as_json: bool = False
+    file: Path,
+    *,
+    topology: Path | None,
+    address: str | None = None,
+    running: ReadRunning | None = None,
+    profiles: Sequence[Path] = (),
+    as_json: bool = False,
 ) -> tuple[str, bool]:
-    """Return what to print, and whether there is a plan.
+    """Return what to print, and whether there is a plan. ``address``, ``running``: as ``choose_topology`` takes them.
 
     Raises: ConfigError or CheckpointError naming the file and the field
     """
     cluster = read_cluster_file(file)
-    if topology is None:
-        beside = file.with_name(f"{file.stem}.topology{file.suffix}")
-        if not beside.is_file():
-            raise ConfigError("topology", f"give --topology FILE, or put {beside.name} beside {file}")
-        topology = beside
-    read = read_topology(topology, cluster.device_types)
+    chosen = choose_topology(file, cluster, topology=topology, address=address, running=running)
     measured = [read_profile(profile) for profile in profiles]
-    ranking = plan_cluster(cluster, read, directory=file.parent, profiles=measured)
+    ranking = plan_cluster(cluster, chosen.topology, directory=file.parent, profiles=measured)
     if as_json:
-        return json.dumps(as_records(cluster, ranking), indent=1), bool(ranking.plans)
-    text = report(ranking, cluster.objectives.value)
+        records = {**as_records(cluster, ranking), "topology": list(chosen.said)}
+        return json.dumps(records, indent=1), bool(ranking.plans)
+    text = "\n".join(chosen.said) + "\n\n" + report(ranking, cluster.objectives.value)
     if ranking.plans:
         where = [line for pool in ranking.plans[0].pools for line in places(pool)]
         text += "\n\nWhere the first plan's ranks are, in their order:\n" + "\n".join(f"  {line}" for line in where)

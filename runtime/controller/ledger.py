@@ -1,6 +1,7 @@
 """What has to outlive the controller: which incarnations and epochs were claimed, what runs, what is wanted.
 
     deployment/N  what is wanted, as it was last said
+    links/N       what was measured between nodes; kept for the cluster (``EVERYWHERE``), not for one deployment
     gang/N        incarnation N: its ranks, and which were told to end
     view/N        the view of epoch N
 
@@ -21,6 +22,7 @@ from ..reconcile.observed import ReplicaSpec
 from ..reconcile.views import View
 from .gateway_keeper import GatewayOrder
 from .launch import Launch
+from .links import MeasuredLinks
 from .records import from_json, to_json
 
 NETWORK = Link(bytes_per_s=1.25e9, latency_s=100e-6)
@@ -28,6 +30,8 @@ DEVICE_LINK = Link(bytes_per_s=32e9, latency_s=10e-6)
 """Between nodes, and between devices of one, where nobody has measured."""
 
 NONE_YET = Generation(model=0, cut=0)
+EVERYWHERE = "*"
+"""In place of a deployment: what is kept for the cluster as a whole. No deployment has this name."""
 
 _TRIES = 8
 
@@ -166,6 +170,18 @@ class Ledger:
     def keep_deployment(self, deployment: Deployment) -> bool:
         """Write what is wanted; return False if somebody else wrote at the same time."""
         return self._claim_last("deployment", (self._numbers("deployment") or [0])[-1] + 1, deployment)
+
+    def links(self) -> MeasuredLinks | None:
+        """Return what was measured between nodes, None if nothing was."""
+        return self._last("links", MeasuredLinks)
+
+    def links_number(self) -> int:
+        """Return a number that grows with every measurement that is kept; 0 before the first."""
+        return max(self._numbers("links"), default=0)
+
+    def keep_links(self, links: MeasuredLinks) -> bool:
+        """Keep a measurement in place of the last; return False if somebody else kept one at the same time."""
+        return self._claim_last("links", self.links_number() + 1, links)
 
     def forget(self) -> None:
         """Remove everything; nothing of the deployment may run."""

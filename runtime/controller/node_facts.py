@@ -4,6 +4,8 @@ Plain values in and out. A node's devices are counted by the resources ``slipstr
 it has them: the platform then sees to it too that each has one owner. Otherwise they are its GPUs, or the node is one
 device itself.
 
+Where links between nodes were measured, those figures stand in for the network's.
+
     label slipstream.node         the node's name, if it is not to be the platform's number
     label slipstream.device-type  a row of the device table
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ...placement.link_classes import Pair
 from ...placement.topology import DeviceType, Link, Node, Topology
 
 NAME_LABEL = "slipstream.node"
@@ -23,12 +26,17 @@ _NUMBER_CHARACTERS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """One node that lives, as the platform lists it. ``number``: the platform's own, new each time that it starts."""
+    """One node that lives, as the platform lists it.
+
+    ``number``: the platform's own, new each time that it starts. ``available``: of its resources, what nobody has at
+    the moment; None if that was not asked.
+    """
 
     number: str
     address: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    available: Mapping[str, float] | None = None
 
     @property
     def name(self) -> str:
@@ -49,6 +57,22 @@ class NodeFacts:
             count += 1
         return count
 
+    @property
+    def devices(self) -> int:
+        """How many devices it has."""
+        return self.own_devices or int(self.resources.get("GPU", 0)) or 1
+
+    @property
+    def taken(self) -> frozenset[int]:
+        """Devices that somebody has, as far as was asked. GPUs are only counted: the last ones stand for those."""
+        if self.available is None:
+            return frozenset()
+        if self.own_devices:
+            names = {index: f"{DEVICE_RESOURCE}{index}" for index in range(self.own_devices)}
+            return frozenset(index for index, name in names.items() if self.available.get(name, 0.0) < 1.0)
+        free = int(self.available.get("GPU", 0)) if self.resources.get("GPU") else self.devices
+        return frozenset(range(free, self.devices))
+
     def claim(self, index: int) -> dict[str, float]:
         """Return the resources that stand for one of its devices."""
         if self.own_devices:
@@ -61,9 +85,18 @@ class NodeFacts:
 
 
 def topology_of(
-    nodes: Iterable[NodeFacts], device_types: Mapping[str, DeviceType], *, network: Link, device_link: Link
+    nodes: Iterable[NodeFacts],
+    device_types: Mapping[str, DeviceType],
+    *,
+    network: Link,
+    device_link: Link | None = None,
+    links: Mapping[Pair, Link] | None = None,
 ) -> Topology:
-    """Return the topology of nodes that live. A type that the table lacks is taken as one of which nothing is known."""
+    """Return the topology of nodes that live. A type that the table lacks is taken as one of which nothing is known.
+
+    ``device_link``: between devices of a node; the device table's where it is None. ``links``: between pairs of nodes,
+    named in sorted order; ``network`` holds between the others.
+    """
     listed = sorted(nodes, key=lambda node: (node.name, node.number))
     known = dict(device_types)
     for node in listed:
@@ -76,14 +109,16 @@ def topology_of(
                 name=node.name,
                 address=node.address,
                 device_type=node.device_type,
-                devices=node.own_devices or int(node.resources.get("GPU", 0)) or 1,
-                device_link=device_link,
+                devices=node.devices,
+                device_link=device_link or known[node.device_type].link,
                 labels=dict(node.labels),
+                taken=node.taken,
             )
             for node in one_of_each(listed)
         ),
         device_types=known,
         network=network,
+        links=dict(links or {}),
     )
 
 

@@ -11,11 +11,14 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
+import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -31,8 +34,9 @@ from ..reconcile.actions import StartGang, StopRank, Unroute
 from ..reconcile.observed import DriverSeen, Observed, RankSeen, RankState, ReplicaSpec
 from ..reconcile.views import View
 from .cluster import ClusterError, StaleController, StartRefused
+from .known_links import KnownLinks
 from .launch import Launch, RankOrder, ranks_per_host
-from .ledger import Gang, Ledger
+from .ledger import EVERYWHERE, Gang, Ledger
 from .node_facts import NodeFacts, one_of_each, topology_of
 from .rank_keeper import KeeperReport, RankKeeper
 from .records import from_json, to_json
@@ -129,9 +133,11 @@ class RayCluster:
     launches: Mapping[str, Launch] = field(default_factory=dict)
     ledger: Ledger = field(init=False)
     _known: dict[str, _Known] = field(default_factory=dict)
+    _links: KnownLinks = field(init=False)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(RayStore(), deployment=self.deployment)
+        self._links = KnownLinks(Ledger(RayStore(), deployment=EVERYWHERE))
 
     # ------------------------------------------------------------------ seeing
 
@@ -142,6 +148,13 @@ class RayCluster:
             living = [gang for gang in gangs.values() if not gang.gone]
             alive = self._ask(_name(gang.spec, rank) for gang in living for rank in range(len(gang.devices)))
             view = self.ledger.view()
+            topology = topology_of(
+                nodes,
+                self.device_types,
+                network=self.network,
+                device_link=self.device_link,
+                links=self._links.between(nodes),
+            )
         except RayError as error:
             raise ClusterError(f"Ray does not answer: {error}") from error
         ranks: list[RankSeen] = []
@@ -160,7 +173,7 @@ class RayCluster:
             elif not gang.ready and all(rank.state is RankState.READY for rank in of_gang):
                 self.ledger.keep_gang(replace(gang, ready=True))
         return Observed(
-            topology=topology_of(nodes, self.device_types, network=self.network, device_link=self.device_link),
+            topology=topology,
             ranks=tuple(ranks),
             drivers=tuple(drivers),
             view=view,
@@ -366,19 +379,61 @@ _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA
 """The root of a clone must not be on the path of what runs there; and devices are chosen here, not by Ray."""
 
 
-def list_nodes() -> list[NodeFacts]:
-    """Return the nodes that Ray holds to be alive."""
+def list_nodes(*, with_available: bool = False) -> list[NodeFacts]:
+    """Return the nodes that Ray holds to be alive; if asked, with what nobody has of their resources."""
     listed: Any = ray.nodes
+    available: Any = available_resources_per_node() if with_available else {}
     return [
         NodeFacts(
             number=node["NodeID"],
             address=node["NodeManagerAddress"],
             resources=node["Resources"],
             labels=node.get("Labels") or {},
+            available=available.get(node["NodeID"]),
         )
         for node in listed()
         if node["Alive"]
     ]
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected to a running Ray: at an address, or the one that this machine knows.
+
+    Raises: ClusterError when there is none
+    """
+    # Ray puts the folder of who connects on the path of all that runs for them: not the root of a clone.
+    with tempfile.TemporaryDirectory() as nowhere, contextlib.chdir(nowhere):
+        try:
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ClusterError(f"no Ray can be reached at {address or 'this machine'}: {why}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def helper_on(kind: type, node: NodeFacts, *arguments: Any) -> Any:
+    """Start an actor on a node that ends with this process; its handle."""
+    actor: Any = ray.remote(kind)
+    return actor.options(
+        num_cpus=0,
+        max_concurrency=_CONCURRENCY,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
+        runtime_env=_RUNTIME_ENV,
+    ).remote(*arguments)
+
+
+def answer_of(call: Any, *, timeout_s: float) -> Any:
+    """Return what an actor's call comes to. Raises: ClusterError when it does not, in this time"""
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise ClusterError(f"there is no answer after {timeout_s:.0f} s") from error
+    except RayError as error:
+        raise ClusterError(str(error).splitlines()[0]) from error
 
 
 def _name(spec: ReplicaSpec, rank: int) -> str:

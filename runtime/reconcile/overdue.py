@@ -18,7 +18,7 @@ def end_overdue(round: Round) -> None:
             _give_up(round, replica, f"no token came out of it within {limits.loading_s:g} s")
     for replica in round.among(Phase.READY):
         up_s, wish = round.life(replica).up_s, round.desired.pool(replica.id.pool)
-        current = wish is not None and wish.generation == replica.spec.generation
+        current = wish is not None and not round.is_outdated(replica, wish)
         if current and up_s is not None and round.now_s - up_s >= limits.stable_s:
             round.forget_failures(replica.id.pool)
 

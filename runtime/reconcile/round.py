@@ -82,12 +82,33 @@ class Round:
                 yield replica
 
     def current(self, pool: PoolWish, *phases: Phase) -> list[Replica]:
-        """Return a pool's replicas of the generation that is wanted, in these phases."""
+        """Return a pool's replicas that are as wanted and may stay where they are, in these phases."""
         return [
             replica
             for replica in self.among(*phases)
-            if replica.id.pool == pool.name and replica.spec.generation == pool.generation
+            if replica.id.pool == pool.name and not self.is_outdated(replica, pool)
         ]
+
+    def is_outdated(self, replica: Replica, pool: PoolWish) -> bool:
+        """Whether another replica is to take a replica's place: it is of another generation, or is to go."""
+        return replica.spec.generation != pool.generation or self.is_to_go(replica)
+
+    def open_devices(self) -> frozenset[DeviceRef]:
+        """Return the devices on which something may start: all but those on cordoned nodes."""
+        cordoned = self.desired.cordoned
+        return frozenset(device for device in self.observed.topology.devices() if device.node not in cordoned)
+
+    def is_to_go(self, replica: Replica) -> bool:
+        """Whether an operator wants a replica away from where it is."""
+        return self.is_leaving(replica) or bool(self.cordoned_nodes(replica))
+
+    def is_leaving(self, replica: Replica) -> bool:
+        """Whether an operator has named a replica, which then ends whatever becomes of its pool."""
+        return str(replica.id) in self.desired.leaving
+
+    def cordoned_nodes(self, replica: Replica) -> list[str]:
+        """Return the cordoned nodes that a replica is on."""
+        return sorted({seen.device.node for seen in replica.ranks} & self.desired.cordoned)
 
     def stop(self, replica: Replica, why: str) -> None:
         """End a replica: its driver first, which lets gateways know at once, then the others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slipstream.placement.topology import DeviceType, Link
 from slipstream.runtime.controller.node_facts import NodeFacts, topology_of
 
@@ -37,3 +39,26 @@ def test_of_two_nodes_with_one_name_none_is_used() -> None:
 def test_a_type_that_nobody_knows_can_be_used() -> None:
     (device,) = topology(node("a" * 56, {}, slipstream_device_type="odd")).devices()
     assert topology(node("a" * 56, {}, slipstream_device_type="odd")).device_type(device).memory_bytes == 0
+
+
+def test_what_somebody_has_is_taken_as_far_as_was_asked() -> None:
+    named = node("f" * 56, {"slipstream_device_0": 1, "slipstream_device_1": 1}, slipstream_node="named")
+    gpus = node("e" * 56, {"GPU": 4}, slipstream_node="gpus", slipstream_device_type="h100")
+    bare = node("d" * 56, {"CPU": 9})
+    assert not any(each.taken for each in (named, gpus, bare))
+    asked = [
+        replace(named, available={"slipstream_device_1": 1.0}),
+        replace(gpus, available={"GPU": 3.0}),
+        replace(bare, available={"CPU": 1.0}),
+    ]
+    free = [str(device) for device in topology(*asked).devices()]
+    assert free == ["dddddddddddd/0", "gpus/0", "gpus/1", "gpus/2", "named/1"]
+
+
+def test_measured_links_stand_in_for_the_network_and_the_table_for_links_in_a_node() -> None:
+    measured = Link(bytes_per_s=7e9, latency_s=2e-5)
+    nodes = [node(letter * 56, {}, slipstream_node=letter, slipstream_device_type="h100") for letter in "abc"]
+    found = topology_of(nodes, TYPES, network=LINK, links={("a", "b"): measured})
+    assert found.node_link(found.node("b"), found.node("a")) == measured
+    assert found.node_link(found.node("a"), found.node("c")) == LINK
+    assert found.node("a").device_link == TYPES["h100"].link

@@ -10,6 +10,7 @@ from slipstream.placement.plan import Constraint, Degrees, Role
 from slipstream.placement.topology import DeviceRef
 from slipstream.runtime.controller.launch import Launch, RankOrder, ranks_per_host
 from slipstream.runtime.controller.ledger import Deployment, Gang
+from slipstream.runtime.controller.links import LinkFigures, MeasuredLink, MeasuredLinks, UnmeasuredLink
 from slipstream.runtime.controller.rank_keeper import KeeperReport
 from slipstream.runtime.controller.records import BadRecord, from_json, to_json
 from slipstream.runtime.reconcile.desired import Desired, Generation, Limits, PoolWish
@@ -44,6 +45,18 @@ VALUES = [
     RankOrder(spec=SPEC, rank=0, address="10.0.0.1", device=2, launch=Launch(arguments=("--listen", "{address}:0"))),
     KeeperReport(state=RankState.READY, driver=DriverSeen(replica=ID, address="x:1", proven=True, admitting=False)),
     KeeperReport(state=RankState.FAILED, detail="why"),
+    Desired(cordoned=frozenset({"a", "b"}), leaving=frozenset({"p-3"})),
+    MeasuredLinks(
+        began_s=1.5,
+        took_s=2,
+        addresses={"a": "10.0.0.1"},
+        links=(
+            MeasuredLink(
+                source="a", target="b", figures=LinkFigures(bytes_per_s=1e9, round_trip_s=1e-4, round_trip_p99_s=1e-3)
+            ),
+        ),
+        missing=(UnmeasuredLink(source="b", target="a", why="it does not answer"),),
+    ),
 ]
 
 

@@ -69,7 +69,9 @@ OPTIONS = {
         "expert_exchange",
     },
     # where it would run, what has been measured there, how it is told
-    "plan": {"topology", "profile", "as_json"},
+    "plan": {"topology", "address", "profile", "as_json"},
+    # where, how much it may cost, where it goes
+    "measure-links": {"address", "seconds", "streams", "timeout_s", "save", "as_json"},
     # what is measured, as an engine would hold it, and where the table goes
     "profile": {"output", "device_type", "dtype", "device", "quantization", "num_threads", "positions"},
     "bench serve": {

@@ -81,6 +81,11 @@ class Host:
                 *("rate", f"{mbit_per_s * 1000:.0f}kbit", "burst", f"{burst_bytes}", "latency", "50ms"),
             )
 
+    def delay(self, *, milliseconds: float) -> None:
+        """Keep back what leaves the host, in place of its limit. Raises: CalledProcessError where netem is missing"""
+        rule = ("qdisc", "replace", "dev", INTERFACE, "root", "netem", "delay", f"{milliseconds}ms")
+        _run("tc", "-n", self.namespace, *rule)
+
     def cut(self) -> None:
         """Lose everything on the link, without a word to anyone; connections hang until their own deadlines."""
         _run("ip", "-n", self.switch, "link", "set", self.port, "down")

@@ -1,8 +1,10 @@
 """What must hold at every action, whatever happened before. Knows what was seen and what is asked for, and no decider.
 
-gangs    under an incarnation of their own, whole, on free devices that the pool may use; not more than is asked for
+gangs    under an incarnation of their own, whole, on free devices that the pool may use, on no cordoned node; not more
+         than is asked for
 stops    only of what is broken, never served, or has drained
-drains   only of what is too many or old
+drains   only of what is too many, old, or to go; of what is to go only when another serves in its place, or when there
+         is no room for one, and the last of a pool only if it was named
 views    numbered upwards, naming replicas that are ready
 """
 
@@ -11,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from slipstream.placement.plan import ReplicaPlace
 from slipstream.placement.topology import DeviceRef
 from slipstream.runtime.reconcile.actions import StartGang, StopRank, Unroute
 from slipstream.runtime.reconcile.desired import Desired, Limits
 from slipstream.runtime.reconcile.observed import DriverSeen, Observed, RankSeen, RankState, ReplicaId
+from slipstream.runtime.reconcile.round import Assign
 from slipstream.runtime.reconcile.views import View
-from slipstream.tests.fakes.first_fit import allows
+from slipstream.tests.fakes.first_fit import allows, first_fit
 
 
 class Violation(AssertionError):
@@ -41,6 +45,7 @@ class Judge:
     """Judges actions against what was seen when they were decided. Units: drains_s, when each drain began"""
 
     limits: Limits
+    assign: Assign = first_fit
     desired: Desired = field(default_factory=Desired)
     seen: Observed | None = None
     now_s: float = 0.0
@@ -50,6 +55,7 @@ class Judge:
     drains_s: dict[ReplicaId, float] = field(default_factory=dict)
     ended: set[ReplicaId] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
+    served_at_sight: set[str] = field(default_factory=set)
     epoch: int = 0
     new_controller: bool = False
     used: set[int] = field(default_factory=set)
@@ -60,6 +66,7 @@ class Judge:
     def saw(self, observed: Observed, *, now_s: float) -> None:
         """Note what a round starts from."""
         self.seen, self.now_s = observed, now_s
+        self.served_at_sight = {replica.replica for replica in observed.view.replicas}
         self.ranks = {}
         for rank in observed.ranks:
             self.ranks.setdefault(rank.spec.id, []).append(rank)
@@ -72,6 +79,10 @@ class Judge:
             self.new_controller = False
             heard = {id for id, driver in self.seen_drivers.items() if not driver.admitting}
             self.drains_s = {id: since_s for id, since_s in self.drains_s.items() if id in heard}
+        for id, driver in self.seen_drivers.items():
+            # A driver may have been out of sight when this controller began.
+            if not driver.admitting:
+                self.drains_s.setdefault(id, now_s)
         self.started = {}
 
     def forgets(self) -> None:
@@ -97,6 +108,7 @@ class Judge:
             node = nodes[device.node]
             _hold(device.index < node.devices and device.index not in node.taken, f"{device} cannot be had")
             _hold(allows(pool.constraint, node), f"{id} may not run on {device.node}")
+            _hold(device.node not in self.desired.cordoned, f"{id} is started on {device.node}, which is cordoned")
         self.started[pool.name] = self.started.get(pool.name, 0) + 1
         living = self._living_current(pool.name)
         _hold(living + self.started[pool.name] <= pool.replicas, f"{id} is one more than {pool.replicas}")
@@ -133,8 +145,34 @@ class Judge:
         id = unroute.replica
         if id not in self.drains_s:
             _hold(self._too_many(id), f"{id} is needed and drained: {unroute.why}")
+            self._gives_way(id)
             self.drains_s[id] = now_s
         _hold(self.seen is None or self._in_view(id) is False, f"{id} is unrouted while gateways are sent to it")
+
+    def _gives_way(self, id: ReplicaId) -> None:
+        """Hold the drain of a replica that is as wanted, but to go, against what its pool has left."""
+        pool, ranks = self.desired.pool(id.pool), self.ranks.get(id)
+        assert self.seen is not None
+        if pool is None or not ranks or ranks[0].spec.generation != pool.generation or not self._is_to_go(id):
+            return
+        if str(id) not in self.served_at_sight:
+            # Nobody was sent to it: nothing is taken from the pool.
+            return
+        serve = [each for each in self.seen.view.replicas if each.pool == id.pool]
+        alike = [each for each in serve if each.generation.model == pool.generation.model]
+        wanted = str(id) in self.desired.leaving
+        _hold(bool(alike) or wanted or not pool.replicas, f"{id} goes, and nobody serves in its pool any more")
+        # Of several pools, one may have been promised what another looks for.
+        if len(self.desired.pools) == 1 and len(serve) < pool.replicas:
+            used = {rank.device for rank in self.seen.ranks}
+            free = frozenset(self.seen.topology.devices()) - used
+            free = frozenset(device for device in free if device.node not in self.desired.cordoned)
+            found = self.assign(self.seen.topology, free, pool.degrees, pool.constraint)
+            coming = self._living_current(pool.name) >= pool.replicas
+            _hold(
+                not coming and not isinstance(found, ReplicaPlace),
+                f"{id} goes before another has come, and there is room for one",
+            )
 
     def publishes(self, view: View) -> None:
         """A view is published."""
@@ -184,16 +222,22 @@ class Judge:
             for id, ranks in self.ranks.items()
             if id.pool == name
             and ranks[0].spec.generation == pool.generation
+            and not self._is_to_go(id)
             and id not in self.ended
             and id not in self.drains_s
             and self._whole(id)
         )
 
+    def _is_to_go(self, id: ReplicaId) -> bool:
+        """Whether the operator wants it away from where it is."""
+        nodes = {rank.device.node for rank in self.ranks.get(id, [])}
+        return str(id) in self.desired.leaving or bool(nodes & self.desired.cordoned)
+
     def _too_many(self, id: ReplicaId) -> bool:
         pool = self.desired.pool(id.pool)
         if pool is None or not self.ranks.get(id):
             return True
-        if self.ranks[id][0].spec.generation != pool.generation:
+        if self.ranks[id][0].spec.generation != pool.generation or self._is_to_go(id):
             return True
         return self._living_current(id.pool) > pool.replicas
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from slipstream.placement.plan import Constraint, Degrees, ReplicaPlace, Role
 from slipstream.runtime.controller.rounds import RoundReport, Rounds
 from slipstream.runtime.reconcile.actions import StartGang
-from slipstream.runtime.reconcile.adopt import Phase, adopt
+from slipstream.runtime.reconcile.adopt import Phase, Replica, adopt
 from slipstream.runtime.reconcile.desired import Desired, Generation, Limits, PoolWish
 from slipstream.runtime.reconcile.memory import Memory
 from slipstream.runtime.reconcile.observed import Observed, ReplicaId
@@ -49,6 +49,7 @@ class Tally:
     cut_short: int = 0
     whole: int = 0
     short: int = 0
+    kept_on_cordoned: int = 0
     longest_settling: int = 0
 
 
@@ -60,7 +61,7 @@ class Sequence:
         self._seed = seed
         self._tally = tally if tally is not None else Tally()
         self._policy = Policy(assign=assign, limits=LIMITS)
-        self._judge = Judge(limits=LIMITS)
+        self._judge = Judge(limits=LIMITS, assign=assign)
         self.world = World(draw=self._draw, judge=self._judge, names_lost=self._draw.random() < 0.5)
         self._model, self._cut = itertools.count(1), itertools.count(1)
         self.story: list[str] = []
@@ -231,6 +232,24 @@ class Sequence:
     def _partial_changes(self) -> None:
         self._write(replace(self._desired, partial=not self._desired.partial))
 
+    def _a_node_is_cordoned(self) -> None:
+        cordoned = self._desired.cordoned | {self._draw.choice(sorted(self.world.nodes))}
+        self._write(replace(self._desired, cordoned=cordoned))
+
+    def _nodes_are_cordoned_no_more(self) -> None:
+        some = frozenset(name for name in sorted(self._desired.cordoned) if self._draw.random() < 0.3)
+        self._write(replace(self._desired, cordoned=some))
+
+    def _a_replica_is_to_leave(self) -> None:
+        if self.world.sizes:
+            # Perhaps one that has gone: a name that nobody has does no harm.
+            lately = sorted(str(id) for id in list(self.world.sizes)[-6:])
+            leaving = self._desired.leaving | {self._draw.choice(lately)}
+            self._write(replace(self._desired, leaving=leaving))
+
+    def _nobody_is_to_leave(self) -> None:
+        self._write(replace(self._desired, leaving=frozenset()))
+
     def _change(self, change) -> None:
         if self._desired.pools:
             chosen = self._draw.choice(self._desired.pools)
@@ -239,7 +258,9 @@ class Sequence:
 
     def _write(self, desired: Desired) -> None:
         self._desired = desired
-        self._tell(f"the file says: partial {desired.partial}, {', '.join(map(_said, desired.pools))}")
+        pools = ", ".join(map(_said, desired.pools))
+        away = f"cordoned {sorted(desired.cordoned)}, leaving {sorted(desired.leaving)}"
+        self._tell(f"the file says: partial {desired.partial}, {pools}; {away}")
 
     # ------------------------------------------------------------------ the end
 
@@ -278,9 +299,10 @@ class Sequence:
             raise Violation(f"the view names {named}, there are {[str(replica.id) for replica in living]}")
         if unready := [str(replica.id) for replica in living if replica.phase is not Phase.READY]:
             raise Violation(f"{unready} are not ready")
+        self._check_to_go(living, short)
         for pool in desired.pools:
             of_pool = [replica for replica in living if replica.id.pool == pool.name]
-            current = [replica for replica in of_pool if replica.spec.generation == pool.generation]
+            current = [replica for replica in of_pool if self._is_current(replica, pool)]
             held_back = bool(short) and not desired.partial and not observed.view.begun
             if len(current) != pool.replicas and pool.name not in short and not held_back:
                 raise Violation(f"pool {pool.name} has {len(current)} of {pool.replicas} and nothing is said of it")
@@ -294,10 +316,33 @@ class Sequence:
         self._tally.whole += not short
         self._check_shortages(observed, short)
 
+    def _is_current(self, replica: Replica, pool: PoolWish) -> bool:
+        to_go = str(replica.id) in self._desired.leaving or self._on_cordoned(replica)
+        return replica.spec.generation == pool.generation and not to_go
+
+    def _on_cordoned(self, replica: Replica) -> bool:
+        return any(rank.device.node in self._desired.cordoned for rank in replica.ranks)
+
+    def _check_to_go(self, living: list[Replica], short: set[str]) -> None:
+        """Who was named has ended; a cordoned node has at most a pool's last replica, for which there is no room."""
+        for replica in living:
+            if str(replica.id) in self._desired.leaving:
+                raise Violation(f"{replica.id} was to leave and has not")
+            if not self._on_cordoned(replica):
+                continue
+            model = replica.spec.generation.model
+            alike = [
+                other for other in living if other.id.pool == replica.id.pool and other.spec.generation.model == model
+            ]
+            if len(alike) > 1 or not short:
+                raise Violation(f"{replica.id} is left on a cordoned node")
+            self._tally.kept_on_cordoned += 1
+
     def _check_shortages(self, observed: Observed, short: set[str]) -> None:
         """What is said to be missing must be missing."""
         used = {process.device for process in self.world.processes.values()}
-        there = frozenset(observed.topology.devices())
+        every = observed.topology.devices()
+        there = frozenset(device for device in every if device.node not in self._desired.cordoned)
         if not self._desired.partial and not observed.view.begun and not observed.view.replicas:
             if short and self._fits_whole(observed, there):
                 raise Violation("everything would fit")
@@ -350,6 +395,10 @@ _EVENTS = (
     ("_the_cut_changes", 5),
     ("_the_model_changes", 4),
     ("_partial_changes", 1),
+    ("_a_node_is_cordoned", 5),
+    ("_nodes_are_cordoned_no_more", 4),
+    ("_a_replica_is_to_leave", 5),
+    ("_nobody_is_to_leave", 1),
 )
 """What happens, and how often."""
 
