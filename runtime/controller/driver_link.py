@@ -38,10 +38,11 @@ class DriverReport:
 
 
 class DriverLink:
-    """A session with one driver, kept until it is lost or left."""
+    """A session with one driver, kept until it is lost or left. ``secret``: what the two have to share over TCP."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, secret: bytes | None = None) -> None:
         self._address = address
+        self._secret = secret
         self._proven = False
         self._drain_asked = False
         self._problem = ""
@@ -87,7 +88,7 @@ class DriverLink:
     async def _keep(self) -> None:
         """Meet the driver, again when the session is lost, and let it prove itself once."""
         while not self._stopping.is_set():
-            client = GrpcEngineClient(self._address)
+            client = GrpcEngineClient(self._address, secret=self._secret)
             try:
                 facts = await client.connect(timeout_s=_CONNECT_TIMEOUT_S)
                 self._client = client

@@ -8,6 +8,10 @@ from .codec import MAX_MESSAGE_BYTES
 SERVICE = "slipstream.v1.Engine"
 FACTS = "Facts"
 SESSION = "Session"
+CLUSTER_SERVICE = "slipstream.v1.Cluster"
+WATCH = "Watch"
+SECRET_SERVICE = "slipstream.v1.Secret"
+CHALLENGE = "Challenge"
 
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path, less its final zero
 _KEEPALIVE_MS = 10_000
@@ -57,3 +61,19 @@ def target_of(address: str) -> str:
     if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError("address", f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, got {path!r}")
     return f"unix:{path}"
+
+
+def is_socket(target: str) -> bool:
+    """Return whether a target is a socket's path: as open as its file, and no wire that others could be on."""
+    return target.startswith("unix:")
+
+
+def one_host_of(address: str) -> str:
+    """Return the target of an address to listen on that names its host: without one, all networks could reach it.
+
+    Raises: ConfigError naming ``address``
+    """
+    target = target_of(address)
+    if target.startswith(":"):
+        raise ConfigError("address", f"{address!r} names no host and would be open to all networks: give one")
+    return target
