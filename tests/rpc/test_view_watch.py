@@ -193,20 +193,22 @@ def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> No
         large = {f"p-{number}": "host:1" * 20 for number in range(2000)}
         board.publish(view(1, large))
         last = 300
-        async with published(board, heartbeat_s=PATIENCE_S) as (address, server):
-            async with grpc.aio.insecure_channel(address) as channel:
-                open_watch: Any = channel.unary_stream("/slipstream.v1.Cluster/Watch")
-                call = open_watch(encode_watch(0))
-                await until(lambda: server.watchers == 1)
-                for epoch in range(2, last + 1):
-                    board.publish(view(epoch, large))
-                    await asyncio.sleep(0.001)
-                epochs = []
-                while not epochs or epochs[-1] < last:
-                    epochs.append(decode_view(await call.read()).epoch)
-                # What the connection held when it was full, and then the newest.
-                assert epochs == sorted(epochs) and len(epochs) < last / 2
-                call.cancel()
+        async with (
+            published(board, heartbeat_s=PATIENCE_S) as (address, server),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            open_watch: Any = channel.unary_stream("/slipstream.v1.Cluster/Watch")
+            call = open_watch(encode_watch(0))
+            await until(lambda: server.watchers == 1)
+            for epoch in range(2, last + 1):
+                board.publish(view(epoch, large))
+                await asyncio.sleep(0.001)
+            epochs = []
+            while not epochs or epochs[-1] < last:
+                epochs.append(decode_view(await call.read()).epoch)
+            # What the connection held when it was full, and then the newest.
+            assert epochs == sorted(epochs) and len(epochs) < last / 2
+            call.cancel()
 
     run(test())
 
@@ -216,13 +218,15 @@ def test_a_watcher_that_never_reads_is_let_go() -> None:
         board = ViewBoard()
         large = {f"p-{number}": "host:1" * 20 for number in range(2000)}
         board.publish(view(1, large))
-        async with published(board, heartbeat_s=0.001, write_timeout_s=SHORT_S) as (address, server):
-            async with grpc.aio.insecure_channel(address) as channel:
-                open_watch: Any = channel.unary_stream("/slipstream.v1.Cluster/Watch")
-                call = open_watch(encode_watch(0))
-                await until(lambda: server.watchers == 1)
-                await until(lambda: server.watchers == 0)
-                call.cancel()
+        async with (
+            published(board, heartbeat_s=0.001, write_timeout_s=SHORT_S) as (address, server),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            open_watch: Any = channel.unary_stream("/slipstream.v1.Cluster/Watch")
+            call = open_watch(encode_watch(0))
+            await until(lambda: server.watchers == 1)
+            await until(lambda: server.watchers == 0)
+            call.cancel()
 
     run(test())
 
