@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ...sdk.errors import CheckpointError, ConfigError, EngineUnavailable, SlipstreamError
+from ...sdk.errors import CheckpointError, EngineUnavailable, SlipstreamError
 from ..clock import Clock
 from ..prompts import Seeds
 from ..reconcile.views import ReplicaView
@@ -131,8 +131,8 @@ class ReplicaKeeper:
             except (CheckpointError, OSError) as error:
                 self._note(ReplicaState.SKIPPED, f"its model cannot be read by this gateway: {error}")
             except SlipstreamError as error:
-                hopeless = isinstance(error, ConfigError) or not error.retryable
-                self._note(ReplicaState.SKIPPED if hopeless else ReplicaState.LOST, str(error))
+                # A secret or an address that is wrong: somebody has to mend it, and then it is tried again.
+                self._note(ReplicaState.LOST if error.retryable else ReplicaState.SKIPPED, str(error))
             except Exception:
                 # A bug of ours with one replica is not to end those that serve.
                 logger.exception("replica %s", self.name)
