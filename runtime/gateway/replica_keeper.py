@@ -151,7 +151,7 @@ class ReplicaKeeper:
         generation = replica.generation.model
         text = await self._read_model(facts.model, generation)
         self.model = served_model(client, facts, text, seeds=self._seeds, generation=generation)
-        self._note(ReplicaState.ATTACHED, "")
+        self._note(ReplicaState.CONNECTING, "")
         logger.info("replica %s is there: %s on %s, %s", self.name, facts.model, facts.device, facts.dtype)
         if facts.epoch != self._epoch:
             self._epoch = facts.epoch
@@ -200,7 +200,7 @@ class ReplicaKeeper:
             await asyncio.gather(doing, left, return_exceptions=True)
 
     def _note(self, state: ReplicaState, problem: str) -> None:
-        """Keep what stands in the way, and say it once."""
+        """Keep what stands in the way, and say it once; ``state``: what the replica is in while it is not attached."""
         self._failure = state
         if problem and problem != self._problem:
             logger.warning("replica %s is %s: %s", self.name, state, problem)

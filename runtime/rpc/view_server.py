@@ -22,6 +22,7 @@ from .wire import CLUSTER_SERVICE, SERVER_OPTIONS, WATCH, is_socket, one_host_of
 
 # Calls that are not watching: challenges, and those that are about to be refused.
 _OTHER_CALLS = 64
+_LAST_BYTES_S = 0.5
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -51,6 +52,7 @@ class ViewServer:
         self._heartbeat_s = heartbeat_s
         self._write_timeout_s = write_timeout_s
         self._watchers = 0
+        self._stopping = asyncio.Event()
         self._encoded: tuple[View, bytes] | None = None
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_watchers + _OTHER_CALLS)
         handlers: Any = {WATCH: grpc.unary_stream_rpc_method_handler(self._watch)}
@@ -66,8 +68,9 @@ class ViewServer:
         """Listen, and return the address to connect to. Raises: ConfigError naming ``address``"""
         return await listen(self._server, self._target)
 
-    async def stop(self, *, grace_s: float = 0.0) -> None:
-        """End what runs and listen no more."""
+    async def stop(self, *, grace_s: float = _LAST_BYTES_S) -> None:
+        """End all watches and listen no more; ``grace_s``: how long watchers may take to hear of it."""
+        self._stopping.set()
         await self._server.stop(grace_s)
 
     async def _watch(self, request: bytes, context: _Context) -> None:
@@ -79,19 +82,16 @@ class ViewServer:
         self._watchers += 1
         try:
             await self._send_views(decode_watch(request), context)
+            return
         except SlipstreamError as error:
-            await context.abort(status_of(error), str(error))
+            ended = error
         finally:
             self._watchers -= 1
+        await context.abort(status_of(ended), str(ended))
 
     async def _send_views(self, epoch: int, context: _Context) -> None:
         """Raises: InvalidRequest when a view is too large to be sent; EngineUnavailable when one was left unread"""
-        while True:
-            try:
-                async with asyncio.timeout(self._heartbeat_s):
-                    await self._board.newer(epoch)
-            except TimeoutError:
-                pass
+        while await self._until_due(epoch):
             view = self._board.newest
             try:
                 async with asyncio.timeout(self._write_timeout_s):
@@ -99,6 +99,16 @@ class ViewServer:
             except TimeoutError as error:
                 raise EngineUnavailable(f"a view was left unread for {self._write_timeout_s:g} s") from error
             epoch = max(epoch, view.epoch)
+
+    async def _until_due(self, epoch: int) -> bool:
+        """Wait for a view above an epoch, or until it is time to be heard; return False at the server's end."""
+        waits = [asyncio.ensure_future(self._board.newer(epoch)), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait(waits, timeout=self._heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self._stopping.is_set()
 
     def _bytes_of(self, view: View) -> bytes:
         """Return a view as bytes, made once for all watchers."""

@@ -18,14 +18,12 @@ from ...sdk.errors import ConfigError, InvalidRequest, SlipstreamError
 from ..clock import Clock
 from ..reconcile.views import View
 from .backoff import Backoff, Jitter
-from .codec_views import MAX_VIEW_BYTES, decode_view, encode_watch
+from .codec_views import decode_view, encode_watch
 from .door import visit
 from .errors import SecretRefused, WatchLost
-from .wire import CLIENT_OPTIONS, CLUSTER_SERVICE, WATCH, is_socket, target_of
+from .wire import CLUSTER_SERVICE, WATCH, WATCH_OPTIONS, is_socket, target_of
 
 logger = logging.getLogger(__name__)
-
-_OPTIONS = (*CLIENT_OPTIONS, ("grpc.max_receive_message_length", MAX_VIEW_BYTES))
 
 
 class ViewWatch:
@@ -85,7 +83,7 @@ class ViewWatch:
 
     async def _watch(self, target: str) -> AsyncGenerator[View]:
         """Yield what is new from one server until it is lost. Raises: WatchLost; SecretRefused"""
-        async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(target, options=WATCH_OPTIONS) as channel:
             call = await self._open(channel, None if is_socket(target) else self._secret)
             try:
                 while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...sdk.errors import ConfigError
 from .codec import MAX_MESSAGE_BYTES
+from .codec_views import MAX_VIEW_BYTES
 
 SERVICE = "slipstream.v1.Engine"
 FACTS = "Facts"
@@ -21,8 +22,7 @@ _SIZES = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
-    *_SIZES,
+_CLIENT: tuple[tuple[str, int], ...] = (
     # A peer that is stopped, or behind a cut link, is noticed although the connection stands.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
@@ -35,6 +35,9 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels to one address are separate connections, or closing one would not end its session.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+CLIENT_OPTIONS = (*_CLIENT, *_SIZES)
+WATCH_OPTIONS = (*_CLIENT, ("grpc.max_receive_message_length", MAX_VIEW_BYTES))
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_SIZES,

@@ -34,6 +34,12 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+async def give_up(waiting: asyncio.Future[View]) -> None:
+    """Wait no longer for a view; only then may its source be closed."""
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+
+
 async def views_until(views: AsyncGenerator[View], epoch: int) -> list[View]:
     """Return what comes up to an epoch, which must come."""
     found = []

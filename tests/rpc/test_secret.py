@@ -26,7 +26,7 @@ from slipstream.runtime.rpc.view_source import ViewBoard
 from slipstream.runtime.rpc.view_watch import ViewWatch
 from slipstream.sdk.errors import EngineUnavailable
 from slipstream.tests.contracts.engine_client import answer
-from slipstream.tests.contracts.view_source import PATIENCE_S, run, until
+from slipstream.tests.contracts.view_source import PATIENCE_S, give_up, run, until
 from slipstream.tests.engine.builders import request
 from slipstream.tests.fakes.engine_bench import engine_bench
 from slipstream.tests.fakes.oracle_executor import expected_tokens
@@ -158,7 +158,7 @@ def test_those_who_do_not_share_it_do_not_meet(served: bytes | None, called: byt
                 first = asyncio.ensure_future(anext(watching))
                 await until(lambda: problem in source.problem)
                 assert not first.done()
-                first.cancel()
+                await give_up(first)
 
     run(test())
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from slipstream.runtime.rpc.view_server import ViewServer
 from slipstream.runtime.rpc.view_source import ViewBoard
 from slipstream.runtime.rpc.view_watch import ViewWatch
 from slipstream.sdk.errors import ConfigError
-from slipstream.tests.contracts.view_source import PATIENCE_S, run, until, views_until
+from slipstream.tests.contracts.view_source import PATIENCE_S, give_up, run, until, views_until
 from slipstream.tests.fakes.views import view
 
 SHORT_S = 0.2
@@ -163,7 +164,7 @@ def test_what_is_no_view_is_refused_and_tried_elsewhere(data: bytes, problem: st
             first = asyncio.ensure_future(anext(views))
             await until(lambda: problem in source.problem)
             assert not first.done()
-            first.cancel()
+            await give_up(first)
         async with published(board_of(1)) as (good, _), aclosing(watch(address, good).views()) as views:
             assert (await anext(views)).epoch == 1
         await hostile.stop(0)
@@ -190,9 +191,9 @@ def test_one_watcher_too_many_is_refused_and_gets_in_when_another_leaves() -> No
 def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> None:
     async def test() -> None:
         board = ViewBoard()
-        large = {f"p-{number}": "host:1" * 20 for number in range(2000)}
-        board.publish(view(1, large))
-        last = 300
+        large = view(1, {f"p-{number}": 200 * "x" for number in range(500)})
+        board.publish(large)
+        last = 200
         async with (
             published(board, heartbeat_s=PATIENCE_S) as (address, server),
             grpc.aio.insecure_channel(address) as channel,
@@ -201,7 +202,7 @@ def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> No
             call = open_watch(encode_watch(0))
             await until(lambda: server.watchers == 1)
             for epoch in range(2, last + 1):
-                board.publish(view(epoch, large))
+                board.publish(replace(large, epoch=epoch))
                 await asyncio.sleep(0.001)
             epochs = []
             while not epochs or epochs[-1] < last:
@@ -216,8 +217,7 @@ def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> No
 def test_a_watcher_that_never_reads_is_let_go() -> None:
     async def test() -> None:
         board = ViewBoard()
-        large = {f"p-{number}": "host:1" * 20 for number in range(2000)}
-        board.publish(view(1, large))
+        board.publish(view(1, {f"p-{number}": 200 * "x" for number in range(500)}))
         async with (
             published(board, heartbeat_s=0.001, write_timeout_s=SHORT_S) as (address, server),
             grpc.aio.insecure_channel(address) as channel,
@@ -263,7 +263,7 @@ def test_pauses_are_jittered_by_what_is_given() -> None:
         async with aclosing(source.views()) as views:
             first = asyncio.ensure_future(anext(views))
             await until(lambda: len(asked) >= 5)
-            first.cancel()
+            await give_up(first)
         assert asked[:5] == [1.0, 2.0, 4.0, 5.0, 5.0]
 
     run(test())
