@@ -141,8 +141,8 @@ class ReplicaSet:
             if key not in wanted:
                 keeper.leave()
         for key, replica in wanted.items():
-            if (keeper := self._keepers.get(key)) is not None:
-                keeper.stay()
+            if key in self._keepers:
+                self._keepers[key].stay()
             else:
                 self._keepers[key] = self._keeper(replica)
                 group.create_task(self._keep(key, self._keepers[key]), name=f"replica {replica.replica}")
@@ -176,17 +176,17 @@ class ReplicaSet:
 
     def _least(self, keepers: list[ReplicaKeeper]) -> ReplicaKeeper | None:
         able = {keeper.name: keeper for keeper in keepers if keeper.takes_requests}
-        for name, keeper in able.items():
-            self._take_report(name, keeper)
+        for keeper in able.values():
+            self._take_report(keeper)
         name = self._balance.least(able)
         return None if name is None else able[name]
 
-    def _take_report(self, name: str, keeper: ReplicaKeeper) -> None:
+    def _take_report(self, keeper: ReplicaKeeper) -> None:
         """Tell the balance of a report that has come since the last choice: reports come with every step."""
         load = None if keeper.model is None else keeper.model.client.load()
-        if load is not None and load is not self._reported.get(name):
-            self._reported[name] = load
-            self._balance.report(name, load.running + load.waiting)
+        if load is not None and load is not self._reported.get(keeper.name):
+            self._reported[keeper.name] = load
+            self._balance.report(keeper.name, load.running + load.waiting)
 
     def _models(self) -> list[ServedModel]:
         return [keeper.model for keeper in self._keepers.values() if keeper.model is not None]
