@@ -14,11 +14,13 @@ from ...placement.topology import DeviceType, Link
 from ..clock import monotonic_clock
 from ..reconcile.desired import Limits
 from ..reconcile.round import Assign, Policy
-from .cluster import StaleController
+from ..rpc.secret import checked_secret
+from .cluster import Cluster, StaleController
 from .controller import Controller
 from .ledger import Deployment, Ledger
 from .ray_cluster import RayCluster, RayStore, end_actor, start_actor
 from .records import from_json, to_json
+from .view_port import ViewPort, WatchedCluster
 
 CONTROLLER_NAME = "controller"
 
@@ -55,7 +57,12 @@ class ControllerActor:
             clock=monotonic_clock,
         )
         policy = Policy(assign=assign, limits=settings.limits)
-        self._controller = Controller(self._cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)
+        cluster: Cluster = self._cluster
+        if settings.watch_address:
+            port = ViewPort(settings.watch_address, secret=checked_secret(settings.secret))
+            port.publish(self._cluster.ledger.view())
+            cluster = WatchedCluster(cluster, port)
+        self._controller = Controller(cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)
         self._want(self._cluster.ledger.deployment())
         self._controller.start()
 

@@ -28,12 +28,13 @@ _BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collec
 RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Values, which all the rest speaks in. They may use one another; cycles are caught anyway.
     **dict.fromkeys(_VALUES, _VALUES),
-    # Cores, models, text and rpc know values and not one another.
+    # Cores, models, text and rpc know values and not one another, but for views.
     "engine": _VALUES,
     "reconcile": _VALUES,
     "models": _VALUES,
     "text": _VALUES,
-    "rpc": _VALUES,
+    # Views travel as they are, so rpc knows the values that they are made of.
+    "rpc": _VALUES | {"reconcile"},
     # Between text and engine: what a caller hands in becomes a request, tokens become a result.
     "prompts": _VALUES | {"text"},
     "collector": _VALUES | {"text"},
@@ -107,11 +108,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "grpc_reflection": ("runtime/rpc/",),
     "fastapi": ("runtime/gateway/",),
     "starlette": ("runtime/gateway/",),
-    "uvicorn": ("runtime/gateway/main.py", "runtime/gateway/http_protocol.py", "runtime/gateway/body_writer.py"),
+    "uvicorn": ("runtime/gateway/process.py", "runtime/gateway/http_protocol.py", "runtime/gateway/body_writer.py"),
     "pydantic": ("runtime/gateway/", "runtime/cluster/"),
     "yaml": ("runtime/cluster/sections.py",),
     "orjson": ("runtime/gateway/",),
-    "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/main.py"),
+    "prometheus_client": ("runtime/gateway/metrics.py", "runtime/gateway/process.py"),
     "httpx": ("runtime/api_client/",),
     # Commands of one subject may have a file of their own, which cli registers: otherwise that would have to hold all.
     "typer": ("runtime/cli.py", "runtime/link_commands.py", "runtime/operations/commands.py"),

@@ -13,6 +13,7 @@ SERVING = (
     "slipstream.runtime.worker.rank_main",
     "slipstream.runtime.worker.placed_rank",
     "slipstream.runtime.gateway.main",
+    "slipstream.runtime.gateway.cluster_main",
 )
 COMMANDS = ("slipstream.runtime.cli", "slipstream.runtime.operations.up", "slipstream.runtime.operations.down")
 """``--help`` and a wrong file are answered before Ray is loaded."""
