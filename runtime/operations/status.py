@@ -63,7 +63,10 @@ def look(operator: Operator, name: str) -> DeploymentStatus:
     ledger = Ledger(operator.store, deployment=name)
     deployment = ledger.deployment()
     seen = operator.controller(name)
-    known = seen.status if seen.status is not None else _from_ledger(deployment, ledger.gangs(), ledger.view())
+    known = seen.status
+    # A controller that has just started has seen nothing yet.
+    if known is None or not known.rounds:
+        known = _from_ledger(deployment, ledger.gangs(), ledger.view())
     return DeploymentStatus(
         name=name,
         ray=operator.address,

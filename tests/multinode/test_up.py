@@ -132,12 +132,14 @@ def serving(*pools: str) -> Callable[[dict[str, str]], bool]:
 
 
 @contextmanager
-def raylets(network: tuple[Host, ...]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def raylets(network: tuple[Host, ...], commands: Commands) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Start Ray on all hosts but the last, which comes late; each has one device."""
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, host in zip("abc", network, strict=False):
             started[name] = start_raylet(host, name, network[0].address if started else None, devices=1)
+            # One after the other: of two that start at once on one machine, one at times does not come up.
+            commands.until_nodes(len(started))
         yield started
     finally:
         for raylet in reversed(started.values()):
@@ -154,8 +156,7 @@ def test_a_deployment_over_hosts(
     file.write_text(FILE, encoding="utf-8")
     commands = Commands(host=a, ray=f"{a.address}:6379", folder=tmp_path)
     with ExitStack() as opened:
-        started = opened.enter_context(raylets(network))
-        commands.until_nodes(3)
+        started = opened.enter_context(raylets(network, commands))
 
         # Up, where the plan says, with the tokens of one rank, and nowhere localhost.
         last = json.loads(commands.run("up", str(file), "--detach", "--json", "--timeout", "180").splitlines()[-1])
@@ -187,7 +188,10 @@ def test_a_deployment_over_hosts(
         with clients(a, url, questions, count=3) as tally:
             # The controller: nobody notices.
             began_s = kill_one(a, CONTROLLER)
-            back = commands.until("a killed controller is back", lambda now: now.controller)
+            back = commands.until(
+                "a killed controller is back, and has looked",
+                lambda now: now.controller and any(each.phase == "ready" for each in now.replicas),
+            )
             print(f"seen {monotonic_clock() - began_s:.1f} s after it was killed")
             assert {each.replica for each in back.replicas} == {wide.replica, narrow.replica}, "one was started anew"
             assert tally.refused == [] and tally.wrong == [] and tally.answered > 0

@@ -10,14 +10,14 @@ import json
 import os
 import sys
 
-from slipstream.comm.handshake import secret_from
 from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.rpc.secret import secret_from
 from slipstream.runtime.rpc.view_watch import ViewWatch
 
 
 async def main(address: str) -> None:
     """Print views until this process is ended."""
-    watch = ViewWatch([address], clock=monotonic_clock, jitter=lambda: 0.0, secret=secret_from(os.environ))
+    watch = ViewWatch([address], clock=monotonic_clock, jitter=lambda pause_s: pause_s, secret=secret_from(os.environ))
     async for view in watch.views():
         replicas = {each.replica: each.pool for each in view.replicas}
         print(json.dumps({"at_s": monotonic_clock(), "epoch": view.epoch, "replicas": replicas}), flush=True)
