@@ -47,7 +47,7 @@ types: $(VENV)/.dev ## mypy, strict
 layers: $(VENV)/.dev ## who may import whom, and the limits of size
 	$(BIN)/python -m pytest -q tests/architecture
 
-proto: $(VENV)/.dev ## write the engine protocol's Python code anew from its .proto
+proto: $(VENV)/.dev ## write the protocols' Python code anew from their .proto files
 	$(BIN)/python tests/rpc/proto_codegen.py
 
 bench: $(VENV)/.dev ## run the benchmarks; results go to benchmarks/results

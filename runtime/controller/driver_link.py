@@ -6,6 +6,7 @@ Runs on a thread with an event loop of its own, next to the driver. Nothing here
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from contextlib import aclosing
@@ -18,6 +19,8 @@ from ...sdk.params import SamplingParams
 from ..messages import EngineRequest
 from ..rpc.client import GrpcEngineClient
 from ..rpc.engine_client import EngineFacts
+
+logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0
@@ -38,10 +41,11 @@ class DriverReport:
 
 
 class DriverLink:
-    """A session with one driver, kept until it is lost or left."""
+    """A session with one driver, kept until it is lost or left. ``secret``: what the two have to share over TCP."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, secret: bytes | None = None) -> None:
         self._address = address
+        self._secret = secret
         self._proven = False
         self._drain_asked = False
         self._problem = ""
@@ -87,7 +91,7 @@ class DriverLink:
     async def _keep(self) -> None:
         """Meet the driver, again when the session is lost, and let it prove itself once."""
         while not self._stopping.is_set():
-            client = GrpcEngineClient(self._address)
+            client = GrpcEngineClient(self._address, secret=self._secret)
             try:
                 facts = await client.connect(timeout_s=_CONNECT_TIMEOUT_S)
                 self._client = client
@@ -95,7 +99,7 @@ class DriverLink:
                     await self._prove(client, facts)
                 await self._lost_or_stopped(client)
             except (SlipstreamError, TimeoutError) as error:
-                self._problem = str(error) or type(error).__name__
+                self._note(str(error) or type(error).__name__)
             finally:
                 self._client = None
                 await client.close()
@@ -117,7 +121,7 @@ class DriverLink:
         async with asyncio.timeout(_PROBE_TIMEOUT_S), aclosing(events):
             async for event in events:
                 self._proven = self._proven or any(sample.token_ids for sample in event.samples)
-        self._problem = "" if self._proven else "the engine ended a request without a token"
+        self._note("" if self._proven else "the engine ended a request without a token")
 
     async def _drain(self) -> None:
         client = self._client
@@ -125,10 +129,16 @@ class DriverLink:
             if client is not None:
                 await client.drain(timeout_s=_DRAIN_TIMEOUT_S)
         except SlipstreamError as error:
-            self._problem = str(error)
+            self._note(str(error))
         finally:
             # A driver that was lost meanwhile is asked again when the core asks again.
             self._drain_asked = False
+
+    def _note(self, problem: str) -> None:
+        """Keep what stands in the way, and say it once: nobody else tells the person who has to act."""
+        if problem and problem != self._problem:
+            logger.warning("driver at %s: %s", self._address, problem)
+        self._problem = problem
 
     async def _lost_or_stopped(self, client: GrpcEngineClient) -> None:
         waits = [asyncio.ensure_future(client.wait_lost()), asyncio.ensure_future(self._stopping.wait())]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ..reconcile.observed import DriverSeen, RankState
+from ..rpc.secret import secret_from
 from .driver_link import DriverLink
 from .launch import RankOrder
 from .rank_process import RankProcess
@@ -73,7 +75,9 @@ class RankKeeper:
         if self._order.rank or not process.address:
             return None
         if self._link is None:
-            self._link = DriverLink(process.address)
+            # The driver's own: in its launch, or in the environment that it has from this process.
+            environment = {**os.environ, **self._order.launch.environment}
+            self._link = DriverLink(process.address, secret=secret_from(environment))
         known = self._link.report()
         if not known.answers:
             return None

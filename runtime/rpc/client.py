@@ -15,10 +15,12 @@ import grpc
 from ...sdk.errors import EngineUnavailable, InvalidRequest, Overloaded
 from .codec import encode_command
 from .codec_events import decode_event, decode_facts
+from .door import visit
 from .engine_client import EngineFacts
+from .errors import SecretRefused
 from .session import Command, Submit
 from .session_client import DEFAULT_MAX_LIVE_REQUESTS, SessionClient
-from .wire import CLIENT_OPTIONS, FACTS, SERVICE, SESSION, target_of
+from .wire import CLIENT_OPTIONS, FACTS, SERVICE, SESSION, is_socket, target_of
 
 _MAX_UNSENT_BYTES = 64 << 20
 
@@ -28,12 +30,16 @@ _Call = grpc.aio.StreamStreamCall[bytes, bytes]
 class GrpcEngineClient(SessionClient):
     """The ``EngineClient`` of the driver at ``address``, a socket's path or ``host:port``.
 
+    ``secret``: what both sides have to know where they meet over TCP; ``connect`` raises SecretRefused otherwise.
     Raises: ConfigError naming ``address``
     """
 
-    def __init__(self, address: str, *, max_live_requests: int = DEFAULT_MAX_LIVE_REQUESTS) -> None:
+    def __init__(
+        self, address: str, *, secret: bytes | None = None, max_live_requests: int = DEFAULT_MAX_LIVE_REQUESTS
+    ) -> None:
         super().__init__(max_live_requests=max_live_requests)
         self._target = target_of(address)
+        self._secret = None if is_socket(self._target) else secret
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
         self._unsent: deque[bytes] = deque()
@@ -45,12 +51,17 @@ class GrpcEngineClient(SessionClient):
         ask: Any = self._channel.unary_unary(f"/{SERVICE}/{FACTS}")
         open_session: Any = self._channel.stream_stream(f"/{SERVICE}/{SESSION}")
         try:
-            facts = decode_facts(await ask(b"", wait_for_ready=True))
+            visiting = await visit(self._channel, self._secret, wait_for_ready=True)
+            asked = ask(b"", metadata=visiting.metadata(FACTS), wait_for_ready=True)
+            facts = decode_facts(await asked)
+            await visiting.check(asked, FACTS)
+            call = open_session(metadata=visiting.metadata(SESSION), wait_for_ready=True)
+            await visiting.check(call, SESSION)
         except grpc.aio.AioRpcError as error:
             raise _lost(error) from error
         except InvalidRequest as error:
             raise EngineUnavailable(f"the replica cannot be understood: {error}") from error
-        self._task = asyncio.create_task(self._run(open_session(wait_for_ready=True)), name="engine session")
+        self._task = asyncio.create_task(self._run(call), name="engine session")
         return facts
 
     def _send(self, command: Command) -> None:
@@ -105,4 +116,6 @@ class GrpcEngineClient(SessionClient):
 
 
 def _lost(error: grpc.aio.AioRpcError) -> EngineUnavailable:
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return SecretRefused(f"the replica does not let us in: {error.details()}")
     return EngineUnavailable(f"the replica was lost: {error.code().name}, {error.details()}")

@@ -83,6 +83,7 @@ def encode_facts(facts: EngineFacts) -> bytes:
         eos_token_ids=facts.eos_token_ids,
         dtype=facts.dtype,
         device=facts.device,
+        replica=facts.replica,
     ).SerializeToString()
 
 
@@ -101,6 +102,7 @@ def decode_facts(data: bytes) -> EngineFacts:
         eos_token_ids=tuple(message.eos_token_ids),
         dtype=message.dtype,
         device=message.device,
+        replica=message.replica,
     )
 
 

@@ -18,6 +18,7 @@ class EngineFacts:
     """What a replica says of itself when it is met: enough to tokenize for it and to check requests.
 
     ``epoch`` differs each time the replica's process starts; answers of an earlier one are never taken for its own.
+    ``replica``: its name in a cluster's views, "" of one that belongs to no cluster.
     """
 
     epoch: str
@@ -28,6 +29,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     dtype: str
     device: str
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,27 @@
 """How the errors of a session travel: one table for the wire, one for gRPC's own status.
 
+    EngineUnavailable
+    └── SecretRefused     caller and server do not share a secret            blame: us, not retryable
+    SlipstreamError
+    └── WatchLost         nobody who publishes views can be heard            blame: peer, retryable
+
 error                 on the wire          gRPC status
 InvalidRequest        INVALID_REQUEST      INVALID_ARGUMENT
 Overloaded            OVERLOADED           RESOURCE_EXHAUSTED
 DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 EngineUnavailable     UNAVAILABLE          UNAVAILABLE
+SecretRefused                              UNAUTHENTICATED
 EngineError           ENGINE_ERROR         INTERNAL          also whatever else is ours
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import grpc
 
 from ...sdk.errors import (
+    Blame,
     DeadlineExceeded,
     EngineError,
     EngineUnavailable,
@@ -24,6 +33,21 @@ from .generated import engine_pb2 as pb
 
 MAX_PROBLEM_CHARS = 2048
 MAX_FIELD_CHARS = 128
+
+
+class SecretRefused(EngineUnavailable):
+    """One of two does not know the cluster's secret: trying again helps only when somebody has set it."""
+
+    retryable: ClassVar[bool] = False
+    blame: ClassVar[Blame] = Blame.US
+
+
+class WatchLost(SlipstreamError):
+    """The publisher of views cannot be reached, or has fallen silent."""
+
+    retryable: ClassVar[bool] = True
+    blame: ClassVar[Blame] = Blame.PEER
+
 
 _PLAIN: dict[pb.ErrorKind, type[Overloaded | DeadlineExceeded | EngineUnavailable | EngineError]] = {
     pb.ERROR_KIND_OVERLOADED: Overloaded,
@@ -37,6 +61,7 @@ _STATUS: dict[type[SlipstreamError], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineUnavailable: grpc.StatusCode.UNAVAILABLE,
+    SecretRefused: grpc.StatusCode.UNAUTHENTICATED,
 }
 
 

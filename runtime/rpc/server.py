@@ -7,7 +7,6 @@ Messages are read from bytes by ``codec``, so that a malformed one ends its sess
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,12 +14,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ...sdk.errors import ConfigError, EngineUnavailable, InvalidRequest, SlipstreamError
+from ...sdk.errors import EngineUnavailable, InvalidRequest, SlipstreamError
 from .codec import BadSubmit, decode_command
 from .codec_events import encode_event, encode_facts
+from .door import Door
 from .errors import status_of
+from .listening import listen
 from .session import Closed, EngineHost, HostSession
-from .wire import FACTS, SERVER_OPTIONS, SERVICE, SESSION, target_of
+from .wire import FACTS, SERVER_OPTIONS, SERVICE, SESSION, is_socket, target_of
 
 _MAX_CONCURRENT_CALLS = 256
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -30,19 +31,24 @@ class EngineServer:
     """One gRPC server for one engine.
 
     ``address``: a socket's path, which only this user may then use, or ``host:port``; port 0 takes any free one.
+    ``secret``: what callers over TCP have to know.
     Units: write_timeout_s, how long a gateway may leave one message unread before its session ends
     Raises: ConfigError naming ``address``
     """
 
-    def __init__(self, host: EngineHost, address: str, *, write_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, host: EngineHost, address: str, *, secret: bytes | None = None, write_timeout_s: float = 30.0
+    ) -> None:
         self._host = host
         self._target = target_of(address)
+        self._door = Door(None if is_socket(self._target) else secret)
         self._write_timeout_s = write_timeout_s
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CONCURRENT_CALLS)
         self._health = health.aio.HealthServicer()
-        self._server.add_generic_rpc_handlers((self._methods(),))
+        self._server.add_generic_rpc_handlers((self._methods(), *self._door.methods()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        if self._door.is_open:
+            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     def _methods(self) -> Any:
         handlers: dict[str, Any] = {
@@ -53,19 +59,9 @@ class EngineServer:
 
     async def start(self) -> str:
         """Listen, and return the address to connect to."""
-        is_socket = self._target.startswith("unix:")
-        # A socket is as open as its file: nobody but this user gets in, from the first moment on.
-        old_mask = os.umask(0o177) if is_socket else None
-        try:
-            port = self._server.add_insecure_port(self._target)
-        except RuntimeError as error:
-            raise ConfigError("address", f"cannot listen on {self._target}: {error}") from error
-        finally:
-            if old_mask is not None:
-                os.umask(old_mask)
-        await self._server.start()
+        shown = await listen(self._server, self._target)
         await self.set_serving(True)
-        return self._target.removeprefix("unix:") if is_socket else f"{self._target.rpartition(':')[0]}:{port}"
+        return shown
 
     async def set_serving(self, serving: bool) -> None:
         """Say over the health service whether new requests are taken."""
@@ -80,11 +76,13 @@ class EngineServer:
     # ------------------------------------------------------------------ methods
 
     async def _facts(self, request: bytes, context: _Context) -> bytes:
-        del request, context
+        del request
+        await self._door.admit(context, FACTS)
         return encode_facts(self._host.facts)
 
     async def _session(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         """Carry one gateway's session. However it ends, the gateway's requests end with it."""
+        await self._door.admit(context, SESSION)
         try:
             session = self._host.open_session()
         except SlipstreamError as error:

@@ -104,6 +104,11 @@ class SessionClient(ABC):
         if key is not None and self._boxes[key].is_open(index):
             self._send(AbortSample(key=key, index=index))
 
+    @property
+    def live_requests(self) -> int:
+        """How many requests have not ended."""
+        return len(self._boxes)
+
     def load(self) -> EngineLoadReport | None:
         """Return the newest load report, None before the first."""
         return self._load

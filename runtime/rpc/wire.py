@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from ...sdk.errors import ConfigError
 from .codec import MAX_MESSAGE_BYTES
+from .codec_views import MAX_VIEW_BYTES
 
 SERVICE = "slipstream.v1.Engine"
 FACTS = "Facts"
 SESSION = "Session"
+CLUSTER_SERVICE = "slipstream.v1.Cluster"
+WATCH = "Watch"
+SECRET_SERVICE = "slipstream.v1.Secret"
+CHALLENGE = "Challenge"
 
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path, less its final zero
 _KEEPALIVE_MS = 10_000
@@ -17,8 +22,7 @@ _SIZES = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
-    *_SIZES,
+_CLIENT: tuple[tuple[str, int], ...] = (
     # A peer that is stopped, or behind a cut link, is noticed although the connection stands.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
@@ -31,6 +35,9 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels to one address are separate connections, or closing one would not end its session.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+CLIENT_OPTIONS = (*_CLIENT, *_SIZES)
+WATCH_OPTIONS = (*_CLIENT, ("grpc.max_receive_message_length", MAX_VIEW_BYTES))
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_SIZES,
@@ -57,3 +64,19 @@ def target_of(address: str) -> str:
     if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError("address", f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, got {path!r}")
     return f"unix:{path}"
+
+
+def is_socket(target: str) -> bool:
+    """Return whether a target is a socket's path: as open as its file, and no wire that others could be on."""
+    return target.startswith("unix:")
+
+
+def one_host_of(address: str) -> str:
+    """Return the target of an address to listen on that names its host: without one, all networks could reach it.
+
+    Raises: ConfigError naming ``address``
+    """
+    target = target_of(address)
+    if target.startswith(":"):
+        raise ConfigError("address", f"{address!r} names no host and would be open to all networks: give one")
+    return target

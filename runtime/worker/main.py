@@ -30,6 +30,7 @@ from ..config import EngineOptions
 from ..engine.engine import Engine
 from ..rpc.engine_client import EngineFacts
 from ..rpc.in_process import InProcessEngineClient
+from ..rpc.secret import secret_from
 from ..rpc.server import EngineServer
 from .driver import DriverLimits, EngineLoop
 from .grammar_gate import ConstraintCompiler
@@ -77,7 +78,7 @@ async def _serve(loop: EngineLoop, address: str, drain_timeout_s: float) -> int:
     signals = _Signals()
     own = InProcessEngineClient(loop)
     await own.connect(timeout_s=_MEET_TIMEOUT_S)
-    server = EngineServer(loop, address)
+    server = EngineServer(loop, address, secret=secret_from(os.environ))
     shown = await server.start()
     print(json.dumps({"ready": True, "address": shown}), flush=True)
     try:

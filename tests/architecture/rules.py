@@ -28,12 +28,13 @@ _BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collec
 RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Values, which all the rest speaks in. They may use one another; cycles are caught anyway.
     **dict.fromkeys(_VALUES, _VALUES),
-    # Cores, models, text and rpc know values and not one another.
+    # Cores, models, text and rpc know values and not one another, but for views.
     "engine": _VALUES,
     "reconcile": _VALUES,
     "models": _VALUES,
     "text": _VALUES,
-    "rpc": _VALUES,
+    # Views travel as they are, so rpc knows the values that they are made of.
+    "rpc": _VALUES | {"reconcile"},
     # Between text and engine: what a caller hands in becomes a request, tokens become a result.
     "prompts": _VALUES | {"text"},
     "collector": _VALUES | {"text"},

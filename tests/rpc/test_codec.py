@@ -348,7 +348,7 @@ def test_events_come_back_the_same(event: Any) -> None:
 
 facts = st.builds(
     EngineFacts,
-    **dict.fromkeys(("epoch", "model", "dtype", "device"), texts),
+    **dict.fromkeys(("epoch", "model", "dtype", "device", "replica"), texts),
     **dict.fromkeys(("vocab_size", "max_model_len", "max_num_seqs"), counts),
     eos_token_ids=st.lists(tokens, max_size=4).map(tuple),
 )
@@ -443,5 +443,5 @@ def test_damaged_events_are_events_or_refused(event: Any, data: st.DataObject) -
 
 def test_generated_code_is_current() -> None:
     folder = proto_codegen.RPC / "generated"
-    checked_in = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("engine_pb2.py*")}
+    checked_in = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*_pb2.py*")}
     assert checked_in == proto_codegen.generate(), "run `make proto`"

@@ -42,7 +42,7 @@ class FactsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class FactsReply(_message.Message):
-    __slots__ = ("protocol_version", "epoch", "model", "vocab_size", "max_model_len", "max_num_seqs", "eos_token_ids", "dtype", "device")
+    __slots__ = ("protocol_version", "epoch", "model", "vocab_size", "max_model_len", "max_num_seqs", "eos_token_ids", "dtype", "device", "replica")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class FactsReply(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     epoch: str
     model: str
@@ -61,7 +62,8 @@ class FactsReply(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     device: str
-    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    replica: str
+    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., replica: _Optional[str] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("submit", "abort", "abort_sample", "drain")
