@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...placement.topology import DeviceType, Link
 from ..clock import monotonic_clock
 from ..reconcile.desired import Limits
 from ..reconcile.round import Assign, Policy
-from .cluster import StaleController
+from ..rpc.secret import checked_secret
+from .cluster import Cluster, StaleController
 from .controller import Controller
 from .ledger import Deployment, Ledger
 from .ray_cluster import RayCluster, RayStore, end_actor, start_actor
 from .records import from_json, to_json
+from .view_port import ViewPort, WatchedCluster
 
 CONTROLLER_NAME = "controller"
 
@@ -27,13 +29,19 @@ _ROUND_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
-    """What a controller is started with, and again after each failure. ``deployment``: its actors' namespace."""
+    """What a controller is started with, and again after each failure. ``deployment``: its actors' namespace.
+
+    ``watch_address``: host:port at which gateways watch views, always the same, "" for none; ``secret``: the cluster's,
+    which they have to know, "" for none.
+    """
 
     deployment: str
     limits: Limits
     device_types: Mapping[str, DeviceType]
     network: Link
     device_link: Link
+    watch_address: str = ""
+    secret: str = field(default="", repr=False)
 
 
 class ControllerActor:
@@ -49,7 +57,12 @@ class ControllerActor:
             clock=monotonic_clock,
         )
         policy = Policy(assign=assign, limits=settings.limits)
-        self._controller = Controller(self._cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)
+        cluster: Cluster = self._cluster
+        if settings.watch_address:
+            port = ViewPort(settings.watch_address, secret=checked_secret(settings.secret))
+            port.publish(self._cluster.ledger.view())
+            cluster = WatchedCluster(cluster, port)
+        self._controller = Controller(cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)
         self._want(self._cluster.ledger.deployment())
         self._controller.start()
 
