@@ -32,7 +32,7 @@ from slipstream.runtime.gateway.garbage import collect_seldom
 from slipstream.runtime.gateway.gateway import make_gateway
 from slipstream.runtime.gateway.http_protocol import bounded_protocol
 from slipstream.runtime.gateway.logs import log_as_json
-from slipstream.runtime.gateway.replica import Replica
+from slipstream.runtime.gateway.replica import Replica, model_text
 from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.gateway.supervisor import Supervisor
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
@@ -64,7 +64,7 @@ def make_tokenizer() -> Tokenizer:
 
 async def serve(*, streams: int, step_time_s: float, listening: socket.socket, folder: Path) -> None:
     """Start a driver and serve before it until told to stop; print one line of JSON when the driver has been met."""
-    replica = Replica(tokenizer=make_tokenizer(), defaults=GenerationDefaults())
+    replica = Replica(model_text(make_tokenizer(), GenerationDefaults()))
     limits = RequestLimits(max_concurrent_requests=streams + 16)
     settings = GatewaySettings(served_model_names=(MODEL_NAME,), limits=limits)
     gateway = make_gateway(settings, replica, clock=monotonic_clock, wall_clock=wall_clock)

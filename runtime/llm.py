@@ -28,7 +28,7 @@ from .engine.outputs import StepOutputs
 from .engine.sequence import Sequence as EngineSequence
 from .engine.sequence import SequenceState
 from .messages import EngineRequest
-from .prompts import PreparedPrompt, Prompt, RequestFactory, TokensPrompt, is_token_list
+from .prompts import PreparedPrompt, Prompt, RequestFactory, Seeds, TokensPrompt, is_token_list
 from .text.tokenizer import Tokenizer
 from .worker.launch import launch_engine, model_directory
 
@@ -71,7 +71,7 @@ class LLM:
             vocab_size=self._launched.spec.vocab_size,
             max_model_len=self._launched.config.max_model_len,
             eos_token_ids=self._launched.eos_token_ids,
-            seed=self.options.seed,
+            seeds=Seeds(self.options.seed),
         )
         self._lock = threading.RLock()
         self._jobs: dict[str, tuple[_Job, RequestCollector]] = {}

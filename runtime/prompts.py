@@ -52,11 +52,27 @@ class PreparedPrompt:
     cache_salt: str | None
 
 
-class RequestFactory:
-    """Makes engine requests for one model.
+class Seeds:
+    """Where requests without a seed of their own get theirs from; shared by all factories that serve the same callers.
 
-    ``seed``: where requests without a seed of their own get theirs from; None draws each from the system's randomness.
+    ``seed`` None draws each from the system's randomness; otherwise they repeat from run to run, in the same order.
     """
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+        self._drawn = 0
+
+    def draw(self) -> int:
+        """Return the next seed."""
+        if self._seed is None:
+            return secrets.randbits(64)
+        self._drawn += 1
+        digest = hashlib.sha256(f"{self._seed}/{self._drawn}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+
+class RequestFactory:
+    """Makes engine requests for one model."""
 
     def __init__(
         self,
@@ -65,14 +81,13 @@ class RequestFactory:
         vocab_size: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
-        seed: int | None,
+        seeds: Seeds,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
-        self._seed = seed
-        self._drawn_seeds = 0
+        self._seeds = seeds
 
     def prepare(self, prompt: object) -> PreparedPrompt:
         """Turn a caller's prompt into token ids."""
@@ -146,19 +161,10 @@ class RequestFactory:
             request_id=request_id,
             prompt_token_ids=prompt.token_ids,
             params=params,
-            seed=self._resolve_seed(params.seed),
+            seed=self._seeds.draw() if params.seed is None else params.seed % 2**64,
             stop_ids=tuple(dict.fromkeys((*params.stop_ids, *eos))),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             arrival_time_s=arrival_time_s,
             priority=priority,
             cache_salt=prompt.cache_salt,
         )
-
-    def _resolve_seed(self, seed: int | None) -> int:
-        if seed is not None:
-            return seed % 2**64
-        if self._seed is None:
-            return secrets.randbits(64)
-        self._drawn_seeds += 1
-        digest = hashlib.sha256(f"{self._seed}/{self._drawn_seeds}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")

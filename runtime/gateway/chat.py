@@ -43,15 +43,16 @@ async def chat(call: Call) -> Whole | Streamed:
     check_model(body.model, settings)
     if isinstance(body.messages, list) and len(body.messages) > settings.limits.max_messages:
         raise InvalidRequest("messages", f"at most {settings.limits.max_messages}, got {len(body.messages)}")
-    params = chat_params(body, call.gateway.replica.defaults)
-    check_sequences(1, params.n, settings)
+    samples = body.n or 1
+    check_sequences(1, samples, settings)
+    model = call.gateway.replicas.take(sequences=samples)
+    params = chat_params(body, model.defaults)
     wanted = answer_format(body)
-    tools = settle_tools(body, settings, call.gateway.replica.tokenizer, wanted)
+    tools = settle_tools(body, settings, model.tokenizer, wanted)
     if tools.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
     if (held_to := tools.grammar or wanted) is not None:
         params = replace(params, structured_outputs=held_to.constraint)
-    model = call.gateway.replica.current()
     prepared = await prepare_chat(
         model,
         body.messages,

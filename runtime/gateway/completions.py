@@ -31,12 +31,13 @@ async def complete(call: Call) -> Whole | Streamed:
     body = CompletionBody.parse(call.body)
     check_model(body.model, call.gateway.settings)
     prompts = split_prompts(body.prompt, call.gateway.settings)
-    params = completion_params(body, call.gateway.replica.defaults)
+    samples = body.n or 1
+    check_sequences(len(prompts), samples, call.gateway.settings)
+    call.gateway.admission.grow(call.ticket, len(prompts))
+    model = call.gateway.replicas.take(sequences=len(prompts) * samples)
+    params = completion_params(body, model.defaults)
     if (wanted := answer_format(body)) is not None:
         params = replace(params, structured_outputs=wanted.constraint)
-    check_sequences(len(prompts), params.n, call.gateway.settings)
-    call.gateway.admission.grow(call.ticket, len(prompts))
-    model = call.gateway.replica.current()
     answer_id = call.record.answer_id = f"cmpl-{secrets.token_hex(16)}"
     line = DirectLine()
     runs, texts = [], []

@@ -9,7 +9,7 @@ from .admission import Admission
 from .auth import ApiKeys
 from .metrics import GatewayMetrics
 from .readiness import Readiness
-from .replica import Replica
+from .replica import Replicas
 from .settings import GatewaySettings
 
 
@@ -21,7 +21,7 @@ class Gateway:
     """
 
     settings: GatewaySettings
-    replica: Replica
+    replicas: Replicas
     admission: Admission
     keys: ApiKeys
     metrics: GatewayMetrics
@@ -31,16 +31,16 @@ class Gateway:
     started_s: int
 
 
-def make_gateway(settings: GatewaySettings, replica: Replica, *, clock: Clock, wall_clock: Clock) -> Gateway:
-    """Put a gateway together around a replica."""
+def make_gateway(settings: GatewaySettings, replicas: Replicas, *, clock: Clock, wall_clock: Clock) -> Gateway:
+    """Put a gateway together around what serves behind it."""
     admission = Admission(capacity=settings.limits.max_concurrent_requests)
     return Gateway(
         settings=settings,
-        replica=replica,
+        replicas=replicas,
         admission=admission,
         keys=ApiKeys(settings.api_keys),
-        metrics=GatewayMetrics(load=replica.load, in_flight=lambda: admission.in_flight),
-        readiness=Readiness(replica, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s),
+        metrics=GatewayMetrics(load=replicas.load, in_flight=lambda: admission.in_flight, states=replicas.states),
+        readiness=Readiness(replicas, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s),
         clock=clock,
         wall_clock=wall_clock,
         started_s=int(wall_clock()),

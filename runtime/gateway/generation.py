@@ -8,6 +8,7 @@ and nothing else it sends over the stream's direct line where that is open, and 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from .gateway import Gateway
 from .record import RequestRecord
 from .replica import ServedModel
 from .response_format import AnswerFormat
+
+logger = logging.getLogger(__name__)
 
 _QUEUED_PIECES = 64
 
@@ -50,8 +53,8 @@ class PromptRun:
     """One prompt on its way."""
 
     __slots__ = (
-        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_record", "_request",
-        "output",
+        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_moved", "_record",
+        "_request", "output",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +71,7 @@ class PromptRun:
     ) -> None:
         self._gateway = gateway
         self._model = model
+        self._moved = False
         self._request = request
         self._record = record
         self._index = index
@@ -81,28 +85,35 @@ class PromptRun:
         self.output = self._collector.output
 
     async def pieces(self, *, timeout_s: float) -> AsyncGenerator[Piece]:
-        """Run to the end and yield what comes.
+        """Run to the end and yield what comes; a replica that does not take the request is left for another, once.
 
         Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up, InvalidRequest when
         it gave up for what the answer is held to
         """
-        take_token = None if self._line is None else self._take_token
-        generating = self._model.client.generate(self._request, timeout_s=timeout_s, take_token=take_token)
-        events = cast("AsyncGenerator[RequestEvent]", generating)
+        ends_s = self._gateway.clock() + timeout_s
         ended = False
         self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         try:
-            async with aclosing(events):
-                async for event in events:
-                    for position_scores in event.prompt_scores:
-                        self._collector.add_prompt_logprobs(position_scores.position, position_scores.entries)
-                    self._note(event)
-                    for sample in event.samples:
-                        if (piece := self._take(sample)) is None:
-                            continue
-                        if sample.finish_reason is None and piece.finish_reason is not None:
-                            await self._model.client.abort_sample(self._request.request_id, sample.index)
-                        yield piece
+            events: AsyncGenerator[RequestEvent] | None = self._events(timeout_s)
+            while events is not None:
+                heard = False
+                try:
+                    async with aclosing(events):
+                        async for event in events:
+                            heard = True
+                            self._note(event)
+                            for sample in event.samples:
+                                if (piece := self._take(sample)) is None:
+                                    continue
+                                if sample.finish_reason is None and piece.finish_reason is not None:
+                                    await self._model.client.abort_sample(self._request.request_id, sample.index)
+                                yield piece
+                    events = None
+                except EngineUnavailable as error:
+                    # What has been heard of cannot begin again: its tokens may have been passed on.
+                    events = None if heard else self._events_elsewhere(error, ends_s)
+                    if events is None:
+                        raise
             if not self.output.finished:
                 raise EngineUnavailable("the engine's answer ended before the request did")
             ended = True
@@ -117,6 +128,27 @@ class PromptRun:
             if not ended:
                 self._gateway.metrics.aborted.inc()
 
+    def _events(self, timeout_s: float) -> AsyncGenerator[RequestEvent]:
+        take_token = None if self._line is None else self._take_token
+        generating = self._model.client.generate(self._request, timeout_s=timeout_s, take_token=take_token)
+        return cast("AsyncGenerator[RequestEvent]", generating)
+
+    def _events_elsewhere(self, error: EngineUnavailable, ends_s: float) -> AsyncGenerator[RequestEvent] | None:
+        """Go to another replica with a request that the first refused or lost unheard; None if it has to end.
+
+        The seed is the request's own, so the tokens are those that the first would have drawn.
+        """
+        left_s = ends_s - self._gateway.clock()
+        if self._moved or left_s <= 0:
+            return None
+        other = self._gateway.replicas.other(self._model, sequences=self._request.params.n)
+        if other is None:
+            return None
+        logger.info("sent to another replica: %s", error, extra={"request_id": self._record.request_id})
+        self._gateway.metrics.moved.inc()
+        self._moved, self._model = True, other
+        return self._events(left_s)
+
     def _take_token(self, index: int, token_id: int) -> bool:
         """Send a token's text over the direct line; return False, and do nothing, when that is not open."""
         line = self._line
@@ -129,6 +161,8 @@ class PromptRun:
         return True
 
     def _note(self, event: RequestEvent) -> None:
+        for scores in event.prompt_scores:
+            self._collector.add_prompt_logprobs(scores.position, scores.entries)
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, event.cached_tokens)
         if event.queue_s is not None:
             self._gateway.metrics.queue_s.observe(event.queue_s)

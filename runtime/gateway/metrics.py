@@ -7,7 +7,7 @@ live in one process.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -27,15 +27,28 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class _Gauges(Collector):
     """Values that are looked up when they are asked for."""
 
-    def __init__(self, load: Callable[[], EngineLoadReport | None], in_flight: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], EngineLoadReport | None],
+        in_flight: Callable[[], int],
+        states: Callable[[], Mapping[str, int]],
+    ) -> None:
         self._load = load
         self._in_flight = in_flight
+        self._states = states
 
     def collect(self) -> Iterator[Metric]:
         load = self._load()
         yield GaugeMetricFamily("slipstream_engine_up", "whether an engine is attached", value=int(load is not None))
         text = "prompts that the gateway has let in and that have not ended"
         yield GaugeMetricFamily("slipstream_gateway_in_flight", text, value=self._in_flight())
+        if states := self._states():
+            family = GaugeMetricFamily(
+                "slipstream_replicas", "replicas by how this gateway sees them", labels=["state"]
+            )
+            for state, count in states.items():
+                family.add_metric([state], count)
+            yield family
         if load is None:
             return
         for name, value, text in (
@@ -95,11 +108,17 @@ class TokenTally(Collector):
 
 
 class GatewayMetrics:
-    """The gateway's own counters and histograms; gauges come from ``load`` and ``in_flight``."""
+    """The gateway's own counters and histograms; gauges come from ``load``, ``in_flight`` and ``states``."""
 
-    def __init__(self, *, load: Callable[[], EngineLoadReport | None], in_flight: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        load: Callable[[], EngineLoadReport | None],
+        in_flight: Callable[[], int],
+        states: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Gauges(load, in_flight))
+        self._registry.register(_Gauges(load, in_flight, states))
         self._requests = Counter(
             "slipstream_requests", "HTTP requests by endpoint and outcome", ["endpoint", "outcome"],
             registry=self._registry,
@@ -114,6 +133,7 @@ class GatewayMetrics:
         self.queue_s = self._histogram("queue", "from arrival at the engine to the first step", _TTFT_BUCKETS_S)
         self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests that the engine took")
         self.aborted = self._counter("aborted", "prompts given up before their end: client gone, error or stop")
+        self.moved = self._counter("moved", "prompts that one replica did not take and another one was given")
         self.engine_starts = self._counter("engine_starts", "engine processes that became ready")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -69,7 +69,7 @@ def _add(router: APIRouter, gateway: Gateway, path: str, work: Work, answer: Any
 
 
 def _card(gateway: Gateway, name: str) -> ModelCard:
-    length = gateway.replica.current().facts.max_model_len if gateway.replica.attached else None
+    length = gateway.replicas.current().facts.max_model_len if gateway.replicas.attached else None
     return {
         "id": name,
         "object": "model",

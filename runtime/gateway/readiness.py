@@ -15,14 +15,14 @@ from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ...sdk.params import SamplingParams
 from ..clock import Clock
 from ..rpc.engine_client import RequestEvent
-from .replica import Replica, ServedModel
+from .replica import Replicas, ServedModel
 
 
 class Readiness:
-    """Says whether the engine generates; asks it at most once in ``cache_s`` seconds, however often it is asked."""
+    """Says whether an engine generates; asks one at most once in ``cache_s`` seconds, however often it is asked."""
 
-    def __init__(self, replica: Replica, *, clock: Clock, cache_s: float, timeout_s: float) -> None:
-        self._replica = replica
+    def __init__(self, replicas: Replicas, *, clock: Clock, cache_s: float, timeout_s: float) -> None:
+        self._replicas = replicas
         self._clock = clock
         self._cache_s = cache_s
         self._timeout_s = timeout_s
@@ -37,19 +37,24 @@ class Readiness:
 
     async def problem(self) -> str | None:
         """Return None when ready, or what stands in the way."""
-        try:
-            model = self._replica.current()
-        except EngineUnavailable as error:
-            return str(error)
-        if self._holds(model):
+        if self._holds():
             return None
         async with self._probing:
             # While this call waited, another one may have asked for it.
-            return None if self._holds(model) else await self._probe(model)
+            if self._holds():
+                return None
+            try:
+                # As a request does: the next probe goes to another replica when this one hangs.
+                model = self._replicas.take(sequences=1)
+            except EngineUnavailable as error:
+                return str(error)
+            return await self._probe(model)
 
-    def _holds(self, model: ServedModel) -> bool:
-        fresh = self._proven_s is not None and self._clock() - self._proven_s <= self._cache_s
-        return fresh and self._proven_epoch == model.facts.epoch
+    def _holds(self) -> bool:
+        """Whether an engine that is still there has generated a token a moment ago."""
+        if self._proven_s is None or self._clock() - self._proven_s > self._cache_s:
+            return False
+        return self._proven_epoch is not None and self._replicas.has(self._proven_epoch)
 
     async def _probe(self, model: ServedModel) -> str | None:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)

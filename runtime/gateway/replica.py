@@ -1,43 +1,137 @@
-"""The engine behind a gateway: which incarnation of it serves now, if any.
+"""The engines behind a gateway: what a request needs of the one that it is sent to, and which one that is.
 
-Owns what is worked out from an engine's facts: how prompts become its requests. It must not know HTTP, nor how the
-engine's process is started.
+Owns what is worked out from an engine's facts: how prompts become its requests. ``Replicas`` is what requests see of
+whatever is behind the gateway; ``Replica`` is one engine that comes and goes, and ``ReplicaSet`` (in its own file) are
+those of a cluster. It must not know HTTP, nor how engines' processes are started.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-from ...sdk.errors import EngineUnavailable
+from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..models.generation_defaults import GenerationDefaults
-from ..prompts import RequestFactory
+from ..prompts import RequestFactory, Seeds
 from ..rpc.engine_client import EngineClient, EngineFacts, EngineLoadReport
 from ..text.tokenizer import Tokenizer
 
 
+class WatchedClient(EngineClient, Protocol):
+    """A client that says when it has lost its replica."""
+
+    async def wait_lost(self) -> SlipstreamError:
+        """Wait until the connection is lost and return why."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelText:
+    """What a gateway needs of a model's files. ``longest_token_chars``: no token stands for more text."""
+
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    longest_token_chars: int
+
+
+def model_text(tokenizer: Tokenizer, defaults: GenerationDefaults) -> ModelText:
+    """Return the text side of a model."""
+    longest = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
+    return ModelText(tokenizer=tokenizer, defaults=defaults, longest_token_chars=longest)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One incarnation of the engine, with what a request needs to know about its model.
+    """One incarnation of an engine, with what a request needs to know about its model.
 
-    ``max_prompt_chars``: longer text has more tokens than the model takes, whatever it says.
+    ``max_prompt_chars``: longer text has more tokens than the model takes, whatever it says. ``generation``: of the
+    model, as views count it.
     """
 
     client: EngineClient
     facts: EngineFacts
     tokenizer: Tokenizer
+    defaults: GenerationDefaults
     factory: RequestFactory
     max_prompt_chars: int
+    generation: int = 0
+
+    def answers_like(self, other: ServedModel) -> bool:
+        """Whether a request that was made for one means the same to the other."""
+        return self._kind == other._kind
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        facts = self.facts
+        return (self.generation, facts.model, facts.vocab_size, facts.max_model_len, facts.eos_token_ids, facts.dtype)
+
+
+def served_model(
+    client: EngineClient, facts: EngineFacts, text: ModelText, *, seeds: Seeds, generation: int = 0
+) -> ServedModel:
+    """Return an engine that has been met, ready for requests."""
+    factory = RequestFactory(
+        tokenizer=text.tokenizer,
+        vocab_size=facts.vocab_size,
+        max_model_len=facts.max_model_len,
+        eos_token_ids=facts.eos_token_ids,
+        seeds=seeds,
+    )
+    return ServedModel(
+        client=client,
+        facts=facts,
+        tokenizer=text.tokenizer,
+        defaults=text.defaults,
+        factory=factory,
+        # Text cannot be tokenized into fewer tokens than this allows: what is far too long is refused without trying.
+        max_prompt_chars=facts.max_model_len * text.longest_token_chars,
+        generation=generation,
+    )
+
+
+class Replicas(Protocol):
+    """The engines that serve now, as requests see them."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether an engine is there."""
+        ...
+
+    def current(self) -> ServedModel:
+        """Return an engine that serves now, to look at. Raises: EngineUnavailable (retryable) while there is none"""
+        ...
+
+    def take(self, *, sequences: int) -> ServedModel:
+        """Return the engine for a request of about so many sequences; all of the request is sent there.
+
+        Raises: EngineUnavailable (retryable) while there is none
+        """
+        ...
+
+    def other(self, model: ServedModel, *, sequences: int) -> ServedModel | None:
+        """Return another engine for a request that was made for one that did not take it, None without one."""
+        ...
+
+    def has(self, epoch: str) -> bool:
+        """Return whether an engine of this incarnation serves now."""
+        ...
+
+    def load(self) -> EngineLoadReport | None:
+        """Return the newest load of all engines together, None without one."""
+        ...
+
+    def states(self) -> Mapping[str, int]:
+        """Return how many replicas are in each state, for metrics."""
+        ...
 
 
 class Replica:
-    """Holds the engine that serves now; it comes and goes as the engine's process does."""
+    """The one engine of a gateway that has its own driver; it comes and goes as the driver's process does."""
 
-    def __init__(self, *, tokenizer: Tokenizer, defaults: GenerationDefaults, seed: int | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.defaults = defaults
-        self._seed = seed
-        # Text cannot be tokenized into fewer tokens than this allows: what is far too long is refused without trying.
-        self._longest_token_chars = max(len(tokenizer.id_to_token(id) or "") for id in range(tokenizer.vocab_size))
+    def __init__(self, text: ModelText, *, seed: int | None = None) -> None:
+        self._text = text
+        self._seeds = Seeds(seed)
         self._model: ServedModel | None = None
 
     @property
@@ -46,30 +140,28 @@ class Replica:
         return self._model is not None
 
     def current(self) -> ServedModel:
-        """Return the engine that serves now.
-
-        Raises: EngineUnavailable (retryable) while there is none
-        """
+        """Return the engine that serves now. Raises: EngineUnavailable (retryable) while there is none"""
         if self._model is None:
             raise EngineUnavailable("the engine is not running: it is starting, or starting again after a failure")
         return self._model
 
+    def take(self, *, sequences: int) -> ServedModel:
+        """Return the engine that serves now, whatever the request."""
+        del sequences
+        return self.current()
+
+    def other(self, model: ServedModel, *, sequences: int) -> ServedModel | None:
+        """Return None: there is one engine."""
+        del model, sequences
+        return None
+
+    def has(self, epoch: str) -> bool:
+        """Return whether an engine of this incarnation serves now."""
+        return self._model is not None and self._model.facts.epoch == epoch
+
     def attach(self, client: EngineClient, facts: EngineFacts) -> None:
         """Serve with an engine that has been met."""
-        factory = RequestFactory(
-            tokenizer=self.tokenizer,
-            vocab_size=facts.vocab_size,
-            max_model_len=facts.max_model_len,
-            eos_token_ids=facts.eos_token_ids,
-            seed=self._seed,
-        )
-        self._model = ServedModel(
-            client=client,
-            facts=facts,
-            tokenizer=self.tokenizer,
-            factory=factory,
-            max_prompt_chars=facts.max_model_len * self._longest_token_chars,
-        )
+        self._model = served_model(client, facts, self._text, seeds=self._seeds)
 
     def detach(self) -> None:
         """Stop serving: the engine is lost."""
@@ -78,3 +170,7 @@ class Replica:
     def load(self) -> EngineLoadReport | None:
         """Return the engine's newest load report, None without one."""
         return None if self._model is None else self._model.client.load()
+
+    def states(self) -> Mapping[str, int]:
+        """Return nothing: whether the one engine is there is a metric of its own."""
+        return {}

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from ...sdk.errors import SlipstreamError
 from ..clock import Clock
-from ..rpc.engine_client import EngineClient
-from .replica import Replica
+from ..rpc.backoff import Backoff
+from .replica import Replica, WatchedClient
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +42,6 @@ class Driver(Protocol):
         ...
 
 
-class SupervisedClient(EngineClient, Protocol):
-    """A client that says when it has lost its replica."""
-
-    async def wait_lost(self) -> SlipstreamError:
-        """Wait until the connection is lost and return why."""
-        ...
-
-
-class Backoff:
-    """How long to wait before a driver is started again: longer each time, short again after one that lasted."""
-
-    def __init__(self) -> None:
-        self._pause_s = _FIRST_PAUSE_S
-
-    def pause_s(self, *, lasted_s: float) -> float:
-        """Return the pause after a driver that lasted so long."""
-        if lasted_s >= _STABLE_AFTER_S:
-            self._pause_s = _FIRST_PAUSE_S
-        pause_s, self._pause_s = self._pause_s, min(self._pause_s * 2, _LONGEST_PAUSE_S)
-        return pause_s
-
-
 class Supervisor:
     """Runs one driver at a time and attaches it to a replica.
 
@@ -76,7 +54,7 @@ class Supervisor:
         replica: Replica,
         *,
         launch: Callable[[], Awaitable[Driver]],
-        make_client: Callable[[str], SupervisedClient],
+        make_client: Callable[[str], WatchedClient],
         clock: Clock,
         on_ready: Callable[[], None],
     ) -> None:
@@ -86,7 +64,7 @@ class Supervisor:
         self._clock = clock
         self._on_ready = on_ready
         self._driver: Driver | None = None
-        self._client: SupervisedClient | None = None
+        self._client: WatchedClient | None = None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -95,7 +73,7 @@ class Supervisor:
         Raises: what the first start raised: an engine that has never run is a mistake, not a failure
         """
         await self._start()
-        backoff = Backoff()
+        backoff = Backoff(first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S, stable_after_s=_STABLE_AFTER_S)
         started_s = self._clock()
         while not self._stopping.is_set():
             if self._driver is not None and self._client is not None:
@@ -137,7 +115,7 @@ class Supervisor:
         logger.info("the engine is there: %s on %s, %s", facts.model, facts.device, facts.dtype)
         self._on_ready()
 
-    async def _until_lost(self, driver: Driver, client: SupervisedClient) -> None:
+    async def _until_lost(self, driver: Driver, client: WatchedClient) -> None:
         """Return when the process has ended, or when it runs and can no longer be spoken to."""
         ended = asyncio.ensure_future(driver.wait())
         lost = asyncio.ensure_future(client.wait_lost())

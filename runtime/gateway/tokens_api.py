@@ -13,7 +13,7 @@ async def tokenize(call: Call) -> Whole:
     """Return the tokens of a text or of a chat."""
     body = TokenizeBody.parse(call.body)
     check_model(body.model, call.gateway.settings)
-    model = call.gateway.replica.current()
+    model = call.gateway.replicas.current()
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt", "give either prompt or messages")
     if body.prompt is not None:
@@ -44,7 +44,7 @@ async def detokenize(call: Call) -> Whole:
     """Return the text of tokens."""
     body = DetokenizeBody.parse(call.body)
     check_model(body.model, call.gateway.settings)
-    model = call.gateway.replica.current()
+    model = call.gateway.replicas.current()
     if not isinstance(body.tokens, list):
         raise InvalidRequest("tokens", "must be a list of token ids")
     for place, token_id in enumerate(body.tokens):

@@ -12,6 +12,7 @@ SERVING = (
     "slipstream.runtime.worker.launch",
     "slipstream.runtime.worker.rank_main",
     "slipstream.runtime.gateway.main",
+    "slipstream.runtime.gateway.cluster_main",
 )
 
 

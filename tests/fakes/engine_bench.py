@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +36,13 @@ def engine_bench(
     gate_open: bool = True,
     limits: DriverLimits | None = None,
     compiler: ConstraintCompiler | None = None,
+    says: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[EngineBench]:
-    """Run a small engine; ``options`` are the scheduler's. At the end all is closed, and every block must be free."""
+    """Run a small engine; ``options`` are the scheduler's. At the end all is closed, and every block must be free.
+
+    ``says``: what it says of itself in place of the truth, by the names of its facts.
+    """
     values: dict[str, Any] = {
         "max_model_len": 256,
         "num_blocks": 512,
@@ -57,16 +61,17 @@ def engine_bench(
     scheduler = Scheduler(config)
     executor = GatedExecutor(ScoringExecutor(oracle), gate)
     engine = Engine(scheduler, executor, clock=monotonic_clock, ahead=ahead, step_timeout_s=30.0)
-    facts = EngineFacts(
-        epoch="bench",
-        model="oracle",
-        vocab_size=VOCABULARY,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        eos_token_ids=(),
-        dtype="none",
-        device="none",
-    )
+    said: dict[str, Any] = {
+        "epoch": "bench",
+        "model": "oracle",
+        "vocab_size": VOCABULARY,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "eos_token_ids": (),
+        "dtype": "none",
+        "device": "none",
+    }
+    facts = EngineFacts(**{**said, **(says or {})})
     loop = EngineLoop(engine, facts, clock=monotonic_clock, limits=limits, compiler=compiler)
     loop.start()
     try:

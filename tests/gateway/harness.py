@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.gateway.app import create_app
 from slipstream.runtime.gateway.gateway import Gateway, make_gateway
-from slipstream.runtime.gateway.replica import Replica
+from slipstream.runtime.gateway.replica import Replica, model_text
 from slipstream.runtime.gateway.settings import GatewaySettings
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.text.chat_template import ChatTemplate
@@ -67,6 +67,7 @@ class Setup:
     """One gateway under test."""
 
     gateway: Gateway
+    replica: Replica
     engine: ScriptedEngine
     tokenizer: Tokenizer
     app: FastAPI
@@ -117,7 +118,7 @@ async def serving(
     engine = ScriptedEngine(
         vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.eos_token_id or 0,), max_model_len=1024
     )
-    replica = Replica(tokenizer=tokenizer, defaults=defaults or GenerationDefaults())
+    replica = Replica(model_text(tokenizer, defaults or GenerationDefaults()))
     settings.setdefault("served_model_names", ("tiny", "alias"))
     gateway = make_gateway(
         GatewaySettings(**settings), replica, clock=monotonic_clock, wall_clock=lambda: 1_700_000_000.5
@@ -127,4 +128,4 @@ async def serving(
     app = create_app(gateway)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        yield Setup(gateway, engine, tokenizer, app, client)
+        yield Setup(gateway, replica, engine, tokenizer, app, client)

@@ -148,7 +148,7 @@ async def test_no_engine_yet() -> None:
         assert (await setup.client.get("/ready")).status_code == 503
         assert (await setup.client.get("/v1/models")).status_code == 200
         assert "slipstream_engine_up 0.0" in (await setup.client.get("/metrics")).text
-        setup.gateway.replica.attach(setup.engine, setup.engine.facts)
+        setup.replica.attach(setup.engine, setup.engine.facts)
         assert (await setup.client.get("/ready")).status_code == 200
 
 

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from slipstream.runtime.gateway.driver_process import driver_environment
-from slipstream.runtime.gateway.replica import Replica
-from slipstream.runtime.gateway.supervisor import Backoff, Supervisor
+from slipstream.runtime.gateway.replica import Replica, model_text
+from slipstream.runtime.gateway.supervisor import Supervisor
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
+from slipstream.runtime.rpc.backoff import Backoff
 from slipstream.sdk.errors import EngineUnavailable, SlipstreamError
 from slipstream.tests.fakes.scripted_engine import ScriptedEngine
 from slipstream.tests.gateway.harness import asynchronous, make_tokenizer, until
@@ -61,7 +62,7 @@ class World:
     """A supervisor with its drivers; ``failures`` starts fail, the first ones or later ones."""
 
     def __init__(self) -> None:
-        self.replica = Replica(tokenizer=make_tokenizer(), defaults=GenerationDefaults())
+        self.replica = Replica(model_text(make_tokenizer(), GenerationDefaults()))
         self.drivers: list[FakeDriver] = []
         self.clients: list[Client] = []
         self.failing: set[int] = set()
