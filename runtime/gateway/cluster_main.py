@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import socket
@@ -31,6 +32,8 @@ from .model_files import ModelFiles
 from .process import GatewayProcess, bound, event_loop, prepare_process, shown_address
 from .replica_set import ReplicaSet
 from .settings import TOOL_CALL_PARSERS, GatewaySettings, RequestLimits
+
+logger = logging.getLogger(__name__)
 
 EXIT_REFUSED = 2
 
@@ -53,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _serve(options: argparse.Namespace, settings: GatewaySettings, listening: socket.socket) -> int:
     secret = secret_from(os.environ)
+    if secret is None:
+        logger.warning("%s is not set: whoever answers at a replica's address is taken for it", SECRET_VARIABLE)
     replicas = ReplicaSet(
         ViewWatch(options.watch, clock=monotonic_clock, jitter=_jitter, secret=secret),
         # One more than clients may have: the readiness probe must not be refused by them.

@@ -146,6 +146,7 @@ def _launch(options: argparse.Namespace) -> EngineLoop:
         launched = launch_placed(engine_options, _placed(options))
     facts = EngineFacts(
         epoch=secrets.token_hex(8),
+        replica=options.replica or "",
         model=options.model,
         vocab_size=launched.spec.vocab_size,
         max_model_len=launched.config.max_model_len,
@@ -170,6 +171,7 @@ def _launch_null(options: argparse.Namespace) -> EngineLoop:
     null = NullEngineOptions(vocab_size=options.null_vocab_size, step_time_s=options.null_step_time, **given)
     facts = EngineFacts(
         epoch=secrets.token_hex(8),
+        replica=options.replica or "",
         model=options.model or "null",
         vocab_size=null.vocab_size,
         max_model_len=null.max_model_len,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ from slipstream.runtime.controller.ledger import Deployment
 from slipstream.runtime.controller.records import from_json, to_json
 from slipstream.runtime.messages import EngineRequest
 from slipstream.runtime.reconcile.desired import Desired, Limits, PoolWish
+from slipstream.runtime.reconcile.views import View
+from slipstream.runtime.rpc.backoff import no_jitter
 from slipstream.runtime.rpc.client import GrpcEngineClient
+from slipstream.runtime.rpc.view_watch import ViewWatch
 from slipstream.sdk.params import SamplingParams
 from slipstream.tests.contracts.cluster import WELL
 from slipstream.tests.controller.ray_bed import (
@@ -35,8 +40,17 @@ from slipstream.tests.controller.ray_bed import (
 )
 from slipstream.tests.fakes.first_fit import first_fit
 
+
+def free_port() -> int:
+    """Return a port of loopback that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
 controller_actor = pytest.importorskip("slipstream.runtime.controller.controller_actor")
 
+SECRET = "the secret of a test's cluster"
 MODEL = Path(slipstream.__file__).parent / "examples" / "demo_model"
 SETTINGS = controller_actor.ControllerSettings(
     deployment="up",
@@ -44,11 +58,13 @@ SETTINGS = controller_actor.ControllerSettings(
     device_types=DEVICE_TYPES,
     network=LINK,
     device_link=LINK,
+    watch_address=f"127.0.0.1:{free_port()}",
+    secret=SECRET,
 )
 
 
 OPTIONS = ("--num-threads", "1", "--max-model-len", "256", "--max-num-seqs", "4")
-REAL = Launch(arguments=("--listen", "{address}:0", *OPTIONS, str(MODEL)))
+REAL = Launch(arguments=("--listen", "{address}:0", *OPTIONS, str(MODEL)), environment={"SLIPSTREAM_SECRET": SECRET})
 
 
 class Up:
@@ -105,7 +121,7 @@ def tokens(address: str) -> list[int]:
     """Ask a replica for a few tokens, directly."""
 
     async def ask() -> list[int]:
-        client = GrpcEngineClient(address)
+        client = GrpcEngineClient(address, secret=SECRET.encode())
         try:
             await client.connect(timeout_s=PATIENCE_S)
             request = EngineRequest(
@@ -128,11 +144,27 @@ def tokens(address: str) -> list[int]:
     return asyncio.run(ask())
 
 
+def watched(epoch: int) -> View:
+    """Watch as gateways do until a view comes that is at least of an epoch."""
+
+    async def watch() -> View:
+        address = SETTINGS.watch_address
+        source = ViewWatch([address], clock=monotonic_clock, jitter=no_jitter, secret=SECRET.encode())
+        async with asyncio.timeout(PATIENCE_S), aclosing(source.views()) as views:
+            async for view in views:
+                if view.epoch >= epoch:
+                    return view
+        raise AssertionError("views never end")
+
+    return asyncio.run(watch())
+
+
 def test_a_deployment_comes_up_outlives_its_controller_and_is_repaired(up: Up) -> None:
     up.want(2, REAL)
     first = up.until("two replicas of a real model serve", serve(2, "a/0", "a/1"))
     answers = {tuple(tokens(replica.address)) for replica in first.replicas}
     assert len(answers) == 1 and len(*answers) == 8
+    assert [replica.address for replica in watched(first.epoch).replicas] == [each.address for each in first.replicas]
 
     # Without a controller replicas serve; a new one finds them as they are.
     os.kill(ray.get(up.controller.pid.remote(), timeout=PATIENCE_S), signal.SIGKILL)
@@ -142,6 +174,8 @@ def test_a_deployment_comes_up_outlives_its_controller_and_is_repaired(up: Up) -
         (each.replica, each.address) for each in first.replicas
     ]
     assert back.epoch == first.epoch
+    # At the same address, the view that was published before it came.
+    assert watched(1).epoch == first.epoch
 
     # A rank that dies is replaced.
     looking = ray_cluster.RayCluster(

@@ -54,6 +54,13 @@ class CutClient(InProcessEngineClient):
     def load(self) -> EngineLoadReport | None:
         return self.stale or super().load()
 
+    @property
+    def newest(self) -> EngineLoadReport:
+        """The newest report, which must have come."""
+        load = super().load()
+        assert load is not None
+        return load
+
     def cut(self) -> None:
         if self._task is not None:
             self.cut_off = True

@@ -68,7 +68,7 @@ def test_the_chosen_one_is_never_busier_than_another(course: list[Step]) -> None
             loads[name] = number if kind == "report" else loads[name] + number
             continue
         chosen = balance.least(sorted(what))
-        assert chosen in what and loads[chosen] == min(loads[name] for name in what)
+        assert chosen is not None and chosen in what and loads[chosen] == min(loads[name] for name in what)
         balance.send(chosen, 1)
         loads[chosen] += 1
 

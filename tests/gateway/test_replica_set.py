@@ -37,7 +37,7 @@ async def test_the_busy_one_is_spared() -> None:
         busy, idle = world.start("p-1", "p-2")
         world.publish("p-1", "p-2")
         await world.until_states(attached=2)
-        busy.session.stale = replace(busy.session.load(), running=20)
+        busy.session.stale = replace(busy.session.newest, running=20)
         for number in range(1, 11):
             assert_answered(await world.ask(number), number)
         assert (len(busy.asked), len(idle.asked)) == (0, 10)
@@ -200,15 +200,14 @@ async def test_a_draining_replica_is_left_out_and_what_it_refuses_goes_elsewhere
     async with cluster() as world:
         draining, other = await world.serve("p-1", "p-2")
         # The gateway has not heard of it yet.
-        before = draining.session.load()
-        draining.session.stale = before
-        other.session.stale = replace(other.session.load(), running=5)
+        draining.session.stale = draining.session.newest
+        other.session.stale = replace(other.session.newest, running=5)
         assert await draining.session.drain(timeout_s=5.0)
         assert_answered(await world.ask(1), 1)
         assert (len(draining.asked), len(other.asked)) == (1, 1)
         assert await world.metric("slipstream_moved_total") == 1
         draining.session.stale = None
-        await until(lambda: draining.session.load().draining)
+        await until(lambda: draining.session.newest.draining)
         for number in (2, 3, 4):
             assert_answered(await world.ask(number), number)
         assert (len(draining.asked), len(other.asked)) == (1, 4)
@@ -244,7 +243,7 @@ async def test_each_request_is_made_for_the_model_of_its_replica() -> None:
             View(epoch=10, begun=True, replicas=(replica("p-3", "host:3"), replica("p-2", "host:2", model=2)))
         )
         await until(lambda: world.replicas.states()["attached"] == 2 and bool(hung.clients))
-        new.session.stale = replace(new.session.load(), running=50)
+        new.session.stale = replace(new.session.newest, running=50)
         running = world.asking(1)
         await until(lambda: hung.session.live_requests == 1)
         hung.lose()

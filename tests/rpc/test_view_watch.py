@@ -204,7 +204,7 @@ def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> No
             for epoch in range(2, last + 1):
                 board.publish(replace(large, epoch=epoch))
                 await asyncio.sleep(0.001)
-            epochs = []
+            epochs: list[int] = []
             while not epochs or epochs[-1] < last:
                 epochs.append(decode_view(await call.read()).epoch)
             # What the connection held when it was full, and then the newest.
