@@ -25,8 +25,8 @@ from slipstream.tests.worker.placed_ranks import Keeper, Rank, introduce, keeper
 
 COMM_TIMEOUT_S = 3
 
-NOTICED_S = 20.0
-"""Of silence, after which the kernel says that a connection is lost (``comm/sockets.py``), and what ending takes."""
+NOTICED_S = 60.0
+"""The kernel gives a connection up after 30 s of silence (``comm/sockets.py``); asking and ending take some more."""
 
 LISTENS, ESTABLISHED = "0A", "01"
 
@@ -121,6 +121,7 @@ def test_a_replica_over_two_hosts_gives_the_tokens_of_one_rank_and_ends_by_name_
         is_noticed(network, ranks, "rank 1")
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_a_driver_by_name_though_nothing_runs(network: tuple[Host, ...], model: Path) -> None:
     with replica(network, model, "--listen", f"{network[0].address}:0") as (ranks, address):
         assert address.startswith(f"{network[0].address}:")
