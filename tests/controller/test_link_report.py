@@ -91,5 +91,6 @@ def test_a_large_cluster_has_no_matrix_and_json_has_all() -> None:
     records = json.loads(json.dumps(records_of(found)))
     assert len(records["links"]) == len(names) * (len(names) - 1) and records["suspicious"] == []
     assert records["links"][0] == {
-        "source": "n00", "target": "n01", "bytes_per_s": 1e9, "round_trip_s": 100 * 1e-6, "round_trip_p99_s": 200 * 1e-6,
+        "source": "n00", "target": "n01", "bytes_per_s": 1e9,
+        "round_trip_s": 100 * 1e-6, "round_trip_p99_s": 200 * 1e-6,
     }  # fmt: skip
