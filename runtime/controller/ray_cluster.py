@@ -342,7 +342,9 @@ _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA
 def list_nodes(*, with_available: bool = False) -> list[NodeFacts]:
     """Return the nodes that Ray holds to be alive; if asked, with what nobody has of their resources."""
     listed: Any = ray.nodes
-    available: Any = available_resources_per_node() if with_available else {}
+    # Ray does not annotate it.
+    ask_available: Any = available_resources_per_node
+    available: Mapping[str, Mapping[str, float]] = ask_available() if with_available else {}
     return [
         NodeFacts(
             number=node["NodeID"],
