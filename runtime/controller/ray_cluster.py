@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.experimental.internal_kv import (
@@ -44,6 +46,7 @@ from .records import from_json, to_json
 _KV_NAMESPACE = b"slipstream"
 _REPORT_TIMEOUT_S = 1.0
 _END_PATIENCE_S = 10.0
+_CONNECT_TIMEOUT_S = 5.0
 _CONCURRENCY = 4
 _A_LITTLE = 0.001
 
@@ -382,7 +385,9 @@ _RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA
 def list_nodes(*, with_available: bool = False) -> list[NodeFacts]:
     """Return the nodes that Ray holds to be alive; if asked, with what nobody has of their resources."""
     listed: Any = ray.nodes
-    available: Any = available_resources_per_node() if with_available else {}
+    # Ray does not annotate it.
+    ask_available: Any = available_resources_per_node
+    available: Mapping[str, Mapping[str, float]] = ask_available() if with_available else {}
     return [
         NodeFacts(
             number=node["NodeID"],
@@ -405,7 +410,11 @@ def connected(address: str | None) -> Iterator[None]:
     # Ray puts the folder of who connects on the path of all that runs for them: not the root of a clone.
     with tempfile.TemporaryDirectory() as nowhere, contextlib.chdir(nowhere):
         try:
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+            found: str = canonicalize_bootstrap_address_or_die(address or "auto")
+            host, _, port = found.rpartition(":")
+            # Ray itself asks for minutes whether somebody has come.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ClusterError(f"no Ray can be reached at {address or 'this machine'}: {why}") from error

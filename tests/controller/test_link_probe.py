@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.controller.link_listener import LinkListener
 from slipstream.runtime.controller.link_probe import measure, throughput
 from slipstream.runtime.controller.link_wire import (
@@ -52,12 +52,9 @@ def test_round_trips_and_bytes_are_measured() -> None:
 
 
 def test_no_more_bytes_come_than_the_limits_say() -> None:
-    limits = replace(LIMITS, seconds=2.0, max_bytes=3_000_000)
+    limits = replace(LIMITS, seconds=20.0, max_bytes=3_000_000, timeout_s=60.0)
     with listening(limits) as listener:
-        began_s = monotonic_clock()
-        found = measure(listener.address, TOKEN, limits)
-        assert monotonic_clock() - began_s < limits.seconds
-    assert found.moved_bytes == limits.max_bytes
+        assert measure(listener.address, TOKEN, limits).moved_bytes == limits.max_bytes
 
 
 def test_who_has_another_token_is_sent_away_and_who_has_the_right_one_is_served() -> None:
@@ -156,7 +153,7 @@ def test_the_rate_is_the_median_of_chunks_after_a_warm_up() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"streams": 0}, {"streams": 65}, {"seconds": 0}, {"max_bytes": 0}, {"timeout_s": 0.3}, {"exchanges": 0}]
 )
-def test_limits_without_bounds_are_refused(wrong: dict[str, float]) -> None:
+def test_limits_without_bounds_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(LIMITS, **wrong)
 
