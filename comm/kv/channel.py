@@ -89,6 +89,10 @@ class ChannelIn(Protocol):
 class Carrier(Protocol):
     """A kind of channel, made of connected sockets whose ends have met. Raises: PeerLost, CommTimeout"""
 
+    def check_address(self, address: str, *, across_hosts: bool) -> None:
+        """Make sure that peers, on other hosts if so, can come to this address. Raises: CommMisuse"""
+        ...
+
     def channel_to(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ChannelOut:
         """Return the sending end."""
         ...

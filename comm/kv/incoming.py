@@ -15,7 +15,7 @@ from ...placement.kv_routes import KvLayout, kv_routes, token_cuts
 from ..errors import CommMisuse
 from .coverage import Claim, Coverage, Part
 from .frame import KvFrame, KvHeader
-from .transfer import Drained, Ending, OpenReceiving, PeerRank, RankBroken, RankDone, Report, TransferId
+from .transfer import Drained, Ending, OpenReceiving, PeerRank, RankBroken, RankDone, RankOpened, Report, TransferId
 
 _REMEMBERED = 1024
 
@@ -107,6 +107,7 @@ class Incoming:
         ]
         one = _Grant(grant, Coverage(parts, grant.tokens), source.block_size)
         self._grants[grant.transfer] = one
+        self._reports.append(RankOpened(transfer=grant.transfer, generation=grant.generation, rank=self._rank))
         self._maybe_done(one)
 
     def close(self, transfer: TransferId, generation: int) -> None:

@@ -32,6 +32,7 @@ from .transfer import (
     Peer,
     RankBroken,
     RankDone,
+    RankOpened,
     Report,
     Reserve,
     Tell,
@@ -82,6 +83,7 @@ class _Receiving:
     state: _State = _State.WAITING
     loan: Loan = Loan(blocks=())
     hand_off: bytes | None = None
+    unopened: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
     undrained: set[int] = field(default_factory=set)
 
@@ -150,6 +152,10 @@ class KvReceiver:
         if one is None or report.generation != one.generation:
             return
         match report:
+            case RankOpened(rank=rank):
+                one.unopened.discard(rank)
+                if one.state is _State.LIVE and not one.unopened:
+                    self._say_granted(one)
             case RankDone(rank=rank):
                 one.done.add(rank)
                 self._maybe_commit(one)
@@ -247,7 +253,8 @@ class KvReceiver:
             case _State.WAITING:
                 self._tell(one.transfer.replica, Deferred(transfer=one.transfer, generation=one.generation))
             case _State.LIVE:
-                self._say_granted(one)
+                if not one.unopened:
+                    self._say_granted(one)
             case _State.COMMITTED:
                 self._acknowledge(one)
             case _State.ENDING:
@@ -261,6 +268,8 @@ class KvReceiver:
         one.loan = loan
         one.state = _State.LIVE
         one.undrained = set(self._ranks)
+        # The sender is told when all have opened it: a frame could be faster than the word that it may be written.
+        one.unopened = set(self._ranks)
         self._actions.append(
             OpenReceiving(
                 transfer=one.transfer,
@@ -269,8 +278,6 @@ class KvReceiver:
                 blocks=loan.blocks,
             )
         )
-        # After the ranks know of it: a frame may be as fast as the answer.
-        self._say_granted(one)
         return True
 
     def _say_granted(self, one: _Receiving) -> None:

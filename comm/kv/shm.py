@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from ..errors import BadFrame, CommTimeout, PeerLost
+from ..errors import BadFrame, CommMisuse, CommTimeout, PeerLost
 from ..wire import Clock
 from .channel import SocketEnd, StreamLimits
 
@@ -117,6 +117,11 @@ class ShmReceiver:
 
 class Shm:
     """How streams make channels of unix sockets and rings."""
+
+    def check_address(self, address: str, *, across_hosts: bool) -> None:
+        """Make sure that both ends are on one host."""
+        if across_hosts or not address.startswith("unix:"):
+            raise CommMisuse(f"KV at {address} cannot go through shared memory: that is of one host, at unix:/path")
 
     def channel_to(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ShmSender:
         """Return the sending end: ask for the ring and map it."""

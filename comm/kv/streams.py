@@ -37,7 +37,10 @@ class StreamTransport:
         secret: bytes,
         clock: Clock,
         limits: StreamLimits | None = None,
+        across_hosts: bool = False,
     ) -> None:
+        """Listen at an address of this host, port 0 for any; ``across_hosts``: peers may be on others."""
+        carrier.check_address(address, across_hosts=across_hosts)
         self._carrier = carrier
         self._offer = offer
         self._secret = secret

@@ -49,6 +49,22 @@ class TcpChannel:
 class Tcp:
     """How streams make channels of TCP connections."""
 
+    def check_address(self, address: str, *, across_hosts: bool) -> None:
+        """Make sure that an address means this host to whoever it is told: not any host, nor every host's own."""
+        host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        try:
+            parsed = ipaddress.ip_address(host)
+        except ValueError:
+            local = host == "localhost"
+        else:
+            local = parsed.is_loopback
+            if parsed.is_unspecified:
+                raise CommMisuse(
+                    f"KV cannot be received at {address}: give the address by which other hosts know this one"
+                )
+        if local and across_hosts:
+            raise CommMisuse(f"KV cannot be received at {address} from other hosts: give one that they can reach")
+
     def channel_to(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> TcpChannel:
         """Return the sending end."""
         return self._channel(sock, peer, limits, clock)
@@ -59,21 +75,3 @@ class Tcp:
 
     def _channel(self, sock: socket.socket, peer: str, limits: StreamLimits, clock: Clock) -> TcpChannel:
         return TcpChannel(SocketEnd(sock, peer=peer, frame_timeout_s=limits.frame_timeout_s, clock=clock))
-
-
-def check_reachable(address: str, *, across_hosts: bool) -> None:
-    """Make sure that an address means this host to whoever it is told.
-
-    Raises: CommMisuse for an address of any host, or, where peers are on others, of every host's own
-    """
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        parsed = ipaddress.ip_address(host)
-    except ValueError:
-        local = host == "localhost"
-    else:
-        local = parsed.is_loopback
-        if parsed.is_unspecified:
-            raise CommMisuse(f"KV cannot be received at {address}: give the address by which other hosts know this one")
-    if local and across_hosts:
-        raise CommMisuse(f"KV cannot be received at {address} from other hosts: give an address that they can reach")

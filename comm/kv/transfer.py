@@ -265,6 +265,15 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankOpened:
+    """A rank takes frames of a transfer from now on; before all do, the sender must not be told of the grant."""
+
+    transfer: TransferId
+    generation: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankDone:
     """A rank sent, or applied and checked, all that is its own."""
 
@@ -292,4 +301,4 @@ class Drained:
     rank: int
 
 
-Report = RankDone | RankBroken | Drained
+Report = RankOpened | RankDone | RankBroken | Drained
