@@ -50,6 +50,10 @@ class StreamLimits:
 class ChannelOut(Protocol):
     """The sending end of one connection, after both ends have met."""
 
+    def fileno(self) -> int:
+        """The descriptor that says when the connection ends."""
+        ...
+
     def send(self, header: bytes, runs: Sequence[memoryview]) -> None:
         """Send a frame; when it returns, the memory may change. Raises: PeerLost, CommTimeout"""
         ...
@@ -116,6 +120,10 @@ class SocketEnd:
         wait = _TIMEVAL.pack(whole_s, int((frame_timeout_s - whole_s) * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, wait)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
 
     def send_all(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Send buffers, one after the other, as few system calls as can be."""

@@ -6,6 +6,7 @@ broken one is not, and nobody here knows what that was. Whoever wants to go on c
 
 from __future__ import annotations
 
+import select
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from .memory import KvMemory
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 from .transport import Events, PeerDown, Released
+
+_ENDED = getattr(select, "POLLRDHUP", 0)
+"""That the other end will send nothing more; where a system does not tell, it tells when the connection is gone."""
 
 
 class Budget:
@@ -69,6 +73,10 @@ class Line:
         self._threads = [
             threading.Thread(target=self._run, args=(channel,), name=name, daemon=True) for channel in channels
         ]
+        watch = select.poll()
+        for channel in channels:
+            watch.register(channel.fileno(), _ENDED)
+        self._threads.append(threading.Thread(target=self._watch, args=(watch,), name=name, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -116,6 +124,11 @@ class Line:
             thread.join()
         for channel in self._channels:
             channel.close()
+
+    def _watch(self, watch: select.poll) -> None:
+        """See a connection end although nothing is sent; ours end in ``take_down`` at the latest."""
+        watch.poll()
+        self.take_down(f"rank {self.peer.rank} of {self.peer.peer.replica!r} is gone: its connection ended")
 
     def _run(self, channel: ChannelOut) -> None:
         while True:

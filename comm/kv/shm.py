@@ -39,6 +39,10 @@ class ShmSender:
         self._at = 0
         self._credits = bytearray(1)
 
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._end.fileno()
+
     def send(self, header: bytes, runs: Sequence[memoryview]) -> None:
         """Send a frame."""
         ahead = header

@@ -21,6 +21,10 @@ class TcpChannel:
     def __init__(self, end: SocketEnd) -> None:
         self._end = end
 
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._end.fileno()
+
     def send(self, header: bytes, runs: Sequence[memoryview]) -> None:
         """Send a frame."""
         self._end.send_all([header, *runs])

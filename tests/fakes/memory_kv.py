@@ -146,9 +146,9 @@ class MemoryTransport:
             self._events.append(PeerDown(peer, why))
 
     def _send(self, post: Post) -> None:
-        if not any(each is post for each in self._queue):
+        if post not in self._queue:
             return
-        self._queue = [each for each in self._queue if each is not post]
+        self._queue.remove(post)
         frame, memory = post.frame, need(self._memory)
         runs = memory.runs(frame.layer, frame.heads, token_cuts(frame.tokens, post.block_sizes), post.blocks)
         payload = b"".join(runs)

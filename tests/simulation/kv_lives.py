@@ -11,13 +11,13 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slipstream.comm.kv.frame import KvFrame
 from slipstream.comm.kv.transfer import Ended, FromReceiver, FromSender, Peer, PeerRank, Tell, TransferId
 from slipstream.placement.kv_routes import KvLayout
 from slipstream.tests.fakes.memory_kv import Arrival, MemoryNetwork
-from slipstream.tests.simulation.kv_replicas import Decode, Prefill, Wrong
+from slipstream.tests.simulation.kv_replicas import LIMITS, Decode, Prefill, Wrong
 
 FAULTS_S = 10.0
 QUIET_S = 120.0
@@ -78,6 +78,7 @@ class KvWorld:
         self.draw = draw = random.Random(seed)
         self.now_s = 0.0
         self.weather = weather(draw)
+        self.limits = replace(LIMITS, max_tries=draw.choice([1, 1, 3]))
         self.prefix_share = draw.choice([0.0, 0.5])
         self.story: list[str] = []
         self._count = 0
@@ -167,9 +168,10 @@ class KvWorld:
         self.now_s = until_s
 
     def _at_rest(self) -> bool:
-        assert self.prefill is not None and self.decode is not None
         return (
-            not len(self.prefill.sender)
+            self.prefill is not None
+            and self.decode is not None
+            and not len(self.prefill.sender)
             and not len(self.decode.receiver)
             and self.prefill.pool.free == self.prefill.num_blocks
             and self.decode.pool.free == self.decode.num_blocks
@@ -250,7 +252,7 @@ class KvWorld:
     def _begin(self) -> None:
         if self.prefill is None:
             return
-        timeout_s = self.draw.choice([2.0, 30.0, 60.0])
+        timeout_s = self.draw.choice([3.0, 30.0, 60.0, 60.0])
         transfer = self.prefill.begin(DECODE, self.draw.randint(1, 40), timeout_s)
         if transfer is not None:
             self._begun.add(transfer)

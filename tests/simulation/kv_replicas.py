@@ -66,6 +66,7 @@ class World(Protocol):
     draw: random.Random
     network: MemoryNetwork
     prefix_share: float
+    limits: TransferLimits
 
     def later(self, peer: Peer, after_s: float, act: Callable[[], None]) -> None:
         """Do something in a life, if it lasts until then."""
@@ -199,7 +200,7 @@ class Prefill(Life):
     def __init__(self, world: World, peer: Peer, layout: KvLayout, num_blocks: int, target: KvLayout) -> None:
         super().__init__(world, peer, layout, num_blocks)
         self.target = target
-        self.sender = KvSender(peer, ranks=layout.ranks, release=self._release, limits=LIMITS)
+        self.sender = KvSender(peer, ranks=layout.ranks, release=self._release, limits=world.limits)
         self.outgoing = [
             Outgoing(rank=rank, layout=layout, row_bytes=ROW_BYTES, max_frame_bytes=world.draw.choice([6, 24, 100]))
             for rank in range(layout.ranks)
@@ -346,7 +347,7 @@ class Decode(Life):
     def __init__(self, world: World, peer: Peer, layout: KvLayout, num_blocks: int, source: KvLayout) -> None:
         super().__init__(world, peer, layout, num_blocks)
         self.source = source
-        self.receiver = KvReceiver(ranks=layout.ranks, lender=self, limits=LIMITS)
+        self.receiver = KvReceiver(ranks=layout.ranks, lender=self, limits=world.limits)
         self.reserved: dict[TransferId, int] = {}
         self.first: dict[TransferId, int] = {}
         self.running: set[TransferId] = set()

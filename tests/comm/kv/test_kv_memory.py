@@ -1,4 +1,4 @@
-"""From routes to bytes: in any two layouts each byte of the target is written once, with the right one of the source."""
+"""From routes to bytes: in any two layouts each byte of a target is written once, with the right one of the source."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def test_class_7_every_byte_once_for_all_degrees(source: int, target: int, heads
     move(replace(plain, tp=source), replace(plain, tp=target), 11, 0, seed)
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.product([(1, 1), (2, 3), (3, 2)], [(4, 1), (1, 4), (2, 2)]))
+@pytest.mark.parametrize("source", [(1, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("target", [(4, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("sizes", [(4, 4), (3, 5), (16, 4), (4, 16)])
 def test_class_7_every_byte_once_with_stages_and_block_sizes(
     source: tuple[int, int], target: tuple[int, int], sizes: tuple[int, int], seed: int
@@ -122,7 +123,7 @@ def test_runs_are_as_long_as_can_be() -> None:
     lengths = [len(run) for run in kv.memory.runs(0, range(4), cuts, [2, 3, 4, 6])]
     assert lengths == [3 * block, block] * 2, "blocks that are neighbours are one run"
     assert [len(run) for run in kv.memory.runs(0, range(1, 3), cuts, [2, 3, 4, 6])] == [block // 2] * 8
-    assert [len(run) for run in kv.memory.runs(0, range(4), [0, 4, 6], [2, 3])] == [block, 4, 4, 4, 4] * 2
+    assert [len(run) for run in kv.memory.runs(0, range(4), [0, 4, 6], [2, 5])] == [block, 4, 4, 4, 4] * 2
 
 
 def test_class_11_memory_that_cannot_be_is_refused() -> None:

@@ -130,8 +130,8 @@ class Pair:
             for action in actions or theirs:
                 name = "sender" if actions else "receiver"
                 match action:
-                    case Tell(message=message):
-                        if self.deaf:
+                    case Tell(replica=replica, message=message):
+                        if self.deaf or replica not in (self.prefill.replica, self.decode.replica):
                             continue
                         if actions:
                             self.receiver.hear(self.now_s, message, self.prefill)  # type: ignore[arg-type]
@@ -379,7 +379,7 @@ def test_class_5_a_reference_that_was_forgotten_stays_used() -> None:
     first = pair.committed()
     pair.receiver.let_go(first)
     for number in range(10, 16):
-        pair.hear(reserve(number, tokens=1000))
+        pair.hear(End(transfer=reserve(number).transfer, generation=1, ending=Ending.CANCELLED))
     ask = reserve(first.number)
     assert pair.hear(ask) == end(ask, Ending.CONSUMED)
     # Others of that life may still begin.
@@ -565,6 +565,7 @@ def test_class_12_what_waits_is_kept_within_bounds() -> None:
     pair.reports(RankOpened, waiting[0])
     assert pair.sender.parked_blocks == 6
     # Of a receiver that says nothing any more nothing is kept.
+    pair.deaf = True
     pair.wait(10, ends=["sender"])
     assert pair.sender.parked_blocks == 0 and pair.released == [refused, *waiting[1:]]
 
