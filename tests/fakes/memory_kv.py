@@ -121,6 +121,10 @@ class MemoryTransport:
         self._drop(lambda post: post.frame.transfer == transfer)
 
     def close(self) -> None:
+        self.end(seen=True)
+
+    def end(self, *, seen: bool) -> None:
+        """End everything; where it is not seen, as when a host is gone, the other ends learn nothing of it."""
         if self.closed:
             return
         self.closed = True
@@ -129,7 +133,7 @@ class MemoryTransport:
             self._over(write, Outcome.LOST)
         self._writes.clear()
         del self._network.ends[self._me]
-        for other in list(self._network.ends.values()):
+        for other in list(self._network.ends.values()) if seen else ():
             other.lose(self._me, "the other end was closed")
 
     def lose(self, peer: PeerRank, why: str) -> None:

@@ -84,7 +84,8 @@ class KvWorld:
         self._count = 0
         self._queue: list[tuple[float, int, Peer | None, Callable[[], None]]] = []
         self._paused: dict[Peer, float] = {}
-        self.network = MemoryNetwork(self._at_rank, fate=self._fate, send_s=lambda: draw.random() * 0.05)
+        slowness_s = draw.choice([0.05, 0.5])
+        self.network = MemoryNetwork(self._at_rank, fate=self._fate, send_s=lambda: draw.random() * slowness_s)
         layers, heads = draw.choice([1, 2, 3]), draw.choice([1, 2, 4])
         self.source, self.target = (
             KvLayout(
@@ -96,8 +97,9 @@ class KvWorld:
             )
             for _ in range(2)
         )
-        self._sizes = (draw.randint(8, 30), draw.randint(8, 20))
+        self._sizes = (draw.randint(12, 40), draw.randint(10, 24))
         self._incarnation = Counter[str]()
+        self._reborn = 0
         self._begun: set[TransferId] = set()
         self._ended: Counter[tuple[Peer, TransferId, int]] = Counter()
         self._sent_ended: Counter[TransferId] = Counter()
@@ -142,13 +144,15 @@ class KvWorld:
     def run(self) -> None:
         """Live through it, and judge the end."""
         self.tally.lives += 1
-        for _ in range(self.draw.randint(1, 4)):
-            self.later(None, self.draw.random() * FAULTS_S / 2, self._begin)
+        begins_s = [self.draw.random() * FAULTS_S / 2 for _ in range(self.draw.randint(1, 4))]
+        for begin_s in begins_s:
+            self.later(None, begin_s, self._begin)
         for _ in range(self.weather.events):
             fault = self.draw.choice(
                 [self._cancel_sending, self._cancel_receiving, self._kill, self._kill, self._pause, self._cut]
             )
-            self.later(None, self.draw.random() * FAULTS_S, fault)
+            # While something moves, mostly.
+            self.later(None, self.draw.choice(begins_s) + self.draw.random() * self.draw.choice([1.0, 5.0]), fault)
         self._go_on(until_s=FAULTS_S)
         self.weather = CALM
         self._go_on(until_s=FAULTS_S + QUIET_S)
@@ -168,32 +172,31 @@ class KvWorld:
         self.now_s = until_s
 
     def _at_rest(self) -> bool:
-        return (
-            self.prefill is not None
-            and self.decode is not None
-            and not len(self.prefill.sender)
-            and not len(self.decode.receiver)
-            and self.prefill.pool.free == self.prefill.num_blocks
-            and self.decode.pool.free == self.decode.num_blocks
+        """Whether nothing is on its way at those that live, and nobody is about to begin again."""
+        if self._reborn:
+            return False
+        prefill, decode = self.prefill, self.decode
+        return (prefill is None or (not len(prefill.sender) and prefill.pool.free == prefill.num_blocks)) and (
+            decode is None or (not len(decode.receiver) and decode.pool.free == decode.num_blocks)
         )
 
     def _judge(self) -> None:
         prefill, decode = self.prefill, self.decode
-        assert prefill is not None and decode is not None
         if not self._at_rest():
-            raise Wrong(
-                f"{len(prefill.sender)} transfers are still sent and {len(decode.receiver)} received; free are "
-                f"{prefill.pool.free} of {prefill.num_blocks} and {decode.pool.free} of {decode.num_blocks} blocks"
-            )
-        if prefill.sender.parked_blocks:
-            raise Wrong("blocks are parked for nobody")
-        for transfer in self._begun:
-            if transfer.source == prefill.peer and self._sent_ended[transfer] != 1:
-                raise Wrong(f"{transfer} never ended at its sender")
-        prefill.pool.blocks.check_integrity()
-        decode.pool.blocks.check_integrity()
-        for incoming in decode.incoming:
-            self.tally.dropped.update(incoming.dropped)
+            sent = (len(prefill.sender), prefill.pool.free, prefill.num_blocks) if prefill else None
+            received = (len(decode.receiver), decode.pool.free, decode.num_blocks) if decode else None
+            raise Wrong(f"transfers, free blocks and blocks at the sender: {sent}; at the receiver: {received}")
+        if prefill is not None:
+            if prefill.sender.parked_blocks:
+                raise Wrong("blocks are parked for nobody")
+            for transfer in self._begun:
+                if transfer.source == prefill.peer and self._sent_ended[transfer] != 1:
+                    raise Wrong(f"{transfer} never ended at its sender")
+            prefill.pool.blocks.check_integrity()
+        if decode is not None:
+            decode.pool.blocks.check_integrity()
+            for incoming in decode.incoming:
+                self.tally.dropped.update(incoming.dropped)
 
     # -------------------------------------------------------------- replicas
 
@@ -206,6 +209,13 @@ class KvWorld:
     def _start_decode(self) -> None:
         self._incarnation[DECODE] += 1
         self.decode = Decode(self, Peer(DECODE, self._incarnation[DECODE]), self.target, self._sizes[1], self.source)
+
+    def _start_again(self, replica: str) -> None:
+        self._reborn -= 1
+        if replica == PREFILL:
+            self._start_prefill()
+        else:
+            self._start_decode()
 
     def _life(self, replica: str) -> Prefill | Decode | None:
         return self.prefill if replica == PREFILL else self.decode
@@ -253,7 +263,7 @@ class KvWorld:
         if self.prefill is None:
             return
         timeout_s = self.draw.choice([3.0, 30.0, 60.0, 60.0])
-        transfer = self.prefill.begin(DECODE, self.draw.randint(1, 40), timeout_s)
+        transfer = self.prefill.begin(DECODE, self.draw.randint(1, 32), timeout_s)
         if transfer is not None:
             self._begun.add(transfer)
             self.tally.begun += 1
@@ -282,11 +292,12 @@ class KvWorld:
         self._note("killed", life.peer)
         if which == PREFILL:
             self.prefill = None
-            self.later(None, self.draw.random() * 3.0, self._start_prefill)
         else:
             self.decode = None
-            self.later(None, self.draw.random() * 3.0, self._start_decode)
-        life.die()
+        if self.draw.random() < 0.85:
+            self._reborn += 1
+            self.later(None, self.draw.random() * 3.0, lambda: self._start_again(which))
+        life.die(seen=self.draw.random() < 0.5)
         other = self._life(DECODE if which == PREFILL else PREFILL)
         if other is not None:
             self.later(other.peer, 0.0, other.pump)

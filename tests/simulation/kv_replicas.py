@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -141,6 +142,7 @@ class WatchedGate:
                 raise Wrong(f"a block of {frame.transfer} was reused under its writer")
 
 
+@lru_cache(maxsize=64)
 def contents(layout: KvLayout, transfer: TransferId, tokens: int) -> NDArray[np.uint8]:
     """Return what a transfer's KV is."""
     return truth(layout, tokens, ROW_BYTES, transfer.incarnation << 20 | transfer.number)
@@ -165,10 +167,10 @@ class Life:
         self._inner_s = max(self._inner_s, self.world.now_s + self.world.draw.random() * 0.05)
         self.world.later(self.peer, self._inner_s - self.world.now_s, act)
 
-    def die(self) -> None:
-        """End all of its processes at once."""
+    def die(self, *, seen: bool) -> None:
+        """End all of its processes at once; unseen by others where its host is gone."""
         for transport in self.transports:
-            transport.close()
+            transport.end(seen=seen)
 
     def act(self) -> None:
         raise NotImplementedError
