@@ -65,22 +65,28 @@ class KvMemory:
         starts: list[int] = []
         stops: list[int] = []
         last = -1
-        for base in (skipped, skipped + shape.num_blocks * block_bytes):
-            for first, stop in pairwise(cuts):
-                index, offset = divmod(first, size)
-                at = base + blocks[index] * block_bytes + offset * shape.row_bytes
-                tokens = stop - first
+        for first, stop in pairwise(cuts):
+            at = skipped + blocks[first // size] * block_bytes
+            if stop - first == size:
                 # Of a whole block, the heads lie one behind the other.
-                count, length = (1, whole) if tokens == size else (len(heads), tokens * shape.row_bytes)
-                for _ in range(count):
-                    if at == last:
-                        stops[-1] = last = at + length
-                    else:
-                        starts.append(at)
-                        last = at + length
-                        stops.append(last)
-                    at += head_bytes
-        return [view[start:stop] for start, stop in zip(starts, stops, strict=True)]
+                if at == last:
+                    last = at + whole
+                    stops[-1] = last
+                    continue
+                starts.append(at)
+                last = at + whole
+                stops.append(last)
+                continue
+            at += first % size * shape.row_bytes
+            length = (stop - first) * shape.row_bytes
+            starts += range(at, at + whole, head_bytes)
+            stops += range(at + length, at + whole + length, head_bytes)
+            last = -1
+        # Values lie as keys do, behind them.
+        behind = shape.num_blocks * block_bytes
+        runs = [view[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        runs += [view[start + behind : stop + behind] for start, stop in zip(starts, stops, strict=True)]
+        return runs
 
 
 def _flat(layer: memoryview, wanted_bytes: int) -> memoryview:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from ..errors import CommMisuse
@@ -113,24 +115,24 @@ class KvTransport(Protocol):
 
 
 class Events:
-    """What happened, for whoever polls; threads add to it. Bounded by what was posted and what peers may send."""
+    """What happened, for one who polls; threads add to it. Bounded by what was posted and what peers may send."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._changed = threading.Condition()
+        self._events: SimpleQueue[Event] = SimpleQueue()
 
     def add(self, *events: Event) -> None:
         """Add events and wake whoever waits for them."""
-        with self._changed:
-            self._events += events
-            self._changed.notify_all()
+        for event in events:
+            self._events.put(event)
 
     def take(self, timeout_s: float) -> list[Event]:
         """Return all events since the last time, waiting for one."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._events, timeout_s)
-            events, self._events = self._events, []
-            return events
+        found: list[Event] = []
+        with suppress(Empty):
+            found.append(self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait())
+            while True:
+                found.append(self._events.get_nowait())
+        return found
 
 
 def need(memory: KvMemory | None) -> KvMemory:
