@@ -199,7 +199,7 @@ class SocketEnd:
     def _receive(self, batch: Sequence[memoryview | bytes]) -> int | None:
         """Return the bytes that came, None when none came in time."""
         try:
-            count = self._sock.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]  # type: ignore[arg-type] # all writable
+            count = self._sock.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
         except BlockingIOError:
             return None
         except OSError as error:

@@ -26,6 +26,8 @@ from .memory import KvMemory
 from .transfer import PeerRank
 from .transport import Clock, Events, Gate, PeerDown, Written
 
+_BREATH_MS = 10
+
 
 @dataclass(slots=True, eq=False)
 class _Guest:
@@ -103,14 +105,17 @@ class Inlet:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._woken, select.POLLIN)
+        woken = select.poll()
+        woken.register(self._woken, select.POLLIN)
         while True:
             poll.poll()
+            if self._over:
+                return
             try:
                 sock, _ = self._socket.accept()
             except OSError:
-                # Gone again before its turn came, or nobody: the other descriptor woke us.
-                if self._over:
-                    return
+                # Gone again before its turn came. Or there is no descriptor for it: it is still there in a moment.
+                woken.poll(_BREATH_MS)
                 continue
             guest = _Guest(sock)
             guest.thread = threading.Thread(target=self._host, args=(guest,), name="slipstream-kv-from", daemon=True)

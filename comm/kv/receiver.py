@@ -183,7 +183,7 @@ class KvReceiver:
                     self._end(one, Ending.PEER_RESTARTED, tell=False)
         match message:
             case Heartbeat(alive=alive):
-                for transfer, generation in alive:
+                for transfer, generation in alive[: self._limits.max_transfers]:
                     self._alive(now_s, transfer, generation, peer)
             case _ if message.transfer.source != peer:
                 self._tell(peer.replica, _end(message.transfer, message.generation, Ending.BAD_REFERENCE))
@@ -218,7 +218,8 @@ class KvReceiver:
             self._reserve_again(now_s, one, message)
             return
         why_not = self._endings.why_not(message.transfer, message.generation)
-        if why_not is None and (message.tokens < 1 or message.generation < 1):
+        too_long = len(message.hint) > self._limits.max_hint_bytes
+        if why_not is None and (message.tokens < 1 or message.generation < 1 or too_long):
             why_not = Ending.BAD_REFERENCE
         if why_not is None and (message.tokens > self._limits.max_tokens or not self._lender.fits(message)):
             why_not = Ending.NEVER_FITS

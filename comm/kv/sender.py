@@ -170,7 +170,7 @@ class KvSender:
             return
         self._note_life(now_s, peer)
         if isinstance(message, Heartbeat):
-            for transfer, generation in message.alive:
+            for transfer, generation in message.alive[: self._limits.max_transfers]:
                 one = self._current(transfer, generation, peer)
                 if one is None:
                     self._tell(peer.replica, End(transfer=transfer, generation=generation, ending=Ending.UNKNOWN))

@@ -126,6 +126,11 @@ class StreamTransport:
     def post(self, post: Post) -> bool:
         """Take a frame to send."""
         count = post.frame.payload_bytes(need(self._memory).shape.row_bytes)
+        if count > self._limits.max_frame_bytes:
+            limit = self._limits.max_frame_bytes
+            raise CommMisuse(
+                f"a KV frame of {count} bytes is over the limit of {limit}: cut its tokens into more frames"
+            )
         if not self._budget.take(count):
             return False
         with self._lock:

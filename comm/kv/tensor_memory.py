@@ -34,4 +34,4 @@ def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> Kv
         block_size=block_size,
         row_bytes=head_dim * layers[0].element_size(),
     )
-    return KvMemory(shape, [memoryview(layer.view(-1).view(torch.uint8).numpy()) for layer in layers])
+    return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])

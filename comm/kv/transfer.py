@@ -123,6 +123,7 @@ class TransferLimits:
     max_peers: int = 1024
     max_tokens: int = 1 << 24
     max_hand_off_bytes: int = 4 << 20
+    max_hint_bytes: int = 4 << 20
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat_s * 2 <= self.lease_s:

@@ -95,6 +95,8 @@ class KvTransport(Protocol):
         """Take a frame to send, reading its blocks until ``Released``; False when too much is on its way already.
 
         Never waits. A frame to a peer that is not there is taken, and released unsent.
+
+        Raises: CommMisuse for one that is larger than any may be
         """
         ...
 

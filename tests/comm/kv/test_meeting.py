@@ -13,15 +13,15 @@ import pytest
 from slipstream.comm.errors import BadFrame, CommMisuse, CommTimeout, HandshakeRefused, KvMismatch, PeerLost
 from slipstream.comm.frames import FrameKind
 from slipstream.comm.kv.channel import StreamLimits
-from slipstream.comm.kv.frame import KvFrame, pack_header
-from slipstream.comm.kv.incoming import Outcome
+from slipstream.comm.kv.frame import KvFrame, KvHeader, pack_header
+from slipstream.comm.kv.incoming import Drop, Outcome, Write
 from slipstream.comm.kv.layout import KvOffer
 from slipstream.comm.kv.meeting import meet_receiver
 from slipstream.comm.kv.outgoing import Post
 from slipstream.comm.kv.shm import Shm
 from slipstream.comm.kv.tcp import Tcp
 from slipstream.comm.kv.transfer import Drained, Ending, OpenReceiving, Peer, PeerRank, RankBroken, TransferId
-from slipstream.comm.kv.transport import PeerDown, Written
+from slipstream.comm.kv.transport import LockedGate, PeerDown, Written
 from slipstream.comm.sockets import connect, listen
 from slipstream.comm.wire import Deadline
 from slipstream.placement.kv_routes import KvLayout
@@ -188,12 +188,17 @@ def test_class_16_a_peer_that_stops_reading(kind: str) -> None:
     """It still holds its connections; the sender's frames come back in time, and it is told who."""
     limits = StreamLimits(frame_timeout_s=SOON_S, ring_bytes=1 << 16)
     hold = threading.Event()
+
+    class Hung(LockedGate):
+        def admit(self, header: KvHeader, peer: PeerRank) -> Write | Drop:
+            hold.wait(PATIENCE_S)
+            return super().admit(header, peer)
+
     with ExitStack() as stack:
-        source, target = source_end(), end_of("decode-0", LAYOUT, 0)
+        source, target = source_end(), target_end()
+        target.gate = Hung(target.gate.incoming)
         to = join(stack, kind, source, target, limits=limits)
         stack.callback(hold.set)
-        receive = target.gate.admit
-        target.gate.admit = lambda header, peer: hold.wait(PATIENCE_S) and receive(header, peer)  # type: ignore
         bed = Bed(source, target, to)
         blocks = list(range(40))
         large = replace(FRAME, num_tokens=160)
@@ -366,6 +371,13 @@ def test_class_11_memory_has_to_be_what_was_offered() -> None:
         with pytest.raises(CommMisuse, match="has no memory"):
             assert end.transport is not None
             end.transport.post(Post(frame=FRAME, to=end.me, blocks=[0], block_sizes=(4, 4)))
+
+
+def test_a_frame_over_the_limit_is_not_taken() -> None:
+    with ExitStack() as stack:
+        sender = give_transport(stack, "tcp", source_end(), limits=StreamLimits(max_frame_bytes=FRAME_BYTES - 1))
+        with pytest.raises(CommMisuse, match=f"a KV frame of {FRAME_BYTES} bytes is over the limit"):
+            sender.post(Post(frame=FRAME, to=target_end().me, blocks=[0], block_sizes=(4, 4)))
 
 
 def test_nobody_listens() -> None:
