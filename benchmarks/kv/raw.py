@@ -27,7 +27,7 @@ class RawListener:
         threads = []
         for index in range(streams):
             sock, _ = self._socket.accept()
-            pieces = _pieces(self._layers if walk else None, count, index, streams)
+            pieces = pieces_of(self._layers if walk else None, count, index, streams)
             threads.append(threading.Thread(target=_read, args=(sock, pieces)))
             threads[-1].start()
         for thread in threads:
@@ -45,7 +45,9 @@ class RawSender:
         """Send so many bytes over all connections, and wait until they are read."""
         streams = len(self._sockets)
         threads = [
-            threading.Thread(target=_write, args=(sock, _pieces(self._layers if walk else None, count, index, streams)))
+            threading.Thread(
+                target=_write, args=(sock, pieces_of(self._layers if walk else None, count, index, streams))
+            )
             for index, sock in enumerate(self._sockets)
         ]
         for thread in threads:
@@ -59,7 +61,7 @@ class RawSender:
             sock.close()
 
 
-def _pieces(layers: Sequence[memoryview] | None, count: int, index: int, streams: int) -> list[memoryview]:
+def pieces_of(layers: Sequence[memoryview] | None, count: int, index: int, streams: int) -> list[memoryview]:
     """Return where a stream's bytes are, piece by piece: in one small buffer, or its share of all memory."""
     if layers is None:
         own = memoryview(bytearray(BUFFER_BYTES))
