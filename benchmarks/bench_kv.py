@@ -29,6 +29,7 @@ import numpy as np
 from slipstream.benchmarks.kv.ends import LAYERS, TOKEN_BYTES, WAYS, Sender, memory
 from slipstream.benchmarks.kv.raw import RawSender
 from slipstream.benchmarks.report import write_report
+from slipstream.comm.kv.outgoing import DEFAULT_FRAME_BYTES
 
 MIB = 1 << 20
 
@@ -180,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128, 1024])
     parser.add_argument("--streams", type=int, default=2)
-    parser.add_argument("--frame-kib", type=int, default=4096)
+    parser.add_argument("--frame-kib", type=int, default=DEFAULT_FRAME_BYTES >> 10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -70,7 +70,8 @@ def memory(num_tokens: int) -> tuple[KvMemory, list[memoryview]]:
     layers = []
     for layer in range(LAYERS):
         mapped = mmap.mmap(-1, shape.layer_bytes)
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(mapped)
         for at in range(0, len(view), 1 << 20):
             piece = view[at : at + (1 << 20)]

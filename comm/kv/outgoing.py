@@ -15,6 +15,9 @@ from ...placement.kv_routes import KvLayout, KvRoute, kv_routes
 from .frame import KvFrame, token_runs
 from .transfer import Drained, Ending, OpenSending, PeerRank, RankBroken, RankDone, Report, TransferId
 
+DEFAULT_FRAME_BYTES = 8 << 20
+"""What a frame holds at most: enough that what a frame costs besides its bytes is small, and it still fits caches."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Post:
@@ -53,12 +56,14 @@ class _Tracked:
 
 
 class Outgoing:
-    """The transfers from one rank.
+    """The transfers from one rank. For one thread at a time: whoever shares it holds a lock.
 
     Units: row_bytes, of one head of one token, keys alone; max_frame_bytes, of a frame unless one token has more
     """
 
-    def __init__(self, *, rank: int, layout: KvLayout, row_bytes: int, max_frame_bytes: int) -> None:
+    def __init__(
+        self, *, rank: int, layout: KvLayout, row_bytes: int, max_frame_bytes: int = DEFAULT_FRAME_BYTES
+    ) -> None:
         self._rank = rank
         self._layout = layout
         self._row_bytes = row_bytes
