@@ -7,4 +7,6 @@ Collectives are called nowhere else.
 
 Beside them stands the step bus, which moves messages rather than tensors: ``frames`` and ``handshake`` (pure), ``wire``
 (a socket), ``step_bus`` (the driver's side), ``step_endpoint`` (a rank's), ``step_listener`` (how they meet).
+
+``kv/`` moves KV from one replica to another.
 """

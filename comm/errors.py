@@ -11,7 +11,10 @@
     ├── BadFrame        bytes that the protocol does not know, or too many    blame: the peer
     ├── StepGap         a rank missed or repeated a step                      blame: the peer, or the caller there
     ├── RankFailed      a rank could not carry out a step, and says why       blame: that rank
-    └── TooFarAhead     a rank is too many steps behind; nothing was sent     blame: nobody: collect results first
+    ├── TooFarAhead     a rank is too many steps behind; nothing was sent     blame: nobody: collect results first
+    │
+    │   and, where KV passes from replica to replica:
+    └── KvMismatch      the KV of one is not the KV of the other              blame: whoever joined the two
 
 After any of the first three a group is dead: every later operation raises, and the ranks build a new one. So it is
 after CommMisuse where ranks did not agree with one another, which only ``local_groups`` can see; what one rank sees
@@ -66,3 +69,7 @@ class RankFailed(CommError):
 
 class TooFarAhead(CommError):
     """The slowest rank is as many steps behind as is allowed; nothing was sent, and the bus lives."""
+
+
+class KvMismatch(CommError):
+    """Two replicas hold different models, or the same in different numbers: no KV can pass between them."""

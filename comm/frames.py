@@ -35,6 +35,7 @@ class FrameKind(IntEnum):
     HELLO = 17
     WELCOME = 18
     REFUSAL = 19
+    OFFER = 20
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}

@@ -222,7 +222,7 @@ def _check_expressions(module: Module) -> Iterator[Violation]:
 
 def is_pure(path: str) -> bool:
     """Return whether a file belongs to a core that decides."""
-    return path.startswith(tuple(f"{folder}/" for folder in rules.PURE))
+    return path in rules.PURE or path.startswith(tuple(f"{folder}/" for folder in rules.PURE))
 
 
 # --- rules about one import

@@ -73,12 +73,24 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "sdk": frozenset(),
     "placement": frozenset(),
     "kernels": frozenset({"torch", "triton", "numpy"}),
-    "comm": frozenset({"torch", "numpy"}),
+    # xxhash: checksums of KV on its way, at the speed of memory.
+    "comm": frozenset({"torch", "numpy", "xxhash"}),
 }
 """Folder → what it may import from outside the standard library. ``runtime`` is held by ``OWNERS`` instead."""
 
-PURE = ("placement", "runtime/engine", "runtime/reconcile")
-"""Cores that decide: synchronous and deterministic; time, randomness and membership are arguments."""
+PURE = (
+    "placement",
+    "runtime/engine",
+    "runtime/reconcile",
+    *(
+        f"comm/kv/{name}.py"
+        for name in (
+            "transfer", "sender", "receiver", "outgoing", "incoming", "coverage", "parked", "endings", "frame", "layout"
+        )
+    ),
+)  # fmt: skip
+"""Cores that decide, folders or single files: synchronous and deterministic; time, randomness and membership are
+arguments."""
 
 PURE_NEVER = frozenset(
     {
@@ -101,6 +113,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/", "runtime/controller/marked_processes.py"),
+    "xxhash": ("comm/kv/checksum.py",),
     "msgpack": ("runtime/worker/step_codec.py",),
     "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),

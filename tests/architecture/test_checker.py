@@ -115,6 +115,8 @@ PLANTED = [
     ),
     ("runtime/messages.py", "import torch", "pure", "loads torch, at runtime/messages.py:2"),
     ("placement/search.py", "import random", "pure", "random"),
+    ("comm/kv/sender.py", "import threading", "pure", "threading"),
+    ("comm/kv/sender.py", "from ..mesh import dist", "pure", "loads torch, at comm/mesh.py:2"),
     # Dependencies and their owners.
     ("sdk/client.py", "import torch", "third-party", "sdk imports torch"),
     ("sdk/client.py", "import numpy as np", "third-party", "sdk imports numpy"),
@@ -162,6 +164,10 @@ PLANTED = [
 def test_a_planted_violation_is_found(path: str, text: str, rule: str, message: str) -> None:
     found = violations(path, text)
     assert any(v.rule == rule and message in v.message for v in found), (text, [*map(str, found)])
+
+
+def test_a_single_file_may_be_pure() -> None:
+    assert violations("comm/kv/line.py", "import threading\n") == []
 
 
 def test_a_violation_names_file_line_and_rule() -> None:
