@@ -1,14 +1,12 @@
 /* Attention of rows with one query over the paged cache, reading keys and values where they are.
  *
  * The work is cut into units of one row, one KV head and one span of keys, the spans at fixed positions. Whoever
- * finishes the last span of a row's KV head adds them up, in their order: a row's bits depend on its own keys alone, and
- * are those that prefill gives. Only keys and values that the row sees are read.
+ * finishes the last span of a row's KV head adds them up, in their order: a row's bits depend on its own keys alone,
+ * and are those that prefill gives. Only keys and values that the row sees are read.
  */
 #include "attention_span.h"
 
 #define HEADS_AT_ONCE 4
-/* Vectors of keys that are laid side by side at once. */
-#define KEY_VECTORS 2
 
 /* What a step's layers have in common, and then what one layer has. The loader has the same structure.
  *
@@ -37,7 +35,7 @@ struct span {
     const struct decode_job *job;
     struct cache cache;
     int first, last;                 /* the places that the row sees */
-    const char *key_rows[SPAN_KEYS]; /* whole units of KEY_VECTORS vectors of keys */
+    const char *key_rows[SPAN_KEYS]; /* whole vectors of keys */
 };
 
 INLINE int64_t first_span_of(const struct decode_job *job, int64_t row) {
@@ -53,7 +51,7 @@ SELDOM void prepare_span(struct span *span, int64_t row, int64_t head, int64_t o
     span->first = first > 0 ? (int)first : 0;
     span->last = last < SPAN_KEYS ? (int)last : SPAN_KEYS;
     find_keys(&span->cache, job->tables + row * job->table_columns, head, start, span->first, span->last,
-              KEY_VECTORS * LANES, span->key_rows);
+              LANES, span->key_rows);
 }
 
 INLINE void prefetch_row(const char *row, int64_t bytes) {
@@ -61,53 +59,63 @@ INLINE void prefetch_row(const char *row, int64_t bytes) {
         __builtin_prefetch(row + at);
 }
 
-/* Multiply `heads` queries with the keys that are laid side by side: scores from place `place` on. */
-INLINE void score_keys(const struct span *span, const char *x, const float *keys, int place, int heads,
+/* Write the scaled scores of `heads` queries with LANES keys, which are laid side by side in registers. `x` has the
+ * queries' words, which are added up one after the other.
+ */
+INLINE void score_keys(const struct span *span, const char *x, int place, int heads, int widened, int pairs,
                        float scores[][SPAN_KEYS]) {
     int64_t words = words_of(&span->cache);
-    int pairs = in_pairs(&span->cache);
-    vf products[HEADS_AT_ONCE][VECTORS];
-    if (pairs)
-        multiply_steps(x, words * 4, keys, KEY_VECTORS * LANES, words, heads, KEY_VECTORS, 1, products);
-    else
-        multiply_steps(x, words * 4, keys, KEY_VECTORS * LANES, words, heads, KEY_VECTORS, 0, products);
+    const char *const *rows = span->key_rows + place;
+    const char *const *next = place + LANES < span->last ? rows + LANES : rows;
+    vf totals[HEADS_AT_ONCE];
     _Pragma("GCC unroll 4")
     for (int head = 0; head < heads; head++)
-        _Pragma("GCC unroll 2")
-        for (int vector = 0; vector < KEY_VECTORS; vector++)
-            store(scores[head], place + vector * LANES, products[head][vector] * span->job->scale, 0);
+        totals[head] = (vf){0};
+    for (int64_t i = 0; i < words; i += LANES) {
+        int count = words - i < LANES ? (int)(words - i) : LANES;
+        vf square[LANES];
+        _Pragma("GCC unroll 16")
+        for (int key = 0; key < LANES; key++) {
+            __builtin_prefetch(next[key] + i * (widened ? 2 : 4));
+            square[key] = load_up_to(rows[key], i, count, widened);
+        }
+        transpose(square);
+        _Pragma("GCC unroll 16")
+        for (int j = 0; j < LANES; j++) {
+            if (j >= count)
+                break;
+            _Pragma("GCC unroll 4")
+            for (int head = 0; head < heads; head++) {
+                uint32_t word;
+                memcpy(&word, x + (head * words + i + j) * 4, sizeof word);
+                totals[head] = add_products(totals[head], square[j], word, pairs);
+            }
+        }
+    }
+    _Pragma("GCC unroll 4")
+    for (int head = 0; head < heads; head++)
+        store(scores[head], place, totals[head] * span->job->scale, 0);
+}
+
+INLINE void score_some(const struct span *span, const char *x, int heads, int widened, int pairs,
+                       float scores[][SPAN_KEYS]) {
+    int high = round_up(span->last, LANES);
+    for (int place = round_down(span->first, LANES); place < high; place += LANES)
+        score_keys(span, x, place, heads, widened, pairs, scores);
 }
 
 /* Write scaled scores of `heads` queries. */
-SELDOM void score(const struct span *span, const void *queries, int heads, float scores[][SPAN_KEYS]) {
-    const struct cache *cache = &span->cache;
-    int64_t words = words_of(cache), row_bytes = row_bytes_of(cache);
-    int widened = cache->bf16 && !in_pairs(cache), unit = KEY_VECTORS * LANES;
-    float keys[words * unit], wide[widened ? HEADS_AT_ONCE * words : 1];
-    const char *x = queries;
-    if (widened) {
+INLINE void score(const struct span *span, const void *queries, int heads, float scores[][SPAN_KEYS]) {
+    int64_t words = words_of(&span->cache);
+    if (in_pairs(&span->cache)) {
+        score_some(span, queries, heads, 0, 1, scores);
+    } else if (span->cache.bf16) {
+        float wide[HEADS_AT_ONCE * words];
         for (int64_t i = 0; i < heads * words; i++)
             wide[i] = widen_one(((const uint16_t *)queries)[i]);
-        x = (const char *)wide;
-    }
-    int low = round_down(span->first, unit), high = round_up(span->last, unit);
-    for (int place = low; place < high; place += unit) {
-        const char *const *rows = span->key_rows + place;
-        if (place + unit < high)
-            for (int ahead = unit; ahead < 2 * unit; ahead++)
-                prefetch_row(rows[ahead], row_bytes);
-        for (int vector = 0; vector < KEY_VECTORS; vector++) {
-            if (widened)
-                lay_keys(rows + vector * LANES, words, 1, keys + vector * LANES, unit);
-            else
-                lay_keys(rows + vector * LANES, words, 0, keys + vector * LANES, unit);
-        }
-        switch (heads) {
-        case 1: score_keys(span, x, keys, place, 1, scores); break;
-        case 2: score_keys(span, x, keys, place, 2, scores); break;
-        case 3: score_keys(span, x, keys, place, 3, scores); break;
-        default: score_keys(span, x, keys, place, 4, scores); break;
-        }
+        score_some(span, (const char *)wide, heads, 1, 0, scores);
+    } else {
+        score_some(span, queries, heads, 0, 0, scores);
     }
 }
 

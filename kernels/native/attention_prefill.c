@@ -6,12 +6,10 @@
  * with the same bits. Keys and values outside of what the tile's positions see are not read.
  */
 #include "attention_span.h"
+#include "attention_tiles.h"
 
-#if LANES == 16
-#define TILE_ROWS 6
-#else
-#define TILE_ROWS 3
-#endif
+/* Places whose keys are laid side by side. */
+#define PANEL_KEYS (VECTORS * LANES)
 /* Rows whose scores are in memory at once: whole register tiles. */
 #define BLOCK_ROWS (4 * TILE_ROWS)
 
@@ -195,9 +193,9 @@ SELDOM void score_tile(const struct unit *unit, int64_t row, int at, int place) 
     const float *panel = unit->keys + place * unit->words;
     vf products[TILE_ROWS][VECTORS];
     if (in_pairs(&unit->cache))
-        multiply_steps(x, unit->words * 4, panel, PANEL_KEYS, unit->words, TILE_ROWS, VECTORS, 1, products);
+        multiply_steps(x, unit->words * 4, panel, PANEL_KEYS, unit->words, VECTORS, 1, products);
     else
-        multiply_steps(x, unit->words * 4, panel, PANEL_KEYS, unit->words, TILE_ROWS, VECTORS, 0, products);
+        multiply_steps(x, unit->words * 4, panel, PANEL_KEYS, unit->words, VECTORS, 0, products);
     _Pragma("GCC unroll 8")
     for (int r = 0; r < TILE_ROWS; r++)
         _Pragma("GCC unroll 4")
@@ -209,11 +207,12 @@ SELDOM void score_tile(const struct unit *unit, int64_t row, int at, int place) 
 /* Write the products of a register tile's weights with a panel of values. */
 INLINE void sum_tile(const struct unit *unit, int at, struct places seen, int64_t first, int vectors, int pairs) {
     int from = pairs ? seen.first / 2 : seen.first, to = pairs ? (seen.last + 1) / 2 : seen.last;
-    const char *x = pairs ? (const char *)(unit->halves + at * SPAN_KEYS) : (const char *)(unit->scores + at * SPAN_KEYS);
+    const void *weights = pairs ? (const void *)unit->halves : unit->scores;
+    int64_t x_bytes = SPAN_KEYS * (pairs ? 2 : 4);
+    const char *x = (const char *)weights + at * x_bytes;
     const float *panel = unit->values + first * (pairs ? SPAN_KEYS / 2 : SPAN_KEYS) + from * vectors * LANES;
     vf sums[TILE_ROWS][VECTORS];
-    multiply_steps(x + from * 4, pairs ? SPAN_KEYS * 2 : SPAN_KEYS * 4, panel, vectors * LANES, to - from, TILE_ROWS,
-                   vectors, pairs, sums);
+    multiply_steps(x + from * 4, x_bytes, panel, vectors * LANES, to - from, vectors, pairs, sums);
     _Pragma("GCC unroll 8")
     for (int r = 0; r < TILE_ROWS; r++)
         _Pragma("GCC unroll 4")

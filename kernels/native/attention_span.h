@@ -14,9 +14,6 @@
 #include "team.h"
 
 #define SPAN_KEYS 256
-#define VECTORS 4
-/* Places that are laid side by side at once. */
-#define PANEL_KEYS (VECTORS * LANES)
 /* Numbers of a head, filled up to whole vectors on every machine. */
 #define FILLED(size) (((size) + 15) / 16 * 16)
 
@@ -71,8 +68,8 @@ struct so_far {
 
 #define NOTHING_SO_FAR ((struct so_far){.peak = -INFINITY, .total = 0})
 
-/* Take in a span with its `peak` and `total`. Return in `kept` and `share` what earlier results and the span's are to be
- * multiplied by.
+/* Take in a span with its `peak` and `total`. Return in `kept` and `share` what earlier results and the span's are to
+ * be multiplied by.
  */
 void take_span(struct so_far *so_far, float peak, float total, float *kept, float *share);
 
@@ -84,57 +81,5 @@ void write_result(const struct so_far *so_far, const float *result, int64_t size
 
 /* Round the weights of places `low` to `high`, whole vectors, to bfloat16. Without BF16_PRODUCTS nobody needs it. */
 void halve_weights(const float *weights, int low, int high, uint16_t *halves);
-
-/* Lay LANES keys side by side: vector i of `out`, `stride` numbers from the one before it, has word i of each. */
-INLINE void lay_keys(const char *const *rows, int64_t words, int widened, float *out, int64_t stride) {
-    for (int64_t i = 0; i < words; i += LANES) {
-        int count = words - i < LANES ? (int)(words - i) : LANES;
-        vf square[LANES];
-        _Pragma("GCC unroll 16")
-        for (int key = 0; key < LANES; key++)
-            square[key] = load_up_to(rows[key], i, count, widened);
-        transpose(square);
-        if (count == LANES) {
-            _Pragma("GCC unroll 16")
-            for (int j = 0; j < LANES; j++)
-                store(out, (i + j) * stride, square[j], 0);
-        } else {
-            float lines[LANES][LANES];
-            memcpy(lines, square, sizeof lines);
-            for (int j = 0; j < count; j++)
-                memcpy(out + (i + j) * stride, lines[j], sizeof lines[j]);
-        }
-    }
-}
-
-/* Multiply `rows` rows of words, `x_bytes` apart, with vectors of words, `stride` numbers from step to step. */
-INLINE void multiply_steps(const char *x, int64_t x_bytes, const float *panel, int64_t stride, int64_t steps, int rows,
-                           int vectors, int pairs, vf results[][VECTORS]) {
-    vf totals[8][VECTORS];
-    _Pragma("GCC unroll 8")
-    for (int r = 0; r < rows; r++)
-        _Pragma("GCC unroll 4")
-        for (int vector = 0; vector < vectors; vector++)
-            totals[r][vector] = (vf){0};
-    for (int64_t step = 0; step < steps; step++) {
-        vf some[VECTORS];
-        _Pragma("GCC unroll 4")
-        for (int vector = 0; vector < vectors; vector++)
-            some[vector] = load(panel, step * stride + vector * LANES, 0);
-        _Pragma("GCC unroll 8")
-        for (int r = 0; r < rows; r++) {
-            uint32_t word;
-            memcpy(&word, x + r * x_bytes + step * 4, sizeof word);
-            _Pragma("GCC unroll 4")
-            for (int vector = 0; vector < vectors; vector++)
-                totals[r][vector] = add_products(totals[r][vector], some[vector], word, pairs);
-        }
-    }
-    _Pragma("GCC unroll 8")
-    for (int r = 0; r < rows; r++)
-        _Pragma("GCC unroll 4")
-        for (int vector = 0; vector < vectors; vector++)
-            results[r][vector] = totals[r][vector];
-}
 
 #endif
