@@ -19,7 +19,7 @@ enum { FLOAT32, BFLOAT16, INT8 };
  */
 EXPORT int slipstream_panel_kinds(void) {
     int kinds = LANES >= 8 ? 1 << FLOAT32 : 0;
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if BF16_PRODUCTS && !defined(__AMX_BF16__)
     kinds |= 1 << BFLOAT16;
 #endif
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
@@ -33,21 +33,12 @@ EXPORT int64_t slipstream_lanes(void) {
 }
 
 /* Add the products of one step. What is summed are lanes of 32 bits, of whatever type. */
-INLINE vf add_products(vf total, vf weights, uint32_t x, int kind) {
-    if (kind == FLOAT32) {
-        float one;
-        memcpy(&one, &x, sizeof one);
-        return total + weights * one;
-    }
-#if defined(__AVX512BF16__)
-    if (kind == BFLOAT16)
-        return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weights);
-#endif
+INLINE vf add_step(vf total, vf weights, uint32_t x, int kind) {
 #if defined(__AVX512VNNI__)
     if (kind == INT8)
         return (vf)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)x), (__m512i)weights);
 #endif
-    return total;
+    return add_products(total, weights, x, kind == BFLOAT16);
 }
 
 SELDOM void write_integers(const struct product_job *job, int64_t row, int64_t first, vf sums) {
@@ -93,7 +84,7 @@ INLINE void multiply_tile(const struct product_job *job, int64_t panel, int64_t 
             memcpy(&word, x + r * job->row_bytes + step * 4, sizeof word);
             _Pragma("GCC unroll 4")
             for (int vector = 0; vector < VECTORS; vector++)
-                totals[r][vector] = add_products(totals[r][vector], some[vector], word, kind);
+                totals[r][vector] = add_step(totals[r][vector], some[vector], word, kind);
         }
     }
     vf finished[TILE_ROWS][VECTORS]; /* in memory, which `totals` never are */
