@@ -8,7 +8,7 @@ together. Pieces and sums are those of single calls, and so are the bits.
 What calls are given are addresses. What a pass allocates stands in a ``StepMemory`` while it is recorded, and stays
 there. What it is given must stay where it is too: weights, cache, and the inputs that differ from step to step, which
 are written to the same places before a replay. What a kernel does not do would be missing in a recording: every
-operation of torch's is seen, and all but allocations and views refuse it.
+operation of torch's is seen, and all but allocations and views refuse it. (What is read as a numpy array is not seen.)
 
 ``SLIPSTREAM_RECORDED_STEPS=0`` in the environment switches it off.
 
@@ -18,7 +18,7 @@ Knows nothing of models and steps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,13 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.is_cpu and result.is_contiguous() and result.numel():
             return self._memory.like(result)
-        if not func.is_view and self.refusal is None:
+        if self.refusal is None and not (func.is_view and _is_view(result, args)):
             self.refusal = f"the operation {func}"
         return result
+
+
+def _is_view(result: Tensor | Sequence[Tensor], args: tuple[Any, ...]) -> bool:
+    """Return whether a view was made: operations such as ``reshape`` copy where they have to."""
+    views = [result] if isinstance(result, Tensor) else result
+    seen = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+    return all(view.untyped_storage().data_ptr() in seen for view in views)
