@@ -69,6 +69,8 @@ _ARGUMENTS = {
     "linear_int8": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I),
     "linear_int4": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _I),
     "quantize_rows": (_P, _P, _P, _N, _N, _N, _I, _I),
+    "first_largest": (_P, _P, _P, _N, _N, _N, _I),
+    "clear": (_P, _N, _N, _I),
     "record": (_P,),
     "replay": (_P, _I),
     "free_recording": (_P,),
@@ -95,6 +97,7 @@ class Native:
         self.linear_int8 = loaded.slipstream_linear_int8
         self.linear_int4 = loaded.slipstream_linear_int4
         self.quantize_rows = loaded.slipstream_quantize_rows
+        self.first_largest, self.clear = loaded.slipstream_first_largest, loaded.slipstream_clear
         self.record, self.replay = loaded.slipstream_record, loaded.slipstream_replay
         self.new_recording, self.free_recording = loaded.slipstream_new_recording, loaded.slipstream_free_recording
         self.new_recording.restype = c_void_p

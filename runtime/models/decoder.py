@@ -107,8 +107,7 @@ class Decoder:
         """Prepare a pass: what its layers have in common, and the cache. As ``forward_parts``."""
         inputs = self._attention_inputs(batch, cache)
         if batch.fresh_blocks_F.shape[0]:
-            for layer_cache in cache.layers:
-                clear_blocks(batch.fresh_blocks_F, layer_cache)
+            clear_blocks(batch.fresh_blocks_F, cache.layers)
         if hidden_TH is None:
             hidden_TH = yield from self._embed(batch.token_ids_T)
         return PassInputs(hidden_TH=hidden_TH, attention=inputs)
