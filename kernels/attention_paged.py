@@ -11,6 +11,7 @@ Shapes: R rows, C items (a row's spans, one row after the other), B blocks, K KV
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +115,14 @@ def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> Prepar
         threads=torch.get_num_threads(),
     )
     return PreparedPaged(job=job, memory=(rows, partials, open_RK))
+
+
+def renew_paged(kept: PreparedPaged, fresh: PreparedPaged) -> None:
+    """Let a prepared step stand for another of as many rows, as long as that one is kept; a recording has its address.
+
+    What a layer sets is set by the next.
+    """
+    ctypes.memmove(ctypes.byref(kept.job), ctypes.byref(fresh.job), ctypes.sizeof(DecodeJob))
 
 
 def check_blocks(

@@ -25,7 +25,7 @@ from .native_build import NativeBuildError, library
 
 SWITCH = "SLIPSTREAM_NATIVE_KERNELS"
 _PARALLEL = "GOMP_parallel"
-_OFF = ("0", "false", "no", "off")
+OFF = ("0", "false", "no", "off")
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ class DecodeJob(Structure):
         ("cache", c_void_p),
         ("out", c_void_p),
         ("scale", c_float),
-        ("next", c_int64),
-        ("count", c_int64),
     )
 
 
@@ -97,7 +95,7 @@ class PrefillJob(Structure):
 
 _P, _N, _I = c_void_p, c_int64, c_int
 _ARGUMENTS = {
-    "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, c_float, _I, _I),
+    "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, c_float, _I, _I),
     "silu_and_mul": (_P, _P, _N, _N, _I, _I),
     "rope_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I),
     "attend_decode": (POINTER(DecodeJob),),
@@ -106,6 +104,11 @@ _ARGUMENTS = {
     "linear_int8": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I),
     "linear_int4": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _I),
     "quantize_rows": (_P, _P, _P, _N, _N, _N, _I, _I),
+    "first_largest": (_P, _P, _P, _N, _N, _N, _I),
+    "clear": (_P, _N, _N, _I),
+    "record": (_P,),
+    "replay": (_P, _I),
+    "free_recording": (_P,),
 }
 
 _SIZES = {"partial_numbers": (_N,), "prefill_scratch": (POINTER(PrefillJob),)}
@@ -135,6 +138,12 @@ class Native:
         self.linear_int8 = loaded.slipstream_linear_int8
         self.linear_int4 = loaded.slipstream_linear_int4
         self.quantize_rows = loaded.slipstream_quantize_rows
+        self.first_largest, self.clear = loaded.slipstream_first_largest, loaded.slipstream_clear
+        self.record, self.replay = loaded.slipstream_record, loaded.slipstream_replay
+        self.new_recording, self.free_recording = loaded.slipstream_new_recording, loaded.slipstream_free_recording
+        self.new_recording.restype = c_void_p
+        self.recorded_calls = loaded.slipstream_recorded_calls
+        self.recorded_calls.argtypes, self.recorded_calls.restype = (c_void_p,), c_int64
         self.team_size = loaded.slipstream_team_size
         self.partial_numbers, self.prefill_scratch = (
             loaded.slipstream_partial_numbers,
@@ -151,7 +160,7 @@ class Native:
 @lru_cache(maxsize=1)
 def native() -> Native | None:
     """Return the compiled kernels, None where there are none. Says so once, and what to do about it."""
-    if os.environ.get(SWITCH, "").strip().lower() in _OFF:
+    if os.environ.get(SWITCH, "").strip().lower() in OFF:
         return None
     try:
         return load(os.environ)

@@ -33,6 +33,18 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     return (x_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
 
 
+def normalize_heads_(x_THD: Tensor, weight_HD: Tensor, epsilon: float) -> None:
+    """As ``rms_norm``, in place.
+
+    Shapes: x_THD [tokens, heads, size], heads side by side; weight_HD [heads, size]
+    """
+    compiled = native_for(x_THD)
+    if compiled is not None and x_THD.stride(1) == x_THD.shape[-1] and _is_weight(weight_HD, x_THD):
+        _normalize(compiled, x_THD, None, weight_HD, None, x_THD, epsilon)
+    else:
+        x_THD.copy_(rms_norm(x_THD, weight_HD, epsilon))
+
+
 def _is_weight(weight_H: Tensor, x_TH: Tensor) -> bool:
     """Return whether the compiled norm takes a weight: it trusts what it is given."""
     shapes = (x_TH.shape[-1:], x_TH.shape[1:])
@@ -59,6 +71,7 @@ def _normalize(
         x_TH.shape[1] if x_TH.dim() == 3 else 1,
         size,
         x_TH.stride(0),
+        out_TH.stride(0),
         size if weight_H.dim() == 2 else 0,
         epsilon,
         x_TH.dtype == torch.bfloat16,

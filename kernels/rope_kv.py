@@ -6,6 +6,10 @@ cache is [2, num_blocks, K, block_size, D], keys first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +43,18 @@ def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size
         if lowest < 0 or highest >= num_blocks * block_size:
             raise IndexError(f"slots {lowest} to {highest} of a cache of {num_blocks} blocks of {block_size}")
     blocks_T = torch.div(slots_T, block_size, rounding_mode="floor")
-    first_T = blocks_T * (kv_heads * block_size) + (slots_T - blocks_T * block_size)
-    heads_K = torch.arange(kv_heads, device=slots_T.device) * block_size
-    keys_TK = first_T.unsqueeze(1) + heads_K
-    values_TK = keys_TK + num_blocks * kv_heads * block_size
-    return torch.cat((keys_TK, values_TK), dim=1).flatten()
+    # A block has ``block_size`` rows for each KV head, and a slot counts those of one.
+    first_T = torch.add(slots_T, blocks_T, alpha=(kv_heads - 1) * block_size)
+    heads_S = _head_rows(num_blocks, kv_heads, block_size, slots_T.device)
+    return (first_T.unsqueeze(1) + heads_S).flatten()
+
+
+@lru_cache(maxsize=64)
+def _head_rows(num_blocks: int, kv_heads: int, block_size: int, device: torch.device) -> Tensor:
+    """Return how many rows behind a token's first one its other key heads and its value heads stand."""
+    with torch.inference_mode(mode=False):
+        keys_K = torch.arange(kv_heads, device=device) * block_size
+        return torch.cat((keys_K, keys_K + num_blocks * kv_heads * block_size))
 
 
 def write_kv(kv_TSD: Tensor, rows: Tensor, layer_cache: Tensor) -> None:
@@ -99,10 +110,23 @@ def rotate_and_write_(
     )
 
 
-def clear_blocks(blocks_F: Tensor, layer_cache: Tensor) -> None:
-    """Set whole blocks to zero, so that what an earlier owner left there (perhaps not a number) can never be
-    read.
+def clear_blocks(blocks_F: Tensor, layer_caches: Sequence[Tensor]) -> None:
+    """Set whole blocks of all layers to zero, so that what an earlier owner left there (perhaps not a number) can never
+    be read.
 
-    Shapes: blocks_F [blocks] int64; layer_cache [2, blocks, KV heads, block size, head size]
+    Shapes: blocks_F [blocks] int64; layer_caches: each [2, blocks, KV heads, block size, head size], contiguous
+    Raises: IndexError for a block that the caches, on a CPU, do not have
     """
-    layer_cache.index_fill_(1, blocks_F, 0.0)
+    first = layer_caches[0]
+    compiled = native_for(first)
+    if compiled is None:
+        for layer_cache in layer_caches:
+            layer_cache.index_fill_(1, blocks_F, 0.0)
+        return
+    blocks = blocks_F.numpy()
+    if blocks.size and (blocks.min() < 0 or blocks.max() >= first.shape[1]):
+        raise IndexError(f"blocks {blocks.min()} to {blocks.max()} of a cache of {first.shape[1]}")
+    halves = np.add.outer([layer.data_ptr() for layer in layer_caches], [0, first[0].nbytes])
+    block_bytes = first[0, 0].nbytes
+    places = np.add.outer(halves, blocks * block_bytes)
+    compiled.clear(places.ctypes.data, places.size, block_bytes, torch.get_num_threads())

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .native import native_for
+
 COLDEST_TEMPERATURE = 1e-5
 """Lower temperatures are greedy: their quotients would leave the range where float64 resolves the noise."""
 
@@ -306,6 +308,15 @@ def _draw_rows(logits_RV: Tensor, settings: DrawSettings, ids_V: Tensor) -> Draw
 
 def _first_largest(values_RV: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's largest value and where it stands first, as ``max`` does; NaN counts as the largest."""
+    compiled = native_for(values_RV)
+    if compiled is not None and values_RV.dtype == torch.float32 and values_RV.dim() == 2 and values_RV.shape[1]:
+        rows, size = values_RV.shape
+        best_R, first_R = values_RV.new_empty(rows), values_RV.new_empty(rows, dtype=torch.int64)
+        threads, row_stride = torch.get_num_threads(), values_RV.stride(0)
+        compiled.first_largest(
+            values_RV.data_ptr(), best_R.data_ptr(), first_R.data_ptr(), rows, size, row_stride, threads
+        )
+        return best_R, first_R
     if not _in_blocks(values_RV):
         best_R, first_R = values_RV.max(dim=-1)
         return best_R, first_R

@@ -5,9 +5,8 @@
 struct silu_job {
     const void *gate_up;
     void *out;
-    int64_t rows, size;
+    int64_t size;
     int bf16;
-    struct pieces pieces;
 };
 
 INLINE vf silu(vf gate) {
@@ -29,20 +28,16 @@ INLINE void activate_row(const struct silu_job *job, int64_t row, int bf16) {
     }
 }
 
-static void activate_pieces(void *argument) {
-    struct silu_job *job = argument;
-    for (int64_t row; (row = take_piece(&job->pieces)) >= 0;) {
-        if (job->bf16)
-            activate_row(job, row, 1);
-        else
-            activate_row(job, row, 0);
-    }
+static void activate_piece(void *job, int64_t row) {
+    if (((struct silu_job *)job)->bf16)
+        activate_row(job, row, 1);
+    else
+        activate_row(job, row, 0);
 }
 
 /* gate_up [rows, 2 * size], gate first; out [rows, size]; both contiguous. */
 EXPORT void slipstream_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t size, int bf16,
                                     int threads) {
-    struct silu_job job = {.gate_up = gate_up, .out = out, .rows = rows, .size = size, .bf16 = bf16,
-                           .pieces = {.count = rows}};
-    run_on_team(activate_pieces, &job, rows * size < 8192 ? 1 : threads);
+    struct silu_job job = {.gate_up = gate_up, .out = out, .size = size, .bf16 = bf16};
+    run_call(&CALL(activate_piece, job, rows), rows * size < 8192 ? 1 : threads);
 }

@@ -25,7 +25,6 @@ struct decode_job {
     const void *queries, *cache;
     void *out;
     float scale;
-    struct pieces pieces;
 };
 
 /* A span's result for one query: its weighted values, its largest score and the sum of its weights. */
@@ -269,7 +268,7 @@ SELDOM void merge(const struct decode_job *job, const float *partials, int64_t s
     write_result(&so_far, result, size, job->out, to, job->bf16);
 }
 
-static void attend_unit(struct decode_job *job, int64_t item, int64_t head) {
+static void attend_unit(const struct decode_job *job, int64_t item, int64_t head) {
     int64_t row = job->item_rows[item], size = job->head_size, group = job->group;
     int64_t first_item = job->first_items[row], spans = job->first_items[row + 1] - first_item;
     int64_t stride = PARTIAL_NUMBERS(size), unit_stride = group * stride, span_stride = job->kv_heads * unit_stride;
@@ -298,17 +297,30 @@ static void attend_unit(struct decode_job *job, int64_t item, int64_t head) {
               ((job->tokens[row] * job->kv_heads + head) * group + i) * size);
 }
 
-static void attend_pieces(void *argument) {
-    struct decode_job *job = argument;
-    for (int64_t piece; (piece = take_piece(&job->pieces)) >= 0;)
-        attend_unit(job, piece / job->kv_heads, piece % job->kv_heads);
+static void attend_piece(void *argument, int64_t piece) {
+    const struct decode_job *job = argument;
+    attend_unit(job, piece / job->kv_heads, piece % job->kv_heads);
+}
+
+/* Take over what the steps differ in: a recorded layer keeps only what is its own. */
+static int64_t renew(void *copy, const void *original) {
+    const struct decode_job own = *(const struct decode_job *)copy;
+    struct decode_job *job = copy;
+    *job = *(const struct decode_job *)original;
+    job->query_stride = own.query_stride;
+    job->queries = own.queries;
+    job->cache = own.cache;
+    job->out = own.out;
+    job->scale = own.scale;
+    return job->items * job->kv_heads;
 }
 
 /* Attend all rows; queries [tokens, kv_heads * group, head_size], out like them and contiguous. */
 EXPORT void slipstream_attend_decode(struct decode_job *job) {
-    job->pieces.next = 0;
-    job->pieces.count = job->items * job->kv_heads;
-    run_on_team(attend_pieces, job, job->pieces.count < 2 ? 1 : job->threads);
+    int64_t pieces = job->items * job->kv_heads;
+    struct call call = CALL(attend_piece, *job, pieces);
+    call.renew = renew;
+    run_call(&call, pieces < 2 ? 1 : job->threads);
 }
 
 EXPORT int64_t slipstream_span_keys(void) {

@@ -86,18 +86,16 @@ INLINE void multiply_halves(const struct product_job *job, int64_t panel, int64_
     multiply_tile(job, panel, row, rows, 2, 2);
 }
 
-static void multiply_pieces(void *argument) {
-    struct product_job *job = argument;
-    for (int64_t piece, first, last; (piece = take_piece(&job->pieces)) >= 0;) {
-        int64_t panel = rows_of_piece(job, piece, &first, &last), row = first;
-        for (; row + TILE_ROWS <= last; row += TILE_ROWS)
-            multiply_halves(job, panel, row, TILE_ROWS);
-        switch (last - row) {
-        case 1: multiply_tile(job, panel, row, 1, 0, 4); break;
-        case 2: multiply_halves(job, panel, row, 2); break;
-        case 3: multiply_halves(job, panel, row, 3); break;
-        default: break;
-        }
+static void multiply_piece(void *argument, int64_t piece) {
+    const struct product_job *job = argument;
+    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last), row = first;
+    for (; row + TILE_ROWS <= last; row += TILE_ROWS)
+        multiply_halves(job, panel, row, TILE_ROWS);
+    switch (last - row) {
+    case 1: multiply_tile(job, panel, row, 1, 0, 4); break;
+    case 2: multiply_halves(job, panel, row, 2); break;
+    case 3: multiply_halves(job, panel, row, 3); break;
+    default: break;
     }
 }
 
@@ -106,7 +104,7 @@ EXPORT void slipstream_linear_int4(const void *x, const void *weight, const void
                                    int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int threads) {
     struct product_job job = {.x = x, .weight = weight, .scales = scales, .bias = bias, .out = out, .rows = rows,
                               .inputs = inputs, .outputs = outputs, .row_bytes = row_bytes};
-    run_product(multiply_pieces, &job, threads);
+    run_product(multiply_piece, &job, threads);
 }
 
 #else

@@ -112,15 +112,13 @@ INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t 
     }
 }
 
-static void multiply_pieces(void *argument) {
-    struct product_job *job = argument;
-    for (int64_t piece, first, last; (piece = take_piece(&job->pieces)) >= 0;) {
-        int64_t panel = rows_of_piece(job, piece, &first, &last);
-        switch (job->kind) {
-        case FLOAT32: multiply_rows(job, panel, first, last, FLOAT32); break;
-        case BFLOAT16: multiply_rows(job, panel, first, last, BFLOAT16); break;
-        default: multiply_rows(job, panel, first, last, INT8); break;
-        }
+static void multiply_piece(void *argument, int64_t piece) {
+    const struct product_job *job = argument;
+    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
+    switch (job->kind) {
+    case FLOAT32: multiply_rows(job, panel, first, last, FLOAT32); break;
+    case BFLOAT16: multiply_rows(job, panel, first, last, BFLOAT16); break;
+    default: multiply_rows(job, panel, first, last, INT8); break;
     }
 }
 
@@ -129,7 +127,7 @@ EXPORT void slipstream_linear(const void *x, const void *weight, const void *bia
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_product(multiply_pieces, &job, threads);
+    run_product(multiply_piece, &job, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -141,5 +139,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_product(multiply_pieces, &job, threads);
+    run_product(multiply_piece, &job, threads);
 }

@@ -7,11 +7,10 @@
 struct norm_job {
     const void *x, *residual, *weight;
     void *total, *out;
-    int64_t heads, size, row_stride, weight_stride;
+    int64_t heads, size, row_stride, out_stride, weight_stride;
     float epsilon;
     int bf16;
     int64_t rows_at_once, rows;
-    struct pieces pieces;
 };
 
 /* Normalize one run of `size` numbers. Roundings are those of the separate operations: the sum is stored, the scaled
@@ -52,33 +51,32 @@ INLINE void normalize(const struct norm_job *job, int64_t from, int64_t to, int6
     }
 }
 
-static void normalize_pieces(void *argument) {
-    struct norm_job *job = argument;
-    for (int64_t piece; (piece = take_piece(&job->pieces)) >= 0;) {
-        int64_t first = piece * job->rows_at_once, last = first + job->rows_at_once;
-        for (int64_t row = first; row < last && row < job->rows; row++)
-            for (int64_t head = 0; head < job->heads; head++) {
-                int64_t from = row * job->row_stride + head * job->size;
-                int64_t to = (row * job->heads + head) * job->size;
-                if (job->bf16)
-                    normalize(job, from, to, head * job->weight_stride, 1);
-                else
-                    normalize(job, from, to, head * job->weight_stride, 0);
-            }
-    }
+static void normalize_piece(void *argument, int64_t piece) {
+    const struct norm_job *job = argument;
+    int64_t first = piece * job->rows_at_once, last = first + job->rows_at_once;
+    for (int64_t row = first; row < last && row < job->rows; row++)
+        for (int64_t head = 0; head < job->heads; head++) {
+            int64_t from = row * job->row_stride + head * job->size;
+            int64_t to = row * job->out_stride + head * job->size;
+            if (job->bf16)
+                normalize(job, from, to, head * job->weight_stride, 1);
+            else
+                normalize(job, from, to, head * job->weight_stride, 0);
+        }
 }
 
-/* x [rows, heads, size], rows `row_stride` numbers apart; residual NULL or, like total and out, contiguous; total =
- * x + residual, out = its norm; weight [size] (weight_stride 0) or [heads, size].
+/* x, out [rows, heads, size], rows `row_stride` and `out_stride` numbers apart; both may be the same memory. residual
+ * NULL or, like total and out, contiguous; total = x + residual, out = its norm; weight [size] (weight_stride 0) or
+ * [heads, size].
  */
 EXPORT void slipstream_rms_norm(const void *x, const void *residual, const void *weight, void *total, void *out,
-                                int64_t rows, int64_t heads, int64_t size, int64_t row_stride, int64_t weight_stride,
-                                float epsilon, int bf16, int threads) {
+                                int64_t rows, int64_t heads, int64_t size, int64_t row_stride, int64_t out_stride,
+                                int64_t weight_stride, float epsilon, int bf16, int threads) {
     struct norm_job job = {.x = x, .residual = residual, .weight = weight, .total = total, .out = out, .heads = heads,
-                           .size = size, .row_stride = row_stride, .weight_stride = weight_stride,
-                           .epsilon = epsilon, .bf16 = bf16, .rows = rows};
+                           .size = size, .row_stride = row_stride, .out_stride = out_stride,
+                           .weight_stride = weight_stride, .epsilon = epsilon, .bf16 = bf16, .rows = rows};
     int64_t row_numbers = heads * size;
     job.rows_at_once = 1 + 4096 / (row_numbers + 1);
-    job.pieces.count = (rows + job.rows_at_once - 1) / job.rows_at_once;
-    run_on_team(normalize_pieces, &job, rows * row_numbers < 16384 ? 1 : threads);
+    int64_t pieces = (rows + job.rows_at_once - 1) / job.rows_at_once;
+    run_call(&CALL(normalize_piece, job, pieces), rows * row_numbers < 16384 ? 1 : threads);
 }

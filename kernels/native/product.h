@@ -27,14 +27,11 @@ struct product_job {
     void *out;
     int64_t rows, inputs, outputs, row_bytes;
     int kind, bf16;
-    struct pieces pieces;
 };
 
-INLINE void run_product(void (*body)(void *), struct product_job *job, int threads) {
+INLINE void run_product(piece_function body, struct product_job *job, int threads) {
     int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
-    job->pieces.next = 0;
-    job->pieces.count = panels * chunks;
-    run_on_team(body, job, job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
+    run_call(&CALL(body, *job, panels * chunks), job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
 }
 
 /* Return the panel of a piece, and its rows. */

@@ -10,7 +10,6 @@ struct quantize_job {
     float *scales;
     int64_t size, row_stride;
     int bf16;
-    struct pieces pieces;
 };
 
 INLINE vf absolute(vf values) {
@@ -44,20 +43,17 @@ INLINE void quantize_row(const struct quantize_job *job, int64_t row, int bf16) 
     }
 }
 
-static void quantize_pieces(void *argument) {
-    struct quantize_job *job = argument;
-    for (int64_t row; (row = take_piece(&job->pieces)) >= 0;) {
-        if (job->bf16)
-            quantize_row(job, row, 1);
-        else
-            quantize_row(job, row, 0);
-    }
+static void quantize_piece(void *job, int64_t row) {
+    if (((struct quantize_job *)job)->bf16)
+        quantize_row(job, row, 1);
+    else
+        quantize_row(job, row, 0);
 }
 
 /* x [rows, size], rows `row_stride` numbers apart; integers [rows, size]; scales [rows]. */
 EXPORT void slipstream_quantize_rows(const void *x, uint8_t *integers, float *scales, int64_t rows, int64_t size,
                                      int64_t row_stride, int bf16, int threads) {
     struct quantize_job job = {.x = x, .integers = integers, .scales = scales, .size = size,
-                               .row_stride = row_stride, .bf16 = bf16, .pieces = {.count = rows}};
-    run_on_team(quantize_pieces, &job, rows * size < 16384 ? 1 : threads);
+                               .row_stride = row_stride, .bf16 = bf16};
+    run_call(&CALL(quantize_piece, job, rows), rows * size < 16384 ? 1 : threads);
 }

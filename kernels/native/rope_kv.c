@@ -8,7 +8,6 @@ struct rope_job {
     const int64_t *cache_rows;
     int64_t token_stride, heads, kv_heads, head_size;
     int bf16;
-    struct pieces pieces;
 };
 
 /* Rotate the pairs (d, d + half) of a head; both may be the same memory. */
@@ -44,14 +43,11 @@ INLINE void place_token(const struct rope_job *job, int64_t token, int bf16) {
     }
 }
 
-static void place_pieces(void *argument) {
-    struct rope_job *job = argument;
-    for (int64_t token; (token = take_piece(&job->pieces)) >= 0;) {
-        if (job->bf16)
-            place_token(job, token, 1);
-        else
-            place_token(job, token, 0);
-    }
+static void place_piece(void *job, int64_t token) {
+    if (((struct rope_job *)job)->bf16)
+        place_token(job, token, 1);
+    else
+        place_token(job, token, 0);
 }
 
 /* qkv [tokens, heads + 2 * kv_heads, head_size], tokens `token_stride` numbers apart: queries are rotated in place,
@@ -63,7 +59,7 @@ EXPORT void slipstream_rope_kv(void *qkv, const void *cosines, const void *sines
                                int64_t head_size, int bf16, int threads) {
     struct rope_job job = {.qkv = qkv, .cache = cache, .cosines = cosines, .sines = sines, .cache_rows = cache_rows,
                            .token_stride = token_stride, .heads = heads, .kv_heads = kv_heads,
-                           .head_size = head_size, .bf16 = bf16, .pieces = {.count = tokens}};
+                           .head_size = head_size, .bf16 = bf16};
     int64_t numbers = tokens * (heads + 2 * kv_heads) * head_size;
-    run_on_team(place_pieces, &job, tokens == 1 || numbers < 8192 ? 1 : threads);
+    run_call(&CALL(place_piece, job, tokens), numbers < 8192 ? 1 : threads);
 }

@@ -1,4 +1,4 @@
-/* Running a job on torch's own team of threads.
+/* Running jobs on torch's own team of threads.
  *
  * A second OpenMP runtime would keep a second team, and both would spin on the same cores. So nothing here is linked
  * with one: the loader looks up GOMP_parallel where torch has it (GNU's runtime, and Intel's and LLVM's under the same
@@ -7,6 +7,7 @@
 #ifndef SLIPSTREAM_TEAM_H
 #define SLIPSTREAM_TEAM_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -22,7 +23,28 @@ static inline int64_t take_piece(struct pieces *pieces) {
     return piece < pieces->count ? piece : -1;
 }
 
-/* Run body(job) on `threads` threads at once, and return when all have returned. */
+typedef void (*piece_function)(void *job, int64_t piece);
+
+/* A job that is nothing but pieces, in a form that can be kept and run again: all that it needs to know is in `job`.
+ *
+ * renew: NULL, or for a job that another step has to change. It brings a kept copy up to the original, which is still
+ * where it was, and returns how many pieces there are now.
+ */
+struct call {
+    piece_function body;
+    void *job;
+    size_t job_bytes;
+    int64_t pieces;
+    int64_t (*renew)(void *copy, const void *original);
+};
+
+#define CALL(body_, job_, pieces_) \
+    ((struct call){.body = (body_), .job = &(job_), .job_bytes = sizeof(job_), .pieces = (pieces_)})
+
+/* Do the pieces of a call, and return when all are done. A recording that is on notes the call (record.c). */
+void run_call(const struct call *call, int threads);
+
+/* Run body(job) on `threads` threads at once, and return when all have returned. Cannot be recorded. */
 void run_on_team(void (*body)(void *), void *job, int threads);
 
 #endif

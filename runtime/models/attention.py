@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
-from ...kernels.norm import rms_norm
-from ...kernels.rope_kv import clear_blocks, read_kv, rotate_and_write_
+from ...kernels.norm import normalize_heads_
+from ...kernels.rope_kv import read_kv, rotate_and_write_
 from .linear import Linear
 from .model_spec import ModelSpec
 from .parameters import Parameters
@@ -26,13 +26,12 @@ from .ring_attention import RingInputs, ring_attention
 class AttentionInputs:
     """What one step computes once for all layers; ``ring`` where rows are divided over ranks.
 
-    Shapes: cos_TD, sin_TD [tokens, head size]; kv_rows [tokens * 2K] int64; fresh_blocks_F [blocks] int64
+    Shapes: cos_TD, sin_TD [tokens, head size]; kv_rows [tokens * 2K] int64
     """
 
     cos_TD: Tensor
     sin_TD: Tensor
     kv_rows: Tensor
-    fresh_blocks_F: Tensor
     attention: Mapping[int | None, PreparedAttention]
     ring: RingInputs | None = None
 
@@ -74,9 +73,7 @@ class Attention:
         qkv_TSD = self.qkv(hidden_TH).view(tokens, -1, self.head_dim)
         rotated = self.num_heads + self.num_kv_heads
         if self.qk_norm_SD is not None:
-            qkv_TSD[:, :rotated] = rms_norm(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
-        if inputs.fresh_blocks_F.shape[0]:
-            clear_blocks(inputs.fresh_blocks_F, layer_cache)
+            normalize_heads_(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
         rotate_and_write_(qkv_TSD, inputs.cos_TD, inputs.sin_TD, inputs.kv_rows, layer_cache, heads=self.num_heads)
         q_TND = qkv_TSD[:, : self.num_heads]
         prepared, scale = inputs.attention[self.window], self.head_dim**-0.5

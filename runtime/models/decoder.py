@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...comm.groups import ALONE, MeshGroups
-from ...comm.overlap import Parts, run_plain
+from ...comm.overlap import Parts, Steps, run_plain
 from ...kernels.attention import prepare_attention
 from ...kernels.attention_workspace import AttentionWorkspace
 from ...kernels.norm import rms_norm
-from ...kernels.rope_kv import kv_write_rows
+from ...kernels.rope_kv import clear_blocks, kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
 from .forward import ForwardBatch
@@ -48,6 +48,17 @@ class DecoderLayer:
     mlp_norm_H: Tensor
     mlp: Mlp
     ladder: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassInputs:
+    """What the layers compute on, all that differs from step to step.
+
+    Shapes: hidden_TH [tokens, ``received_size``]
+    """
+
+    hidden_TH: Tensor
+    attention: AttentionInputs
 
 
 class Decoder:
@@ -89,16 +100,27 @@ class Decoder:
         Shapes: hidden_TH [tokens, ``received_size``]; returns [tokens, hidden size], or what the next stage receives,
         of the weights' type
         """
+        inputs = yield from self.open_parts(batch, cache, hidden_TH)
+        return (yield from self.layer_parts(inputs, cache, sharded_norm=sharded_norm))
+
+    def open_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Steps[PassInputs]:
+        """Prepare a pass: what its layers have in common, and the cache. As ``forward_parts``."""
         inputs = self._attention_inputs(batch, cache)
+        if batch.fresh_blocks_F.shape[0]:
+            clear_blocks(batch.fresh_blocks_F, cache.layers)
         if hidden_TH is None:
             hidden_TH = yield from self._embed(batch.token_ids_T)
+        return PassInputs(hidden_TH=hidden_TH, attention=inputs)
+
+    def layer_parts(self, inputs: PassInputs, cache: KvCache, *, sharded_norm: bool = False) -> Parts:
+        """Run this stage's layers over what ``open_parts`` has returned. As ``forward_parts``."""
         epsilon, tp = self.spec.rms_norm_eps, self._groups.tp
         residual, residual_TH = open_residual(
-            hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
+            inputs.hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
         )
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs)), tp)
+            attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs.attention)), tp)
             normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
             added = yield from layer.mlp.parts(normed_TH)
             next_norm_H, next_ladder = self._after(index)
@@ -158,7 +180,6 @@ class Decoder:
                 kv_heads=self.spec.num_kv_heads,
                 block_size=cache.block_size,
             ),
-            fresh_blocks_F=batch.fresh_blocks_F,
             attention={
                 window: prepare_attention(
                     plan,

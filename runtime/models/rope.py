@@ -53,7 +53,8 @@ class RotaryPositions:
         self._spec = spec
         self._dtype = dtype
         self._device = device
-        self._table_PD = torch.empty((0, spec.head_dim), dtype=dtype, device=device)
+        self._cos_PD = torch.empty((0, spec.head_dim), dtype=dtype, device=device)
+        self._sin_PD = self._cos_PD
 
     def cos_sin(self, positions_T: Tensor, lengths_T: Tensor | None, *, longest: int) -> tuple[Tensor, Tensor]:
         """Return (cos, sin) for ``apply_rope_``: each angle in both halves, the first half of sin negated.
@@ -64,20 +65,22 @@ class RotaryPositions:
         if isinstance(self._spec, DynamicRope):
             if lengths_T is None:
                 raise ValueError("dynamic rope needs the length of every token's sequence")
-            both_TD = _cos_sin(positions_T, _dynamic(self._spec, lengths_T), 1.0).to(self._dtype)
-        else:
-            self._grow(longest)
-            both_TD = self._table_PD.index_select(0, positions_T)
-        cos_TF, sin_TF = both_TD.chunk(2, dim=-1)
+            return self._in_halves(_cos_sin(positions_T, _dynamic(self._spec, lengths_T), 1.0))
+        self._grow(longest)
+        return self._cos_PD.index_select(0, positions_T), self._sin_PD.index_select(0, positions_T)
+
+    def _in_halves(self, both_TD: Tensor) -> tuple[Tensor, Tensor]:
+        cos_TF, sin_TF = both_TD.to(device=self._device, dtype=self._dtype).chunk(2, dim=-1)
         return torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1)
 
     def _grow(self, longest: int) -> None:
-        rows = self._table_PD.shape[0]
+        rows = self._cos_PD.shape[0]
         if longest <= rows:
             return
         positions_P = torch.arange(rows, max(longest, 2 * rows, SMALLEST_TABLE))
-        new_PD = _cos_sin(positions_P, inverse_frequencies(self._spec), attention_factor(self._spec))
-        self._table_PD = torch.cat((self._table_PD, new_PD.to(device=self._device, dtype=self._dtype)))
+        both_PD = _cos_sin(positions_P, inverse_frequencies(self._spec), attention_factor(self._spec))
+        cos_PD, sin_PD = self._in_halves(both_PD)
+        self._cos_PD, self._sin_PD = torch.cat((self._cos_PD, cos_PD)), torch.cat((self._sin_PD, sin_PD))
 
 
 def _cos_sin(positions_T: Tensor, frequencies_F: Tensor, factor: float) -> Tensor:

@@ -33,6 +33,7 @@ from .expert_balance import ExpertBalance
 from .expert_trial import set_exchange
 from .grammar import GrammarCompiler
 from .norm_shares import fewest_in_shares
+from .recorded_steps import RecordedSteps
 from .sequence_ranks import SequenceRanks
 from .step_forward import StepForward, StepRows
 from .token_split import measure_split
@@ -206,7 +207,7 @@ def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, g
     )
     group, also = (groups.tp, groups.ep) if groups.tp is not None else (groups.ep, None)
     if group is None:
-        return make()
+        return make(recorded=RecordedSteps.where_possible(model, cache) if groups.place.shape.size == 1 else None)
     spent = model.spec.hidden_size * model.dtype.itemsize
     most_tokens = min(setup.max_length, setup.num_blocks * setup.block_size)
     on_cpu, ladder = model.device.type == "cpu", any(layer.ladder for layer in spec.layers)

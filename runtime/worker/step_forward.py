@@ -23,6 +23,7 @@ from ..messages import Int32Array
 from ..models.decoder import Decoder
 from ..models.forward import ForwardBatch, build_divided_batch, build_forward_batch
 from ..models.kv_cache import KvCache
+from .recorded_steps import RecordedSteps
 from .token_split import TokenSplit
 
 
@@ -46,7 +47,7 @@ class StepForward:
 
     ``split`` says where steps are cut; without it they are not. From ``shares_from`` tokens on, a step or its part
     keeps the residual in shares; None: never. ``meter``: of the wire, and ``ring_meter`` of it in divided steps; None
-    where nobody else is there, or on a GPU.
+    where nobody else is there, or on a GPU. ``recorded``: of a rank that is alone, None without.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class StepForward:
         shares_from: int | None = None,
         meter: OverlapMeter | None = None,
         ring_meter: OverlapMeter | None = None,
+        recorded: RecordedSteps | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -69,6 +71,7 @@ class StepForward:
         self._shares_from = shares_from
         self._meter = meter
         self._ring_meter = ring_meter
+        self._recorded = recorded
         self._hidden_before_s = 0.0
         self._wire_before_s = 0.0
 
@@ -77,6 +80,8 @@ class StepForward:
 
         Shapes: hidden_TH, and what is returned, [tokens, hidden size]
         """
+        if self._recorded is not None and self._recorded.take(rows.counts):
+            return self._recorded.run(self._batch(rows))
         cuts = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
         return self.run_cut(rows, hidden_TH, cuts, self._meter)
 

@@ -40,13 +40,21 @@ def test_a_slot_that_is_not_there_is_refused(slot: int) -> None:
         kv_write_rows(torch.tensor([3, slot]), num_blocks=BLOCKS, kv_heads=HEADS, block_size=SIZE)
 
 
-def test_cleared_blocks_are_zero_even_if_they_were_not_numbers() -> None:
-    layer = cache()
-    expected = layer.clone()
-    layer[:, 2] = float("nan")
-    expected[:, [2, 5]] = 0
-    clear_blocks(torch.tensor([2, 5]), layer)
-    assert torch.equal(layer, expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cleared_blocks_are_zero_even_if_they_were_not_numbers(dtype: torch.dtype) -> None:
+    layers = [cache().to(dtype) + index for index in range(3)]
+    expected = [layer.clone() for layer in layers]
+    for layer, cleared in zip(layers, expected, strict=True):
+        layer[:, 2] = float("nan")
+        cleared[:, [2, 5]] = 0
+    clear_blocks(torch.tensor([2, 5]), layers)
+    assert all(map(torch.equal, layers, expected))
+
+
+@pytest.mark.parametrize("block", [-1, BLOCKS])
+def test_blocks_that_are_not_there_are_not_cleared(block: int) -> None:
+    with pytest.raises(IndexError):
+        clear_blocks(torch.tensor([2, block]), [cache()])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_
+from slipstream.kernels.sample import DrawSettings, draw_best
 from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -155,3 +156,23 @@ def test_rotating_and_writing(seed: int, heads: int, kv_heads: int, head_size: i
         assert_near(found[:, :heads], qkv[:, :heads])
         assert_near(found_cache, cache)
         assert torch.equal(found_cache[1], cache[1]), "values, and what was not written, are the same bits"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("size", [1, 15, 16, 100, 128, 4096])
+def test_the_first_of_the_largest(seed: int, size: int) -> None:
+    values = random(seed, 40, size + 3)[:, :size].round()  # many are equal
+    values[1], values[2] = -math.inf, math.inf
+    values[3, size // 2], values[4, -1], values[5] = math.nan, math.nan, math.nan
+    values[6, size // 3 :] = 50
+    off = np.zeros(40)
+    integers = np.zeros(40, np.int64)
+    greedy = DrawSettings(
+        temperatures=off, top_ps=off + 1, top_ks=integers, min_ps=off, seeds=integers, positions=integers
+    )
+    scores, places = draw_best(values, greedy, first_id=0)
+    expected = values.max(dim=-1)
+    assert torch.equal(places, expected.indices)
+    usable = expected.values.isfinite()
+    assert torch.equal(scores[usable].float(), expected.values[usable])
+    assert scores[3:6].isnan().all() and scores[2].isnan() and scores[1] == -math.inf
