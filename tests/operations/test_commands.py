@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from slipstream.runtime.cli import app
 from slipstream.runtime.controller.ledger import Ledger, deployments
-from slipstream.runtime.controller.operator import NoCluster
+from slipstream.runtime.controller.operator import NoCluster, OwnRaySilent
 from slipstream.runtime.controller.process_log import ProcessLog
 from slipstream.runtime.controller.records import from_json
 from slipstream.runtime.operations import commands, up
@@ -234,7 +233,7 @@ def test_drain_says_what_is_to_move_and_undo_lets_it_stay(bench: Bench) -> None:
     unknown = bench.run("drain", "nowhere")
     assert unknown.exit_code == 2 and "nodes a, b" in unknown.stderr and replica in unknown.stderr
     assert bench.run("drain", "b", "--undo", "--detach").exit_code == 0
-    assert bench.run("drain", replica, "--undo").exit_code == 0
+    assert bench.run("drain", replica, "--undo").stdout.splitlines()[-1] == f"{replica} may stay"
     desired = bench.world.ledger.deployment().desired
     assert not desired.cordoned and not desired.leaving
     assert bench.run("drain", "b", "--undo").exit_code == 2
@@ -370,6 +369,16 @@ def test_down_where_there_is_no_cluster(bench: Bench, monkeypatch: pytest.Monkey
     assert bench.run("down").exit_code == 0
     status = bench.run("status")
     assert status.exit_code == 1 and "no Ray runs" in status.stderr
+
+
+def test_our_own_ray_that_does_not_answer_can_be_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object):
+        raise OwnRaySilent("it runs and does not answer")
+
+    monkeypatch.setattr(commands, "reach_operator", silent)
+    result = bench.run("down")
+    assert result.exit_code == 1 and "slipstream down --now ends it" in result.stderr
+    assert bench.run("down", "--now").exit_code == 0
 
 
 def test_a_platform_that_does_not_answer_is_an_error(bench: Bench) -> None:
