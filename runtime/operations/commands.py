@@ -117,8 +117,7 @@ def update(
         read_runnable(file)
         with _session(address, reporter) as session:
             applied = apply(session, file, environment=os.environ, timeout_s=timeout, must_run=True)
-            if not detach:
-                _end(reporter, follow_applied(session, applied))
+            _end(reporter, _asked() if detach else follow_applied(session, applied))
 
 
 def status(name: NameOption = None, address: AddressOption = None, as_json: JsonOption = False) -> None:
@@ -153,9 +152,8 @@ def scale(
     with _exits(as_json) as reporter, _session(address, reporter) as session:
         found = _deployment(session, name)
         wanted = change(session, found, pool, replicas)
-        if not detach:
-            done = f"pool {pool} has {replicas} replicas"
-            _end(reporter, session.follow(found, wanted, timeout_s=timeout, done=done))
+        done = f"pool {pool} has {replicas} replicas"
+        _end(reporter, _asked() if detach else session.follow(found, wanted, timeout_s=timeout, done=done))
 
 
 def drain(
@@ -173,9 +171,8 @@ def drain(
     with _exits(as_json) as reporter, _session(address, reporter) as session:
         found = _deployment(session, name)
         wanted = change(session, found, target, undo=undo)
-        if not detach:
-            done = f"{target} is used again" if undo else f"nothing is left on {target}"
-            _end(reporter, session.follow(found, wanted, timeout_s=timeout, done=done))
+        done = f"{target} is used again" if undo else f"nothing is left on {target}"
+        _end(reporter, _asked() if detach else session.follow(found, wanted, timeout_s=timeout, done=done))
 
 
 def logs(
@@ -328,6 +325,12 @@ def _exits(as_json: bool) -> Iterator[Reporter]:
         _end(reporter, Ending(exit_code=EXIT_INTERRUPTED, outcome="interrupted", text=text))
     finally:
         reporter.close()
+
+
+def _asked() -> Ending:
+    from .reporter import Ending
+
+    return Ending(exit_code=0, outcome="asked", text="asked for; `slipstream status` shows how far it is")
 
 
 def _end(reporter: Reporter, ending: Ending) -> NoReturn:

@@ -172,7 +172,11 @@ def make_deployment(
     return Deployment(
         desired=replace(previous.desired, pools=wishes, partial=file.place_what_fits),
         launches={
-            pool.name: Launch(module=RANK_MODULE, arguments=_arguments(options[pool.name]), environment=environment)
+            pool.name: Launch(
+                module=RANK_MODULE,
+                arguments=_arguments(options[pool.name], start_timeout_s=file.limits.start_timeout_s),
+                environment=environment,
+            )
             for pool in chosen
         },
         pools=records,
@@ -210,11 +214,12 @@ def _options(file: ClusterFile, pool: Chosen, model_path: str) -> EngineOptions:
     return replace(options, max_queued_requests=file.limits.max_queued_requests)
 
 
-def _arguments(options: EngineOptions) -> tuple[str, ...]:
+def _arguments(options: EngineOptions, *, start_timeout_s: float) -> tuple[str, ...]:
     """Return what each rank of a pool is started with."""
     own = ("--replica", "{replica}", "--rank", "{rank}", "--address", "{address}")
-    where = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}", "--listen", "{address}:0")
-    return (*own, *where, *engine_arguments(options), "--", options.model)
+    hosts = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}")
+    others = ("--start-timeout", str(start_timeout_s), "--listen", "{address}:0")
+    return (*own, *hosts, *others, *engine_arguments(options), "--", options.model)
 
 
 def _record(pool: Chosen, options: EngineOptions) -> PoolRecord:

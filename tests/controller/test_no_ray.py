@@ -13,9 +13,11 @@ SERVING = (
     "slipstream.runtime.worker.rank_main",
     "slipstream.runtime.gateway.main",
 )
+COMMANDS = ("slipstream.runtime.cli", "slipstream.runtime.operations.up", "slipstream.runtime.operations.down")
+"""``--help`` and a wrong file are answered before Ray is loaded."""
 
 
-@pytest.mark.parametrize("module", SERVING)
+@pytest.mark.parametrize("module", SERVING + COMMANDS)
 def test_a_serving_process_does_not_load_ray(module: str) -> None:
     program = f"import sys, {module}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", program], timeout=120).returncode == 0

@@ -126,7 +126,8 @@ def test_ranks_find_their_own_in_the_arguments() -> None:
     order = RankOrder(spec=spec, rank=1, address="10.0.0.7", device=0, launch=launch, ranks_on_host=1, ranks_per_host=1)
     joined = " ".join(order.arguments())
     assert joined.startswith(
-        "--replica two-4 --rank 1 --address 10.0.0.7 --ranks-on-host 1 --ranks-per-host 1 --listen 10.0.0.7:0 "
+        "--replica two-4 --rank 1 --address 10.0.0.7 --ranks-on-host 1 --ranks-per-host 1 "
+        "--start-timeout 1800.0 --listen 10.0.0.7:0 "
     )
     assert "{" not in joined
 
