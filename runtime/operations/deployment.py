@@ -32,8 +32,8 @@ GATEWAY_MODULE = "slipstream.runtime.gateway.cluster_main"
 _OF_THE_MODEL = ("model", "dtype", "quantization", "deterministic")
 """Options that tokens depend on."""
 
-_OF_LIMITS = ("max_queued_requests",)
-"""Options that come from the file's limits: they hold for replicas that start from then on."""
+_OF_NO_REPLICA = ("max_queued_requests", "seed")
+"""Options that replace no replica: a limit holds for those that start from then on, seeds are drawn by gateways."""
 
 _MOST_REASONS = 3
 
@@ -229,7 +229,7 @@ def _record(pool: Chosen, options: EngineOptions) -> PoolRecord:
     others = {
         name: value
         for name, value in said.items()
-        if value != plain[name] and name not in (*_OF_THE_MODEL, *_OF_LIMITS)
+        if value != plain[name] and name not in (*_OF_THE_MODEL, *_OF_NO_REPLICA)
     }
     constraint = pool.constraint
     others |= {"role": pool.role.value}
@@ -275,7 +275,7 @@ def _gateways(
 ) -> tuple[GatewayOrder, ...]:
     section, limits = file.gateway, file.limits
     arguments = [argument for name in names for argument in ("--served-model-name", name)]
-    options = {
+    options: dict[str, object] = {
         "max-concurrent-requests": limits.max_concurrent_requests,
         "max-body-bytes": section.max_body_bytes,
         "request-timeout-s": limits.request_timeout_s,
@@ -283,6 +283,8 @@ def _gateways(
         "tool-call-parser": section.tool_call_parser,
         "log-level": section.log_level,
     }
+    if file.engine.seed is not None:
+        options["seed"] = file.engine.seed
     for option, value in options.items():
         arguments += [f"--{option}", str(value)]
     found = []

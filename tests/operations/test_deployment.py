@@ -153,6 +153,7 @@ def test_gateways_are_spread_and_do_not_share_a_port() -> None:
             {"one": "1.1", "two": "1.1"},
         ),
         ("name: chat", "name: chat\ngateway: {count: 2}", {"one": "1.1", "two": "1.1"}),
+        ("max_num_seqs: 8", "max_num_seqs: 8, seed: 3", {"one": "1.1", "two": "1.1"}),
         ("name: chat", "name: chat\nplace_what_fits: true", {"one": "1.1", "two": "1.1"}),
         ("workload: {prompt_tokens: 10", "workload: {prompt_tokens: 99", {"one": "1.1", "two": "1.1"}),
         ("degrees: {tp: 2}", "degrees: {tp: 4}", {"one": "1.1", "two": "1.2"}),
