@@ -121,7 +121,8 @@ class LimitsSection(Section):
 class GatewaySection(Section):
     """How clients reach the deployment.
 
-    - ``host``: what gateways listen on; ``auto`` is their node's own address, ``0.0.0.0`` all of it.
+    - ``host``: what gateways listen on; ``auto`` is their node's own address, and 127.0.0.1 on a Ray that ``up`` has
+      started for one machine; ``0.0.0.0`` is all addresses.
     - ``port``: where several gateways are on one node, the next ones listen on the ports after it; 0 is any free one.
     - ``count``: gateways, over the nodes in turn.
     - ``watch_port``: where the controller tells them who serves; 0 is a free one, chosen when the deployment starts.

@@ -6,15 +6,15 @@ in no argument and in no environment.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from ..clock import Clock
+from .private_file import write_private
 from .process_log import LogPage
 from .rank_process import RankProcess
 
@@ -167,18 +167,11 @@ class GatewayKeeper:
         for address in order.watch:
             arguments += ["--watch", address]
         if order.api_keys:
-            arguments += ["--api-key-file", _key_file(folder, order.api_keys)]
+            keys = Path(folder) / "api-keys"
+            write_private(keys, "\n".join(order.api_keys) + "\n")
+            arguments += ["--api-key-file", str(keys)]
         return [*arguments, *order.arguments]
 
     def _shown(self, address: str) -> str:
         host, _, port = address.rpartition(":")
         return f"{self._own_address}:{port}" if host in _EVERY_ADDRESS else address
-
-
-def _key_file(folder: str, keys: tuple[str, ...]) -> str:
-    path = os.path.join(folder, "api-keys")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write("\n".join(keys) + "\n")
-    return path

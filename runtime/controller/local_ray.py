@@ -1,9 +1,8 @@
 """The Ray of this machine that ``slipstream up`` starts when there is none: started, noted, ended, exactly that one.
 
-It listens on loopback alone, without authentication, because nobody else can reach it; a cluster of several machines is
-started by whoever runs them. A note in the user's state folder says which it is, so that later commands find it and
-``down`` ends it by its process; no other Ray on the machine is touched. Starts ``ray`` as a program and imports none
-of it.
+Ray listens on the machine's own address, so that it is only started with a token that whoever connects has to know. A
+note in the user's state folder says which it is, so that later commands find it and ``down`` ends it by its process; no
+other Ray on the machine is touched. Starts ``ray`` as a program and imports none of it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -24,14 +24,11 @@ from ...sdk.errors import Blame, SlipstreamError
 from ..clock import Clock
 from .marked_processes import ProcessMark, end_tree, process_mark
 from .node_facts import DEVICE_RESOURCE, NAME_LABEL, TYPE_LABEL
+from .private_file import write_private
 from .records import BadRecord, from_json, to_json
 
 HOST = "127.0.0.1"
-CLIENT_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
-"""What both who starts it and who connects to it have to say."""
-
 ENVIRONMENT = {
-    **CLIENT_ENVIRONMENT,
     "RAY_USAGE_STATS_ENABLED": "0",
     # A node that dies is given up after seconds, not after a minute.
     "RAY_health_check_period_ms": "500",
@@ -47,6 +44,7 @@ _OBJECT_STORE_BYTES = 100 << 20
 _END_PATIENCE_S = 20.0
 _LOOK_PERIOD_S = 0.1
 _LAST_BYTES = 2_000
+_TOKEN_BYTES = 32
 _STARTED = "Ray runtime started"
 
 
@@ -77,6 +75,12 @@ class LocalRays:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._note = folder / "ray.json"
+        self._token = folder / "ray.token"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What both who starts it and who connects to it have to say."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
 
     def find(self) -> LocalRay | None:
         """Return the one that runs."""
@@ -88,6 +92,7 @@ class LocalRays:
     def start(self, *, timeout_s: float, clock: Clock) -> LocalRay:
         """Start one, and note it. Raises: RayNotStarted"""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(self._token, secrets.token_hex(_TOKEN_BYTES))
         port = _free_port()
         log = self._folder / "ray.log"
         with log.open("wb") as output:
@@ -96,7 +101,7 @@ class LocalRays:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **self.client_environment},
                 # It outlives this command; and Ctrl-C in the terminal is not for it.
                 start_new_session=True,
                 # Ray puts the folder that it is started in on the path of what runs there.
@@ -123,6 +128,7 @@ class LocalRays:
         local = self.find()
         ended = local is not None and end_tree(local.process, patience_s=_END_PATIENCE_S)
         self._note.unlink(missing_ok=True)
+        self._token.unlink(missing_ok=True)
         return ended
 
 
@@ -145,7 +151,7 @@ def _command(port: int) -> list[str]:
         labels[TYPE_LABEL] = "cpu-core"
     return [
         sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        "--node-ip-address", HOST, "--port", str(port), "--include-dashboard", "false", "--disable-usage-stats",
+        "--port", str(port), "--include-dashboard", "false", "--disable-usage-stats",
         "--object-store-memory", str(_OBJECT_STORE_BYTES),
         "--resources", json.dumps(own_devices(cores, has_gpus=has_gpus)),
         "--labels", ",".join(f"{name}={value}" for name, value in labels.items()),

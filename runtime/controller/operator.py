@@ -24,6 +24,10 @@ class NoCluster(ClusterError):
     """There is no platform that could be reached."""
 
 
+class OwnRaySilent(ClusterError):
+    """The platform that was started on this machine runs and does not answer: all that is left is to end it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSeen:
     """A deployment's controller. ``status``: what it says, None when it does not answer; ``detail``: why not."""
@@ -51,9 +55,13 @@ class Remains:
 
 
 class Operator(Protocol):
-    """A platform, as commands see it. ``address``: how it is reached. ``store``: where ledgers are."""
+    """A platform, as commands see it.
+
+    ``address``: how it is reached. ``store``: where ledgers are. ``own``: whether it was started for this machine alone.
+    """
 
     address: str
+    own: bool
     store: Store
 
     def topology(self, device_types: Mapping[str, DeviceType], network: Link, device_link: Link) -> Topology:

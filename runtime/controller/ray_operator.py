@@ -86,6 +86,7 @@ class RayOperator:
 
     def __init__(self) -> None:
         self.address = str(ray.get_runtime_context().gcs_address)
+        self.own = False
         self.store = RayStore()
 
     # ------------------------------------------------------------------ nodes

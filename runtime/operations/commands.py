@@ -214,7 +214,9 @@ def down(
     Works with or without a controller, and may be repeated. Ctrl-C ends all at once; a second one leaves the rest to
     another `slipstream down`.
     """
-    from ..controller.operator import NoCluster
+    from ..controller.cluster import ClusterError
+    from ..controller.operator import NoCluster, OwnRaySilent
+    from .local import end_own_ray
     from .reporter import Ending
     from .session import EXIT_DONE
     from .status import which
@@ -228,6 +230,12 @@ def down(
         except NoCluster:
             # Then nothing can run on it.
             pass
+        except OwnRaySilent as error:
+            if not now:
+                raise ClusterError(f"{error}; slipstream down --now ends it, and with it all that it runs") from error
+            end_own_ray()
+            text = "the Ray of this machine did not answer and was ended, with all that ran on it"
+            _end(reporter, Ending(exit_code=EXIT_DONE, outcome="down", text=text))
         _end(reporter, Ending(exit_code=EXIT_DONE, outcome="nothing", text="nothing runs"))
 
 

@@ -62,13 +62,15 @@ class Given:
     """What does not come from the file.
 
     ``secret``, ``mark``, ``watch_address``: drawn when the deployment is begun. ``nodes``: by name, the first gateway's
-    first. ``api_keys``: what the file's variable says.
+    first. ``host``: what gateways listen on where the file leaves it open, their node's own address if empty.
+    ``api_keys``: what the file's variable says.
     """
 
     secret: str
     mark: str
     watch_address: str
     nodes: tuple[str, ...]
+    host: str = ""
     api_keys: tuple[str, ...] = ()
 
 
@@ -294,7 +296,7 @@ def _gateways(
             GatewayOrder(
                 name=str(index),
                 node=given.nodes[place] if given.nodes else "",
-                host="" if section.host == "auto" else section.host,
+                host=given.host if section.host == "auto" else section.host,
                 port=section.port + rounds if section.port else 0,
                 module=GATEWAY_MODULE,
                 watch=(given.watch_address,),

@@ -11,6 +11,11 @@ from ..controller.local_ray import LocalRays, state_folder
 from ..controller.operator import Operator
 
 
+def end_own_ray() -> bool:
+    """End the Ray that was started on this machine, with all that runs on it; return whether it ran."""
+    return LocalRays(state_folder(os.environ)).end()
+
+
 def unneeded_ray(operator: Operator) -> Callable[[], bool] | None:
     """Return what ends the Ray of this machine, and says whether it ran, if it is this one and nothing needs it."""
     rays = LocalRays(state_folder(os.environ))

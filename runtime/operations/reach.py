@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ..clock import monotonic_clock
 from ..controller.cluster import ClusterError
-from ..controller.local_ray import CLIENT_ENVIRONMENT, LocalRay, LocalRays, state_folder
-from ..controller.operator import NoCluster, Operator
+from ..controller.local_ray import LocalRay, LocalRays, state_folder
+from ..controller.operator import NoCluster, Operator, OwnRaySilent
 from ..controller.ray_operator import connected
 
 AUTO, LOCAL = "auto", "local"
@@ -41,7 +41,7 @@ def reached(address: str | None, *, start: bool, announce: Callable[[str], None]
         local = rays.find() or (_started(rays, announce) if start else None)
         if local is None:
             raise NoCluster("no Ray runs on this machine: slipstream up starts one; --address says where another is")
-        yield stack.enter_context(_connected_locally(local))
+        yield stack.enter_context(_connected_locally(rays, local))
 
 
 def _found(stack: contextlib.ExitStack) -> Operator | None:
@@ -57,10 +57,15 @@ def _started(rays: LocalRays, announce: Callable[[str], None]) -> LocalRay:
 
 
 @contextlib.contextmanager
-def _connected_locally(local: LocalRay) -> Iterator[Operator]:
-    with _set(CLIENT_ENVIRONMENT), connected(local.address) as operator:
+def _connected_locally(rays: LocalRays, local: LocalRay) -> Iterator[Operator]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(rays.client_environment))
+        try:
+            operator = stack.enter_context(connected(local.address))
+        except ClusterError as error:
+            raise OwnRaySilent(f"the Ray of this machine runs and does not answer: {error}") from error
         # By this it is known again, whatever Ray calls it.
-        operator.address = local.address
+        operator.address, operator.own = local.address, True
         yield operator
 
 

@@ -27,6 +27,7 @@ from .status import DeploymentStatus
 _SECRET_BYTES = 32
 _MARK_BYTES = 8
 _MIN_KEY_CHARS = 8
+_LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ def apply(
         mark=previous.mark or f"{name}/{secrets.token_hex(_MARK_BYTES)}",
         watch_address=watch,
         nodes=tuple(node.name for node in nodes),
+        # Who tries something on one machine does not open it to all others.
+        host=_LOOPBACK if operator.own else "",
         api_keys=_api_keys(file, environment),
     )
     wanted = make_deployment(file, chosen, directory=path.parent, given=given, device_types=types, previous=previous)

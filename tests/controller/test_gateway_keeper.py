@@ -18,8 +18,8 @@ from slipstream.runtime.controller.gateway_keeper import (
     GatewayReport,
     GatewayState,
     Pauses,
-    _key_file,
 )
+from slipstream.runtime.controller.private_file import write_private
 
 PROGRAM = "slipstream.tests.fakes.gateway_program"
 PATIENCE_S = 60.0
@@ -95,8 +95,9 @@ def test_pauses_grow_and_are_short_again_after_one_that_lasted() -> None:
 
 
 def test_keys_are_for_this_user_alone(tmp_path: Path) -> None:
-    for keys in (("a" * 8,), ("b" * 8, "c" * 8)):
-        path = Path(_key_file(str(tmp_path), keys))
+    path = tmp_path / "keys"
+    for keys in ("a" * 8, "b" * 8):
+        write_private(path, keys)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert path.read_text(encoding="utf-8").split() == list(keys)
+        assert path.read_text(encoding="utf-8") == keys
     assert "bbbb" not in repr(order(api_keys=("b" * 8,)))

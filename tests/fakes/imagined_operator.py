@@ -57,7 +57,7 @@ class ImaginedOperator:
     """A platform with two nodes, ``a`` and ``b``, of two devices each, for the deployment ``chat``."""
 
     def __init__(self, *, nodes: int = 2) -> None:
-        self.address = "imagined:6379"
+        self.address, self.own = "imagined:6379", False
         self.store = MemoryStore()
         self.judge = Judge(limits=Deployment().limits)
         self.world = LedgerWorld(draw=random.Random(7), judge=self.judge)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from slipstream.runtime.cli import app
 from slipstream.runtime.clock import monotonic_clock
-from slipstream.runtime.controller.local_ray import CLIENT_ENVIRONMENT, ENVIRONMENT, LocalRays, state_folder
+from slipstream.runtime.controller.local_ray import ENVIRONMENT, LocalRays, state_folder
 from slipstream.runtime.controller.marked_processes import marked, process_mark
 from slipstream.runtime.controller.records import from_json
 from slipstream.runtime.operations import deployment
@@ -116,7 +116,7 @@ def test_a_deployments_life_on_this_machine(file: Path, local: LocalRays, monkey
 
 
 def test_ranks_and_gateways_on_two_nodes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**ENVIRONMENT, **CLIENT_ENVIRONMENT}.items():
+    for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, value)
     nodes = ray_bed.RayNodes()
     try:
