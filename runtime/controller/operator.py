@@ -57,7 +57,7 @@ class Remains:
 class Operator(Protocol):
     """A platform, as commands see it.
 
-    ``address``: how it is reached. ``store``: where ledgers are. ``own``: whether it was started for this machine alone.
+    ``address``: how it is reached. ``store``: where ledgers are. ``own``: whether it was started for one machine alone.
     """
 
     address: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -67,18 +69,45 @@ class GatewayActor:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[RayOperator]:
-    """Reach the Ray at an address, for as long as the block runs. Raises: ClusterError"""
+def connected(address: str, *, environment: Mapping[str, str] | None = None) -> Iterator[RayOperator]:
+    """Reach the Ray at an address, for as long as the block runs. ``environment``: what Ray is to find in it meanwhile
+
+    Raises: ClusterError
+    """
+    with _environment(environment or {}):
+        try:
+            # Ray puts the folder of who connects on the path of all that runs there.
+            with contextlib.chdir(tempfile.gettempdir()):
+                ray.init(address=address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            raise ClusterError(f"no Ray answers at {address}: {error}") from error
+        try:
+            yield RayOperator()
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    _read_environment()
     try:
-        # Ray puts the folder of who connects on the path of all that runs there.
-        with contextlib.chdir(tempfile.gettempdir()):
-            ray.init(address=address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"no Ray answers at {address}: {error}") from error
-    try:
-        yield RayOperator()
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _read_environment()
+
+
+def _read_environment() -> None:
+    """Let Ray read from the environment how it is to prove who it is: it did when it was loaded, and once only."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 class RayOperator:

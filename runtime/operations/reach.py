@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from ..clock import monotonic_clock
 from ..controller.cluster import ClusterError
@@ -59,26 +59,10 @@ def _started(rays: LocalRays, announce: Callable[[str], None]) -> LocalRay:
 @contextlib.contextmanager
 def _connected_locally(rays: LocalRays, local: LocalRay) -> Iterator[Operator]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_set(rays.client_environment))
         try:
-            operator = stack.enter_context(connected(local.address))
+            operator = stack.enter_context(connected(local.address, environment=rays.client_environment))
         except ClusterError as error:
             raise OwnRaySilent(f"the Ray of this machine runs and does not answer: {error}") from error
         # By this it is known again, whatever Ray calls it.
         operator.address, operator.own = local.address, True
         yield operator
-
-
-@contextlib.contextmanager
-def _set(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, which are all that Ray reads these from, for as long as the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
