@@ -61,6 +61,10 @@ class Watcher:
         self._last: DeploymentStatus | None = None
         self._silent = ""
 
+    def begin_here(self) -> None:
+        """Take what is there now for known: only what comes of it is told. Raises: ClusterError"""
+        self._last = look(self._operator, self._name)
+
     def look(self) -> DeploymentStatus | None:
         """Look once; None when the platform did not answer and never has."""
         try:

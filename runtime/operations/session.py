@@ -41,6 +41,8 @@ class Session:
 
     def ask(self, name: str, wanted: Deployment) -> None:
         """Let the controller keep this from now on; one that has gone is started again. Raises: ClusterError"""
+        if self.ledger(name).deployment().mark:
+            self.watcher(name).begin_here()
         self.operator.start_controller(name, wanted)
         self.operator.want(name, wanted)
 
