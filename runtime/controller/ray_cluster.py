@@ -41,6 +41,7 @@ _KV_NAMESPACE = b"slipstream"
 _REPORT_TIMEOUT_S = 1.0
 _END_PATIENCE_S = 10.0
 _CONCURRENCY = 4
+_A_LITTLE = 0.001
 
 
 @contextlib.contextmanager
@@ -335,7 +336,8 @@ def start_actor(kind: type, name: str, namespace: str, *arguments: Any, node: st
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
-        num_cpus=0,
+        # Ray puts an actor that needs nothing on any node, whichever it was asked for.
+        num_cpus=0 if node is None else _A_LITTLE,
         max_restarts=-1,
         max_concurrency=_CONCURRENCY,
         scheduling_strategy=where,

@@ -18,10 +18,11 @@ from slipstream.runtime.controller.local_ray import ENVIRONMENT, LocalRays, stat
 from slipstream.runtime.controller.marked_processes import marked, process_mark
 from slipstream.runtime.controller.records import from_json
 from slipstream.runtime.operations import deployment
-from slipstream.runtime.operations.status import DeploymentStatus
+from slipstream.runtime.operations.status import UNKNOWN, DeploymentStatus
 
 pytest.importorskip("ray")
 ray_bed = pytest.importorskip("slipstream.tests.controller.ray_bed")
+connected = pytest.importorskip("slipstream.runtime.controller.ray_operator").connected
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 PATIENCE = ("--timeout", "90")
@@ -133,7 +134,12 @@ def test_ranks_and_gateways_on_two_nodes(file: Path, monkeypatch: pytest.MonkeyP
             ("1", "b", "ready"),
         }
         assert f"{replica.replica}/3 | {replica.replica} rank 3 stands in" in run("logs", "--rank", "3", *where).stdout
-        # Without a controller, the ledger is shown, and down starts another one.
+        # Without a controller the ledger is shown; down starts another one, which takes over what runs.
+        with connected(nodes.address) as operator:
+            operator.end_controller("chat")
+        alone = status(*where)
+        assert not alone.controller and [each.phase for each in alone.replicas] == [UNKNOWN]
+        assert [each.address for each in alone.replicas] == [replica.address]
         down = run("down", "--now", *where)
         assert down.exit_code == 0 and "nothing of it is left" in down.stdout
         assert run("status", *where).exit_code == 1
