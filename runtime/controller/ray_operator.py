@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray import _raylet
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,7 +29,7 @@ from .cluster import ClusterError
 from .controller import Status
 from .controller_actor import CONTROLLER_NAME, ControllerSettings, start_controller
 from .gateway_keeper import GatewayKeeper, GatewayOrder, GatewayReport
-from .ledger import Deployment
+from .ledger import Deployment, Store
 from .marked_processes import end_marked, marked
 from .node_facts import NodeFacts, topology_of
 from .operator import ControllerSeen, Remains
@@ -106,8 +106,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _read_environment() -> None:
     """Let Ray read from the environment how it is to prove who it is: it did when it was loaded, and once only."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    # Compiled, and so without types.
+    compiled: Any = _raylet
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class RayOperator:
@@ -116,7 +118,7 @@ class RayOperator:
     def __init__(self) -> None:
         self.address = str(ray.get_runtime_context().gcs_address)
         self.own = False
-        self.store = RayStore()
+        self.store: Store = RayStore()
 
     # ------------------------------------------------------------------ nodes
 

@@ -82,6 +82,15 @@ OPTIONS = {
     # whom to talk to, and how it answers
     "chat": {"base_url", "model", "api_key_file", "system", "max_tokens", "temperature"},
     "demo": {"max_tokens", "temperature", "seed"},
+    # a deployment: where, which, whether and how long to wait, how it is told
+    "up": {"detach", "address", "timeout", "as_json"},
+    "update": {"detach", "address", "timeout", "as_json"},
+    "status": {"name", "address", "as_json"},
+    "scale": {"name", "detach", "address", "timeout", "as_json"},
+    "drain": {"undo", "name", "detach", "address", "timeout", "as_json"},
+    # of which process, how much of it
+    "logs": {"rank", "follow", "lines", "name", "address", "as_json"},
+    "down": {"now", "name", "address", "timeout", "as_json"},
 }
 
 
