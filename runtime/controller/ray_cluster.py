@@ -11,7 +11,7 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -307,7 +307,7 @@ class RayCluster:
             num_gpus=claim.pop("GPU", 0.0),
             resources=claim,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
-            runtime_env=RUNTIME_ENV,
+            runtime_env=_RUNTIME_ENV,
         )
         self._known[name] = _Known(handle=started.remote(to_json(order)))
 
@@ -341,7 +341,7 @@ def start_actor(kind: type, name: str, namespace: str, *arguments: Any, node: st
         max_restarts=-1,
         max_concurrency=_CONCURRENCY,
         scheduling_strategy=where,
-        runtime_env=RUNTIME_ENV,
+        runtime_env=_RUNTIME_ENV,
     ).remote(*arguments)
 
 
@@ -351,7 +351,18 @@ def end_actor(name: str, namespace: str) -> None:
         ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
 
 
-RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+def task_on(work: Callable[[str], Any], node: NodeFacts, argument: str) -> Any:
+    """Call a function on a node, once; a reference to what it returns."""
+    task: Any = ray.remote(work)
+    return task.options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
+        runtime_env=_RUNTIME_ENV,
+    ).remote(argument)
+
+
+_RUNTIME_ENV = {"env_vars": {"PYTHONSAFEPATH": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 """The root of a clone must not be on the path of what runs there; and devices are chosen here, not by Ray."""
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import ray
 from ray import _raylet
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...placement.assign import assign
 from ...placement.topology import DeviceType, Link, Topology
@@ -34,7 +33,7 @@ from .marked_processes import end_marked, marked
 from .node_facts import NodeFacts, topology_of
 from .operator import ControllerSeen, Remains
 from .process_log import LogPage
-from .ray_cluster import RUNTIME_ENV, RayStore, end_actor, list_nodes, start_actor
+from .ray_cluster import RayStore, end_actor, list_nodes, start_actor, task_on
 from .records import from_json, to_json
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -340,16 +339,7 @@ def _head() -> NodeFacts:
 
 def _on_nodes(work: Callable[[str], Any], argument: str, *, nodes: list[NodeFacts]) -> dict[str, Any]:
     """Call a function on nodes: name of the node → what it returned."""
-    task: Any = ray.remote(work)
-    asked = {
-        node.name: task.options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.number, soft=False),
-            runtime_env=RUNTIME_ENV,
-        ).remote(argument)
-        for node in nodes
-    }
+    asked = {node.name: task_on(work, node, argument) for node in nodes}
     return {name: _answer(reference, timeout_s=_START_TIMEOUT_S) for name, reference in asked.items()}
 
 
