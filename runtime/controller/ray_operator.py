@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray import _raylet
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from ...placement.assign import assign
 from ...placement.topology import DeviceType, Link, Topology
@@ -259,6 +259,8 @@ def _answer(reference: Any, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> Any:
         raise ClusterError(f"no answer within {timeout_s:g} s") from error
     except ClusterError:
         raise
+    except ActorUnavailableError as error:
+        raise ClusterError("it is starting again, or out of reach") from error
     except RayError as error:
         raise ClusterError(str(error).partition("\n")[0] or type(error).__name__) from error
 

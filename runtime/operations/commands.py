@@ -7,9 +7,10 @@ argument, 130 interrupted. What they need is imported when they are given: Ray t
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -125,16 +126,10 @@ def status(name: NameOption = None, address: AddressOption = None, as_json: Json
 
     While the controller is down, what its ledger has is shown. Exit code 1 when nothing runs.
     """
-    from ..controller.records import to_json
-    from .screen import print_status
     from .status import look
 
     with _exits(as_json) as reporter, _session(address, reporter) as session:
-        seen = look(session.operator, _deployment(session, name))
-        if as_json:
-            typer.echo(to_json(seen))
-        else:
-            print_status(seen)
+        reporter.status(look(session.operator, _deployment(session, name)))
 
 
 def scale(
@@ -187,14 +182,13 @@ def logs(
     as_json: JsonOption = False,
 ) -> None:
     """Show what ranks and gateways have printed, the last of it, for as long as somebody keeps their processes."""
-    from ..controller.records import to_json
     from .logs import LogReader
 
     with _exits(as_json) as reporter, _session(address, reporter) as session:
         reader = LogReader(session, _deployment(session, name), source, rank, lines)
         while True:
             for line in reader.read():
-                typer.echo(to_json(line) if as_json else f"{line.source} | {line.line}")
+                reporter.log(line.source, line.number, line.line)
             if not follow:
                 return
             session.patience.pause(session.patience.period_s)
@@ -303,7 +297,11 @@ def _session(
 
     end_ray = None
     try:
-        with reach_operator(address, start=starts_ray, announce=reporter.say) as operator:
+        with (
+            # Ray tells of its workers on standard output, where others read what we tell.
+            redirect_stdout(sys.stderr),
+            reach_operator(address, start=starts_ray, announce=reporter.say) as operator,
+        ):
             try:
                 yield Session(operator=operator, reporter=reporter, patience=real_patience())
             finally:
@@ -321,7 +319,12 @@ def _exits(as_json: bool) -> Iterator[Reporter]:
     from .screen import make_reporter
     from .session import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 
-    reporter = make_reporter(as_json=as_json, write=typer.echo, complain=lambda text: typer.echo(text, err=True))
+    output = sys.stdout
+    reporter = make_reporter(
+        as_json=as_json,
+        write=lambda text: typer.echo(text, file=output),
+        complain=lambda text: typer.echo(text, err=True),
+    )
     try:
         yield reporter
     except (ConfigError, CheckpointError) as error:

@@ -44,6 +44,14 @@ class Reporter(Protocol):
         """Show a line that is for people alone."""
         ...
 
+    def status(self, status: DeploymentStatus) -> None:
+        """Show a status that was asked for."""
+        ...
+
+    def log(self, source: str, number: int, line: str) -> None:
+        """Show a line that a process has printed."""
+        ...
+
     def end(self, ending: Ending) -> None:
         """Show how the command has ended, at last."""
         ...
@@ -54,11 +62,12 @@ class Reporter(Protocol):
 
 
 class Lines:
-    """A line for everything that happens; ``complain`` gets why a command failed."""
+    """A line for everything that happens; ``complain`` gets why a command failed, ``draw`` makes text of a status."""
 
-    def __init__(self, write: Write, complain: Write) -> None:
+    def __init__(self, write: Write, complain: Write, draw: Callable[[DeploymentStatus], str]) -> None:
         self._write = write
         self._complain = complain
+        self._draw = draw
 
     def show(self, status: DeploymentStatus, happened: Iterable[Event]) -> None:
         """Show what has happened."""
@@ -72,6 +81,14 @@ class Lines:
     def say(self, text: str) -> None:
         """Show a line."""
         self._write(text)
+
+    def status(self, status: DeploymentStatus) -> None:
+        """Show a status."""
+        self._write(self._draw(status))
+
+    def log(self, source: str, number: int, line: str) -> None:
+        """Show a line of a process."""
+        self._write(f"{source} | {line}")
 
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""
@@ -99,6 +116,14 @@ class JsonLines:
 
     def say(self, text: str) -> None:
         """Show nothing: programs read this."""
+
+    def status(self, status: DeploymentStatus) -> None:
+        """Show a status."""
+        self._write(to_json(status))
+
+    def log(self, source: str, number: int, line: str) -> None:
+        """Show a line of a process."""
+        self._write(json.dumps({"source": source, "number": number, "line": line}, ensure_ascii=False))
 
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""

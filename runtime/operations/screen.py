@@ -5,8 +5,10 @@ While a command waits they are drawn anew with every look, below the lines that 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from io import StringIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -33,12 +35,12 @@ _COLORS: dict[str, str] = {
 _PIPED_COLUMNS = 200
 
 
-def print_status(status: DeploymentStatus, *, console: Console | None = None) -> None:
-    """Print a status: in colors on a terminal, in wide lines where a program reads it."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(file=console.file, highlight=False, width=_PIPED_COLUMNS)
-    console.print(status_view(status))
+def status_text(status: DeploymentStatus) -> str:
+    """Return a status as plain text, in lines as wide as they need to be."""
+    console = Console(file=StringIO(), highlight=False, width=_PIPED_COLUMNS, force_terminal=False)
+    with console.capture() as captured:
+        console.print(status_view(status))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def status_view(status: DeploymentStatus) -> RenderableType:
@@ -80,11 +82,19 @@ class LiveScreen:
         """Show a line."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
+    def status(self, status: DeploymentStatus) -> None:
+        """Show a status."""
+        self._console.print(status_view(status))
+
+    def log(self, source: str, number: int, line: str) -> None:
+        """Show a line of a process."""
+        self.say(f"{source} | {line}")
+
     def end(self, ending: Ending) -> None:
         """Show the last status and how it has ended."""
         self.close()
         if ending.status is not None and ending.status.pools:
-            print_status(ending.status, console=self._console)
+            self.status(ending.status)
         color = "red" if ending.exit_code else "green"
         self._console.print(f"[{color}]{escape(ending.text)}[/{color}]", highlight=False, soft_wrap=True)
 
@@ -99,8 +109,9 @@ def make_reporter(*, as_json: bool, write: Write, complain: Write) -> Reporter:
     """Return what a command tells through: JSON, a terminal, or lines where nobody looks."""
     if as_json:
         return JsonLines(write)
-    console = Console(highlight=False)
-    return LiveScreen(console) if console.is_terminal else Lines(write, complain)
+    # Bound to what is standard output now, wherever that leads later.
+    console = Console(file=sys.stdout, highlight=False)
+    return LiveScreen(console) if console.is_terminal else Lines(write, complain, status_text)
 
 
 def _head(status: DeploymentStatus) -> str:
