@@ -25,7 +25,8 @@ def test_it_is_read_on_from_where_reading_stopped() -> None:
 
 
 def test_pages_are_bounded_and_follow_one_another() -> None:
-    log, read, begin = filled(PAGE_LINES + 10), [], 0
+    log, begin = filled(PAGE_LINES + 10), 0
+    read: list[str] = []
     while page := log.page(begin).lines:
         assert len(page) <= PAGE_LINES
         read += page

@@ -33,7 +33,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: told.set())
     with socket.create_server((options.host, options.port)) as listening:
         print(json.dumps({"ready": True, "address": f"{options.host}:{listening.getsockname()[1]}"}), flush=True)
-        threading.Thread(target=lambda: (sys.stdin.read(), told.set()), daemon=True).start()
+
+        def until_nobody_keeps_it() -> None:
+            sys.stdin.read()
+            told.set()
+
+        threading.Thread(target=until_nobody_keeps_it, daemon=True).start()
         told.wait()
         print("drained", flush=True)
     os._exit(0)

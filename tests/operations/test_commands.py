@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from slipstream.runtime.cli import app
 from slipstream.runtime.controller.ledger import Ledger, deployments
-from slipstream.runtime.controller.operator import NoCluster
+from slipstream.runtime.controller.operator import NoCluster, OwnRaySilent
 from slipstream.runtime.controller.process_log import ProcessLog
 from slipstream.runtime.controller.records import from_json
 from slipstream.runtime.operations import commands, up
@@ -370,6 +369,16 @@ def test_down_where_there_is_no_cluster(bench: Bench, monkeypatch: pytest.Monkey
     assert bench.run("down").exit_code == 0
     status = bench.run("status")
     assert status.exit_code == 1 and "no Ray runs" in status.stderr
+
+
+def test_our_own_ray_that_does_not_answer_can_be_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object):
+        raise OwnRaySilent("it runs and does not answer")
+
+    monkeypatch.setattr(commands, "reach_operator", silent)
+    result = bench.run("down")
+    assert result.exit_code == 1 and "slipstream down --now ends it" in result.stderr
+    assert bench.run("down", "--now").exit_code == 0
 
 
 def test_a_platform_that_does_not_answer_is_an_error(bench: Bench) -> None:
