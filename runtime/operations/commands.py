@@ -162,11 +162,14 @@ def drain(
 ) -> None:
     """Take a node out of use, or replace a replica: others take over first, where there is room."""
     from .change import drain as change
+    from .status import look
 
     with _exits(as_json) as reporter, _session(address, reporter) as session:
         found = _deployment(session, name)
         wanted = change(session, found, target, undo=undo)
-        done = f"{target} is used again" if undo else f"nothing is left on {target}"
+        of_replica = f"{target} may stay" if undo else f"{target} is replaced"
+        of_node = f"{target} is used again" if undo else f"nothing is left on {target}"
+        done = of_node if target in {node.name for node in look(session.operator, found).nodes} else of_replica
         _end(reporter, _asked() if detach else session.follow(found, wanted, timeout_s=timeout, done=done))
 
 
