@@ -1,7 +1,8 @@
 """The keeper's side of placed ranks: starts their processes, on hosts of their own or on this one, hears and tells.
 
-with placed(model, ranks=[Rank("127.0.0.2"), Rank("127.0.0.3")], options=["--tensor-parallel-size=2"]) as keepers:
-    address = keepers[0].hear("ready")["address"]
+with keepers(model, [Rank("127.0.0.2"), Rank("127.0.0.3")], "--tensor-parallel-size=2", *where) as ranks:
+    introduce(ranks)
+    address = ranks[0].hear("ready")["address"]
 """
 
 from __future__ import annotations
