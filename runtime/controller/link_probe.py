@@ -115,12 +115,14 @@ def _flow(connections: Sequence[socket.socket], limits: ProbeLimits, clock: Cloc
         threading.Thread(target=take, args=(index,), name="slipstream-link-stream", daemon=True)
         for index in range(len(connections))
     ]
+    # Before the first byte is taken: few bytes may all be waiting here already.
+    marks = [(clock(), 0)]
+    ends_s = marks[0][0] + limits.seconds
     for thread in threads:
         thread.start()
-    marks = [(clock(), sum(counts))]
-    ends_s = marks[0][0] + limits.seconds
     alive = True
-    while marks[-1][0] < ends_s and alive:
+    # What comes after the last byte is no pause of the link's.
+    while alive and marks[-1][0] < ends_s and marks[-1][1] < limits.max_bytes:
         over.wait(_MARK_S)
         # Asked before the bytes are: what has ended has counted all that it will.
         alive = any(thread.is_alive() for thread in threads)
