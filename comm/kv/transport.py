@@ -117,7 +117,7 @@ class KvTransport(Protocol):
 
 
 class Events:
-    """What happened, for one who polls; threads add to it. Bounded by what was posted and what peers may send."""
+    """What happened, for one who polls; threads add to it. Bounded by what was posted and what was granted."""
 
     def __init__(self) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()

@@ -137,8 +137,9 @@ class WatchedGate:
 
     def _watch(self, write: Write) -> None:
         frame = write.frame
-        for position in range(frame.first_token, frame.first_token + frame.num_tokens):
-            if not self._pool.owns(frame.transfer, write.blocks[position // self._size]):
+        first, last = frame.first_token // self._size, (frame.first_token + frame.num_tokens - 1) // self._size
+        for block in write.blocks[first : last + 1]:
+            if not self._pool.owns(frame.transfer, block):
                 raise Wrong(f"a block of {frame.transfer} was reused under its writer")
 
 
@@ -294,14 +295,11 @@ class Prefill(Life):
 
     def pump(self) -> None:
         """Bring what ranks have to post to their transports, and back what became of it."""
-        for rank, (outgoing, transport) in enumerate(zip(self.outgoing, self.transports, strict=True)):
-            while (post := outgoing.next_post()) is not None:
-                for block in post.blocks:
-                    if not self.pool.owns(post.frame.transfer, block):
-                        raise Wrong(f"{post.frame.transfer} is posted from blocks that are not its own")
-                if not transport.post(post):
-                    break
+        for outgoing, transport in zip(self.outgoing, self.transports, strict=True):
+            while (post := outgoing.next_post()) is not None and transport.post(post):
                 outgoing.posted()
+                if not all(self.pool.owns(post.frame.transfer, block) for block in post.blocks):
+                    raise Wrong(f"{post.frame.transfer} is posted from blocks that are not its own")
             for event in transport.poll(0.0):
                 match event:
                     case Released(frame=frame, sent=sent):
@@ -311,7 +309,6 @@ class Prefill(Life):
                     case _:
                         raise Wrong("something was written into a replica that only sends")
             self._say(outgoing.take_reports())
-            assert rank < self.layout.ranks
 
     def _open(self, action: OpenSending) -> None:
         for transport, outgoing in zip(self.transports, self.outgoing, strict=True):

@@ -180,7 +180,7 @@ FRAME = KvFrame(
 
 
 def header(**change: int) -> KvHeader:
-    frame = replace(FRAME, **change)
+    frame = replace(FRAME, **change)  # type: ignore[arg-type] # numbers by name
     return KvHeader(frame=frame, payload_bytes=frame.payload_bytes(ROW_BYTES), checksum=0)
 
 
