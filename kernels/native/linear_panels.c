@@ -8,10 +8,13 @@
 
 enum { FLOAT32, BFLOAT16, INT8 };
 
+/* What fits the registers: rows that are multiplied at once, and panels that one row is multiplied with at once. */
 #if LANES == 16
 #define TILE_ROWS 6
+#define MOST_PANELS 4
 #else
 #define TILE_ROWS 3
+#define MOST_PANELS 2
 #endif
 
 /* Return which kinds of weights this machine multiplies fast by this file's means: a bit each. Machines with tiles in
@@ -112,8 +115,74 @@ INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t 
     }
 }
 
+/* Multiply the only row with `panels` panels at once: so many places of memory are read ahead by the machine. */
+INLINE void multiply_row(const struct product_job *job, int64_t panel, int panels, int kind) {
+    int64_t steps = job->inputs / (kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4), stride = steps * PANEL * 4;
+    const char *weights = job->weight + panel * stride;
+    vf totals[MOST_PANELS][VECTORS];
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++)
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            totals[p][vector] = (vf){0};
+    for (int64_t step = 0; step < steps; step++) {
+        uint32_t word;
+        memcpy(&word, job->x + step * 4, sizeof word);
+        _Pragma("GCC unroll 4")
+        for (int p = 0; p < panels; p++)
+            _Pragma("GCC unroll 4")
+            for (int vector = 0; vector < VECTORS; vector++) {
+                vf some = load(weights + p * stride, (step * VECTORS + vector) * LANES, 0);
+                totals[p][vector] = add_step(totals[p][vector], some, word, kind);
+            }
+    }
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++) {
+        vf finished[1][VECTORS]; /* in memory, which `totals` never are */
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            finished[0][vector] = totals[p][vector];
+        write_tile(job, panel + p, 0, 1, kind, finished);
+    }
+}
+
+/* Take MOST_PANELS panels, or at the end half and then one, so that all threads end together. Return the first, or -1
+ * when there is none left.
+ */
+INLINE int64_t take_panels(struct product_job *job, int *panels) {
+    int64_t next = __atomic_load_n(&job->pieces.next, __ATOMIC_RELAXED);
+    do {
+        int64_t share = (job->pieces.count - next + job->threads - 1) / job->threads;
+        if (share <= 0)
+            return -1;
+        *panels = share >= MOST_PANELS ? MOST_PANELS : share >= MOST_PANELS / 2 ? MOST_PANELS / 2 : 1;
+    } while (!__atomic_compare_exchange_n(&job->pieces.next, &next, next + *panels, 0, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    return next;
+}
+
+INLINE void multiply_one_row(struct product_job *job, int kind) {
+    int panels;
+    for (int64_t panel; (panel = take_panels(job, &panels)) >= 0;) {
+        if (panels == MOST_PANELS)
+            multiply_row(job, panel, MOST_PANELS, kind);
+        else if (panels > 1)
+            multiply_row(job, panel, MOST_PANELS / 2, kind);
+        else
+            multiply_row(job, panel, 1, kind);
+    }
+}
+
 static void multiply_pieces(void *argument) {
     struct product_job *job = argument;
+    if (job->rows == 1) {
+        switch (job->kind) {
+        case FLOAT32: multiply_one_row(job, FLOAT32); break;
+        case BFLOAT16: multiply_one_row(job, BFLOAT16); break;
+        default: multiply_one_row(job, INT8); break;
+        }
+        return;
+    }
     for (int64_t piece, first, last; (piece = take_piece(&job->pieces)) >= 0;) {
         int64_t panel = rows_of_piece(job, piece, &first, &last);
         switch (job->kind) {

@@ -26,7 +26,7 @@ struct product_job {
     const float *row_scales;
     void *out;
     int64_t rows, inputs, outputs, row_bytes;
-    int kind, bf16;
+    int kind, bf16, threads;
     struct pieces pieces;
 };
 
@@ -34,7 +34,8 @@ INLINE void run_product(void (*body)(void *), struct product_job *job, int threa
     int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
     job->pieces.next = 0;
     job->pieces.count = panels * chunks;
-    run_on_team(body, job, job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
+    job->threads = job->rows * job->inputs * job->outputs < 65536 ? 1 : threads;
+    run_on_team(body, job, job->threads);
 }
 
 /* Return the panel of a piece, and its rows. */
