@@ -8,11 +8,15 @@
 
 enum { FLOAT32, BFLOAT16, INT8 };
 
+/* What fits the registers: rows that are multiplied at once, and panels that one row is multiplied with at once. */
 #if LANES == 16
 #define TILE_ROWS 6
+#define MOST_PANELS 4
 #else
 #define TILE_ROWS 3
+#define MOST_PANELS 2
 #endif
+#define FEW_PANELS (MOST_PANELS / 2)
 
 /* Return which kinds of weights this machine multiplies fast by this file's means: a bit each. Machines with tiles in
  * their registers have something better for 16 and 8 bits, in torch.
@@ -122,12 +126,89 @@ static void multiply_piece(void *argument, int64_t piece) {
     }
 }
 
+/* Multiply the only row with `panels` panels at once: so many places of memory are read ahead by the machine. */
+INLINE void multiply_row(const struct product_job *job, int64_t panel, int panels, int kind) {
+    int64_t steps = job->inputs / (kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4), stride = steps * PANEL * 4;
+    const char *weights = job->weight + panel * stride;
+    vf totals[MOST_PANELS][VECTORS];
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++)
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            totals[p][vector] = (vf){0};
+    for (int64_t step = 0; step < steps; step++) {
+        uint32_t word;
+        memcpy(&word, job->x + step * 4, sizeof word);
+        _Pragma("GCC unroll 4")
+        for (int p = 0; p < panels; p++)
+            _Pragma("GCC unroll 4")
+            for (int vector = 0; vector < VECTORS; vector++) {
+                vf some = load(weights + p * stride, (step * VECTORS + vector) * LANES, 0);
+                totals[p][vector] = add_step(totals[p][vector], some, word, kind);
+            }
+    }
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++) {
+        vf finished[1][VECTORS]; /* in memory, which `totals` never are */
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            finished[0][vector] = totals[p][vector];
+        write_tile(job, panel + p, 0, 1, kind, finished);
+    }
+}
+
+INLINE void multiply_panels(const struct product_job *job, int64_t panel, int64_t panels, int kind) {
+    if (panels == MOST_PANELS)
+        multiply_row(job, panel, MOST_PANELS, kind);
+    else if (panels == FEW_PANELS)
+        multiply_row(job, panel, FEW_PANELS, kind);
+    else
+        multiply_row(job, panel, 1, kind);
+}
+
+/* Return how many pieces of a single row's product have MOST_PANELS. The rest has fewer, so that all threads end
+ * together.
+ */
+INLINE int64_t large_pieces(const struct product_job *job, int64_t panels) {
+    int64_t kept = job->threads * FEW_PANELS;
+    return panels > kept ? (panels - kept) / MOST_PANELS : 0;
+}
+
+static void multiply_row_piece(void *argument, int64_t piece) {
+    const struct product_job *job = argument;
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
+    int64_t few = (panels - large * MOST_PANELS) / FEW_PANELS, panel, count;
+    if (piece < large) {
+        panel = piece * MOST_PANELS, count = MOST_PANELS;
+    } else if (piece < large + few) {
+        panel = large * MOST_PANELS + (piece - large) * FEW_PANELS, count = FEW_PANELS;
+    } else {
+        panel = large * MOST_PANELS + few * FEW_PANELS + piece - large - few, count = 1;
+    }
+    switch (job->kind) {
+    case FLOAT32: multiply_panels(job, panel, count, FLOAT32); break;
+    case BFLOAT16: multiply_panels(job, panel, count, BFLOAT16); break;
+    default: multiply_panels(job, panel, count, INT8); break;
+    }
+}
+
+static void run_linear(struct product_job *job, int threads) {
+    if (job->rows != 1) {
+        run_product(multiply_piece, job, threads);
+        return;
+    }
+    job->threads = threads_for(job, threads);
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
+    int64_t rest = panels - large * MOST_PANELS;
+    run_call(&CALL(multiply_row_piece, *job, large + rest / FEW_PANELS + rest % FEW_PANELS), job->threads);
+}
+
 /* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
 EXPORT void slipstream_linear(const void *x, const void *weight, const void *bias, void *out, int64_t rows,
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_product(multiply_piece, &job, threads);
+    run_linear(&job, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -139,5 +220,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_product(multiply_piece, &job, threads);
+    run_linear(&job, threads);
 }

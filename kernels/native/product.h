@@ -26,12 +26,17 @@ struct product_job {
     const float *row_scales;
     void *out;
     int64_t rows, inputs, outputs, row_bytes;
-    int kind, bf16;
+    int kind, bf16, threads;
 };
+
+/* Return the threads that a product is worth. */
+INLINE int threads_for(const struct product_job *job, int threads) {
+    return job->rows * job->inputs * job->outputs < 65536 ? 1 : threads;
+}
 
 INLINE void run_product(piece_function body, struct product_job *job, int threads) {
     int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
-    run_call(&CALL(body, *job, panels * chunks), job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
+    run_call(&CALL(body, *job, panels * chunks), threads_for(job, threads));
 }
 
 /* Return the panel of a piece, and its rows. */
