@@ -38,7 +38,7 @@ class StreamLimits:
     frame_timeout_s: float = 10.0
     max_connections: int = 1024
     max_strangers: int = 64
-    ring_bytes: int = 4 << 20
+    ring_bytes: int = 2 << 20
 
     def __post_init__(self) -> None:
         if self.streams < 1 or self.max_frame_bytes < 1 or not 0 < self.frame_timeout_s < 1e6:
@@ -160,6 +160,13 @@ class SocketEnd:
                 deadline = self._still_in_time(deadline)
                 batch = _rest(batch, count)
 
+    def read_some(self, buffer: memoryview) -> int:
+        """Read at least a byte, and as many more as are there and have room."""
+        count = self._receive([buffer], flags=0)
+        if count is None:
+            raise CommTimeout(f"{self.peer} stopped within a KV frame for {self._timeout_s:g} s")
+        return count
+
     def fill_when_it_comes(self, buffer: bytearray) -> None:
         """Fill a buffer, waiting for its first byte for as long as the peer lives."""
         view = memoryview(buffer)
@@ -196,10 +203,10 @@ class SocketEnd:
         except OSError as error:
             raise PeerLost(f"{self.peer} is gone: {error}") from error
 
-    def _receive(self, batch: Sequence[memoryview | bytes]) -> int | None:
+    def _receive(self, batch: Sequence[memoryview | bytes], *, flags: int = socket.MSG_WAITALL) -> int | None:
         """Return the bytes that came, None when none came in time."""
         try:
-            count = self._sock.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
+            count = self._sock.recvmsg_into(batch, 0, flags)[0]
         except BlockingIOError:
             return None
         except OSError as error:

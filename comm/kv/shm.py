@@ -37,7 +37,7 @@ class ShmSender:
         self._slot_bytes = len(ring) // SLOTS
         self._free = SLOTS
         self._at = 0
-        self._credits = bytearray(1)
+        self._credits = bytearray(SLOTS)
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -48,8 +48,7 @@ class ShmSender:
         ahead = header
         for pieces in _slots(runs, self._slot_bytes):
             if not self._free:
-                self._end.fill([memoryview(self._credits)])
-                self._free += 1
+                self._free = self._end.read_some(memoryview(self._credits))
             at = self._at * self._slot_bytes
             for piece in pieces:
                 self._view[at : at + len(piece)] = piece
@@ -81,7 +80,7 @@ class ShmReceiver:
         self._view = memoryview(ring)
         self._slot_bytes = len(ring) // SLOTS
         self._at = 0
-        self._word = bytearray(1)
+        self._words = memoryview(bytearray(SLOTS))
 
     def receive_header(self, header: bytearray) -> None:
         """Wait for the next frame's header."""
@@ -89,18 +88,16 @@ class ShmReceiver:
 
     def receive(self, runs: Sequence[memoryview]) -> None:
         """Fill runs with the frame's bytes."""
-        for pieces in _slots(runs, self._slot_bytes):
-            at = self._next_slot()
+        slots = self._slots_of(sum(map(len, runs)))
+        for at, pieces in zip(slots, _slots(runs, self._slot_bytes), strict=True):
             for piece in pieces:
                 piece[:] = self._view[at : at + len(piece)]
                 at += len(piece)
-            self._end.send_all([_FREE])
 
     def skip(self, count: int) -> None:
         """Give the frame's slots back unread."""
-        for _ in range(-(-count // self._slot_bytes)):
-            self._next_slot()
-            self._end.send_all([_FREE])
+        for _ in self._slots_of(count):
+            continue
 
     def close(self) -> None:
         """Give descriptor and mapping back."""
@@ -110,13 +107,21 @@ class ShmReceiver:
             self._view.release()
             self._ring.close()
 
-    def _next_slot(self) -> int:
-        self._end.fill([memoryview(self._word)])
-        if self._word != _FULL:
-            raise BadFrame(f"{self._end.peer} does not keep to slots of shared memory")
-        at = self._at * self._slot_bytes
-        self._at = (self._at + 1) % SLOTS
-        return at
+    def _slots_of(self, count: int) -> Iterator[int]:
+        """Yield where each slot of so many bytes begins, once it is full; asking for the next gives it back."""
+        left, full = -(-count // self._slot_bytes), 0
+        while left:
+            if not full:
+                # No more than this frame's: what comes after them is the next one's header.
+                words = self._words[: min(left, SLOTS)]
+                full = self._end.read_some(words)
+                if words[:full] != _FULL * full:
+                    raise BadFrame(f"{self._end.peer} does not keep to slots of shared memory")
+            yield self._at * self._slot_bytes
+            self._at = (self._at + 1) % SLOTS
+            self._end.send_all([_FREE])
+            left -= 1
+            full -= 1
 
 
 class Shm:
