@@ -136,7 +136,7 @@ EXPORT void slipstream_linear(const void *x, const void *weight, const void *bia
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_product(multiply_piece, &job, threads);
+    run_product(multiply_piece, &job, bf16 ? 16 : 32, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -148,5 +148,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_product(multiply_piece, &job, threads);
+    run_product(multiply_piece, &job, 8, threads);
 }

@@ -25,14 +25,9 @@ struct product_job {
     const int32_t *corrections;
     const float *row_scales;
     void *out;
-    int64_t rows, inputs, outputs, row_bytes;
+    int64_t rows, inputs, outputs, row_bytes, panel_bytes;
     int kind, bf16;
 };
-
-INLINE void run_product(piece_function body, struct product_job *job, int threads) {
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
-    run_call(&CALL(body, *job, panels * chunks), job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
-}
 
 /* Return the panel of a piece, and its rows. */
 INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64_t *first, int64_t *last) {
@@ -40,6 +35,22 @@ INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64
     *first = piece % chunks * PIECE_ROWS;
     *last = *first + PIECE_ROWS < job->rows ? *first + PIECE_ROWS : job->rows;
     return piece / chunks;
+}
+
+static const char *weights_of_piece(const void *argument, int64_t piece, int64_t *bytes) {
+    const struct product_job *job = argument;
+    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
+    *bytes = job->panel_bytes;
+    return job->weight + panel * job->panel_bytes;
+}
+
+/* `bits`: of a weight. */
+INLINE void run_product(piece_function body, struct product_job *job, int bits, int threads) {
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
+    job->panel_bytes = job->inputs * PANEL * bits / 8;
+    struct call call = CALL(body, *job, panels * chunks);
+    call.reads = weights_of_piece;
+    run_call(&call, job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
 }
 
 /* Write LANES outputs of a row, from output `first` on; those beyond the last one are none. */
