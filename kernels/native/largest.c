@@ -1,8 +1,13 @@
-/* The largest number of each row, and where it stands first. NaN counts as the largest. */
+/* The largest number of each row, and where it stands first. NaN counts as the largest.
+ *
+ * A row is read once, block by block; then the block that holds the largest is searched for its place.
+ */
 #include <math.h>
 
 #include "simd.h"
 #include "team.h"
+
+#define BLOCK 1024
 
 struct largest_job {
     const float *values;
@@ -11,34 +16,51 @@ struct largest_job {
     int64_t size, row_stride;
 };
 
+/* Return the largest of a block, or NaN if one of its numbers is. */
+INLINE float block_largest(const float *values, int64_t size) {
+    enum { vectors = 4 };
+    vf highest[vectors];
+    vu broken[vectors];
+    for (int v = 0; v < vectors; v++) {
+        highest[v] = all(-INFINITY);
+        broken[v] = (vu){0};
+    }
+    int64_t i = 0;
+    for (; i + vectors * LANES <= size; i += vectors * LANES)
+        _Pragma("GCC unroll 4")
+        for (int v = 0; v < vectors; v++) {
+            vf some = load(values, i + v * LANES, 0);
+            broken[v] |= (vu)(some != some);
+            highest[v] = larger(some, highest[v]);
+        }
+    float best = largest(larger(larger(highest[0], highest[1]), larger(highest[2], highest[3])));
+    vu any = (broken[0] | broken[1]) | (broken[2] | broken[3]);
+    for (int lane = 0; lane < LANES; lane++)
+        if (any[lane])
+            return NAN;
+    for (; i < size; i++) {
+        if (values[i] != values[i])
+            return NAN;
+        best = values[i] > best ? values[i] : best;
+    }
+    return best;
+}
+
 static void find_largest(void *argument, int64_t row) {
     const struct largest_job *job = argument;
     const float *values = job->values + row * job->row_stride;
-    int64_t size = job->size, whole = size / LANES * LANES;
-    vf highest = all(-INFINITY);
-    vu broken = {0};
-    for (int64_t i = 0; i < whole; i += LANES) {
-        vf some = load(values, i, 0);
-        broken |= (vu)(some != some);
-        highest = larger(some, highest);
-    }
-    float best = largest(highest);
-    for (int lane = 0; lane < LANES; lane++)
-        if (broken[lane])
-            best = NAN;
-    for (int64_t i = whole; i < size; i++)
-        if (values[i] > best || values[i] != values[i])
-            best = values[i];
+    float best = -INFINITY;
     int64_t place = 0;
-    for (int found = 0; place < whole; place += LANES) {
-        vf some = load(values, place, 0);
-        vu same = best != best ? (vu)(some != some) : (vu)(some == best);
-        for (int lane = 0; lane < LANES; lane++)
-            found |= same[lane] != 0;
-        if (found)
+    for (int64_t first = 0; first < job->size; first += BLOCK) {
+        float own = block_largest(values + first, job->size - first < BLOCK ? job->size - first : BLOCK);
+        if (own > best || own != own) {
+            best = own;
+            place = first;
+        }
+        if (own != own)
             break;
     }
-    while (place < size - 1 && !(values[place] == best || (best != best && values[place] != values[place])))
+    while (!(values[place] == best || (best != best && values[place] != values[place])))
         place++;
     job->best[row] = best;
     job->places[row] = place;

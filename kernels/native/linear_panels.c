@@ -174,17 +174,21 @@ INLINE int64_t large_pieces(const struct product_job *job, int64_t panels) {
     return panels > kept ? (panels - kept) / MOST_PANELS : 0;
 }
 
+/* Return the first panel of a piece of a single row's product, and how many it has. */
+INLINE int64_t panels_of_piece(const struct product_job *job, int64_t piece, int64_t *count) {
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
+    int64_t few = (panels - large * MOST_PANELS) / FEW_PANELS;
+    *count = piece < large ? MOST_PANELS : piece < large + few ? FEW_PANELS : 1;
+    if (piece < large)
+        return piece * MOST_PANELS;
+    if (piece < large + few)
+        return large * MOST_PANELS + (piece - large) * FEW_PANELS;
+    return large * MOST_PANELS + few * FEW_PANELS + piece - large - few;
+}
+
 static void multiply_row_piece(void *argument, int64_t piece) {
     const struct product_job *job = argument;
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
-    int64_t few = (panels - large * MOST_PANELS) / FEW_PANELS, panel, count;
-    if (piece < large) {
-        panel = piece * MOST_PANELS, count = MOST_PANELS;
-    } else if (piece < large + few) {
-        panel = large * MOST_PANELS + (piece - large) * FEW_PANELS, count = FEW_PANELS;
-    } else {
-        panel = large * MOST_PANELS + few * FEW_PANELS + piece - large - few, count = 1;
-    }
+    int64_t count, panel = panels_of_piece(job, piece, &count);
     switch (job->kind) {
     case FLOAT32: multiply_panels(job, panel, count, FLOAT32); break;
     case BFLOAT16: multiply_panels(job, panel, count, BFLOAT16); break;
@@ -192,15 +196,24 @@ static void multiply_row_piece(void *argument, int64_t piece) {
     }
 }
 
-static void run_linear(struct product_job *job, int threads) {
+static const char *weights_of_row_piece(const void *argument, int64_t piece, int64_t *bytes) {
+    const struct product_job *job = argument;
+    int64_t count, panel = panels_of_piece(job, piece, &count);
+    *bytes = count * job->panel_bytes;
+    return job->weight + panel * job->panel_bytes;
+}
+
+static void run_linear(struct product_job *job, int bits, int threads) {
     if (job->rows != 1) {
-        run_product(multiply_piece, job, threads);
+        run_product(multiply_piece, job, bits, threads);
         return;
     }
-    job->threads = threads_for(job, threads);
+    measure_product(job, bits, threads);
     int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
     int64_t rest = panels - large * MOST_PANELS;
-    run_call(&CALL(multiply_row_piece, *job, large + rest / FEW_PANELS + rest % FEW_PANELS), job->threads);
+    struct call call = CALL(multiply_row_piece, *job, large + rest / FEW_PANELS + rest % FEW_PANELS);
+    call.reads = weights_of_row_piece;
+    run_call(&call, job->threads);
 }
 
 /* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
@@ -208,7 +221,7 @@ EXPORT void slipstream_linear(const void *x, const void *weight, const void *bia
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_linear(&job, threads);
+    run_linear(&job, bf16 ? 16 : 32, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -220,5 +233,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_linear(&job, threads);
+    run_linear(&job, 8, threads);
 }

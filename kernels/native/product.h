@@ -25,19 +25,9 @@ struct product_job {
     const int32_t *corrections;
     const float *row_scales;
     void *out;
-    int64_t rows, inputs, outputs, row_bytes;
+    int64_t rows, inputs, outputs, row_bytes, panel_bytes;
     int kind, bf16, threads;
 };
-
-/* Return the threads that a product is worth. */
-INLINE int threads_for(const struct product_job *job, int threads) {
-    return job->rows * job->inputs * job->outputs < 65536 ? 1 : threads;
-}
-
-INLINE void run_product(piece_function body, struct product_job *job, int threads) {
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
-    run_call(&CALL(body, *job, panels * chunks), threads_for(job, threads));
-}
 
 /* Return the panel of a piece, and its rows. */
 INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64_t *first, int64_t *last) {
@@ -45,6 +35,27 @@ INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64
     *first = piece % chunks * PIECE_ROWS;
     *last = *first + PIECE_ROWS < job->rows ? *first + PIECE_ROWS : job->rows;
     return piece / chunks;
+}
+
+static const char *weights_of_piece(const void *argument, int64_t piece, int64_t *bytes) {
+    const struct product_job *job = argument;
+    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
+    *bytes = job->panel_bytes;
+    return job->weight + panel * job->panel_bytes;
+}
+
+/* Note how large the product is. bits: of a weight; threads: as many as there are, `job` has those that it is worth. */
+INLINE void measure_product(struct product_job *job, int bits, int threads) {
+    job->panel_bytes = job->inputs * PANEL * bits / 8;
+    job->threads = job->rows * job->inputs * job->outputs < 65536 ? 1 : threads;
+}
+
+INLINE void run_product(piece_function body, struct product_job *job, int bits, int threads) {
+    measure_product(job, bits, threads);
+    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
+    struct call call = CALL(body, *job, panels * chunks);
+    call.reads = weights_of_piece;
+    run_call(&call, job->threads);
 }
 
 /* Write LANES outputs of a row, from output `first` on; those beyond the last one are none. */

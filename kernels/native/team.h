@@ -28,7 +28,8 @@ typedef void (*piece_function)(void *job, int64_t piece);
 /* A job that is nothing but pieces, in a form that can be kept and run again: all that it needs to know is in `job`.
  *
  * renew: NULL, or for a job that another step has to change. It brings a kept copy up to the original, which is still
- * where it was, and returns how many pieces there are now.
+ * where it was, and returns how many pieces there are now. reads: NULL, or where a piece's own constants begin in memory
+ * and how many bytes they are: who waits for the calls before may fetch them.
  */
 struct call {
     piece_function body;
@@ -36,6 +37,7 @@ struct call {
     size_t job_bytes;
     int64_t pieces;
     int64_t (*renew)(void *copy, const void *original);
+    const char *(*reads)(const void *job, int64_t piece, int64_t *bytes);
 };
 
 #define CALL(body_, job_, pieces_) \
