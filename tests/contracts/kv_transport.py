@@ -152,13 +152,13 @@ class KvTransportContract(ABC):
         num_blocks: int = NUM_BLOCKS,
     ) -> Iterator[Bed]:
         plain = KvLayout(layers=2, kv_heads=2, block_size=4)
-        ends = [
+        sender, receiver = (
             end_of(name, layout or plain, rank, row_bytes=row_bytes, num_blocks=num_blocks)
             for name, layout, rank in zip(("prefill-0", "decode-0"), (source, target), ranks, strict=True)
-        ]
+        )
         with ExitStack() as stack:
-            to = self.join(stack, *ends, max_queued_bytes=max_queued_bytes)
-            yield Bed(*ends, to)
+            to = self.join(stack, sender, receiver, max_queued_bytes=max_queued_bytes)
+            yield Bed(sender, receiver, to)
 
     @pytest.mark.parametrize(
         ("source", "target", "ranks"),

@@ -27,7 +27,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shares_are_of_what_each_rank_has(checkpoint: Path, shape: MeshShape) -> None:
     spec = read_model_spec(checkpoint)
     for rank in range(shape.size):
-        shard, shares, sizes = Shard(place=shape.place(rank)), [], []
+        shard = Shard(place=shape.place(rank))
+        shares: list[float] = []
+        sizes: list[int] = []
         for parameter, tensor in read_parameters(
             checkpoint, spec, dtype=torch.float32, device=CPU, shard=shard, progress=shares.append
         ):

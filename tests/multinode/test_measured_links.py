@@ -17,7 +17,7 @@ from slipstream.runtime.controller.link_wire import ProbeLimits
 from slipstream.runtime.controller.links import LinkFigures
 from slipstream.runtime.controller.records import from_json, to_json
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
-from slipstream.tests.multinode.test_ray_hosts import ENVIRONMENT, start_raylet
+from slipstream.tests.multinode.raylets import ENVIRONMENT, start_raylet
 
 MBIT_PER_S = 200.0
 DELAY_S = 5e-3

@@ -103,9 +103,10 @@ def questions() -> list[tuple[dict[str, object], str]]:
     with LLM(str(MODEL), dtype="float32", max_model_len=256, kv_cache_memory_bytes=1 << 25, num_threads=1) as llm:
         for seed, prompt in enumerate(PROMPTS):
             for temperature in (0.0, 0.8):
-                given = {"max_tokens": 24, "temperature": temperature, "seed": seed}
-                (output,) = llm.generate([prompt], SamplingParams(top_k=0, top_p=1.0, **given), use_tqdm=False)
-                body = {"model": "demo", "prompt": prompt, "top_p": 1.0, "top_k": 0, **given}
+                given = SamplingParams(max_tokens=24, temperature=temperature, seed=seed, top_k=0, top_p=1.0)
+                (output,) = llm.generate([prompt], given, use_tqdm=False)
+                body = {name: getattr(given, name) for name in ("max_tokens", "temperature", "seed", "top_k", "top_p")}
+                body |= {"model": "demo", "prompt": prompt}
                 asked.append((body, output.outputs[0].text))
     return asked
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -256,7 +256,7 @@ class Prefill(Life):
         at_s = 0.0
         for layer in range(self.layout.layers):
             at_s += self.world.draw.random() * 0.1
-            self.world.later(self.peer, at_s, lambda layer=layer: self._layer(transfer, layer, range(first, stop)))
+            self.world.later(self.peer, at_s, partial(self._layer, transfer, layer, range(first, stop)))
 
     def _layer(self, transfer: TransferId, layer: int, tokens: range) -> None:
         prompt = self.prompts[transfer]
@@ -285,11 +285,12 @@ class Prefill(Life):
                 case Tell():
                     self.world.tell(self.peer, action)
                 case OpenSending():
-                    self.inside(lambda action=action: self._open(action))
+                    self.inside(partial(self._open, action))
                 case Close(transfer=transfer, generation=generation):
-                    self.inside(lambda t=transfer, g=generation: self._close(t, g))
+                    self.inside(partial(self._close, transfer, generation))
                 case Ended(transfer=transfer):
-                    self.inside(lambda t=transfer: [outgoing.forget(t) for outgoing in self.outgoing])
+                    for outgoing in self.outgoing:
+                        self.inside(partial(outgoing.forget, transfer))
                     self.world.ended(self.peer, action)
                     self.leave(transfer)
 
@@ -305,7 +306,7 @@ class Prefill(Life):
                     case Released(frame=frame, sent=sent):
                         outgoing.released(frame, sent=sent)
                     case PeerDown(peer=peer):
-                        self.inside(lambda p=peer: self._lost(p.peer))
+                        self.inside(partial(self._lost, peer.peer))
                     case _:
                         raise Wrong("something was written into a replica that only sends")
             self._say(outgoing.take_reports())
@@ -330,7 +331,7 @@ class Prefill(Life):
 
     def _say(self, reports: Sequence[Report]) -> None:
         for report in reports:
-            self.inside(lambda report=report: self._hear_rank(report))
+            self.inside(partial(self._hear_rank, report))
 
     def _hear_rank(self, report: Report) -> None:
         self.sender.report(self.world.now_s, report)
@@ -392,9 +393,9 @@ class Decode(Life):
                 case Tell():
                     self.world.tell(self.peer, action)
                 case OpenReceiving():
-                    self.inside(lambda action=action: self._open(action))
+                    self.inside(partial(self._open, action))
                 case Close(transfer=transfer, generation=generation):
-                    self.inside(lambda t=transfer, g=generation: self._close(t, g))
+                    self.inside(partial(self._close, transfer, generation))
                 case Committed():
                     self._adopt(action)
                 case Ended():
@@ -405,9 +406,9 @@ class Decode(Life):
         for incoming, transport in zip(self.incoming, self.transports, strict=True):
             for event in transport.poll(0.0):
                 if isinstance(event, PeerDown):
-                    self.inside(lambda p=event.peer: self._lost(p.peer))
+                    self.inside(partial(self._lost, event.peer.peer))
             for report in incoming.take_reports():
-                self.inside(lambda report=report: self._hear_rank(report))
+                self.inside(partial(self._hear_rank, report))
 
     def _open(self, action: OpenReceiving) -> None:
         for incoming in self.incoming:

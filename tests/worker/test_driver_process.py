@@ -20,7 +20,7 @@ import pytest
 
 from slipstream import LLM
 from slipstream.runtime.rpc.client import GrpcEngineClient
-from slipstream.runtime.worker.main import EXIT_DRAINED, EXIT_REFUSED, EXIT_STOPPED
+from slipstream.runtime.worker.exit_status import EXIT_DRAINED, EXIT_REFUSED, EXIT_STOPPED
 from slipstream.runtime.worker.null_executor import null_tokens
 from slipstream.sdk.errors import EngineUnavailable
 from slipstream.tests.contracts.engine_client import Answer, answer, finish, first_event

@@ -40,7 +40,8 @@ def setup(**degrees: int) -> RankSetup:
         max_slots=4,
         max_length=64,
         eos_token_ids=(),
-        **degrees,
+        tp=degrees.get("tp", 1),
+        pp=degrees.get("pp", 1),
     )
 
 
