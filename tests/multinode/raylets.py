@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from slipstream.runtime.controller.node_facts import DEVICE_RESOURCE, NAME_LABEL
+from slipstream.tests.fakes.count_ray import sitecustomize as count_ray
 from slipstream.tests.multinode.namespaces import Host
 
 RAY = Path(sys.executable).with_name("ray")
@@ -25,8 +27,19 @@ ENVIRONMENT = {
 }
 
 
-def start_raylet(host: Host, name: str, head: str | None, *, devices: int = 2) -> subprocess.Popen[bytes]:
-    """Start Ray's part of a host, in the foreground; it ends with the host. ``head``: None for the first."""
+def counting_calls(folder: Path) -> dict[str, str]:
+    """Return the environment in which each process counts its calls of Ray, in a file of its own in a folder."""
+    path = [str(Path(count_ray.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), count_ray.COUNTS: str(folder)}
+
+
+def start_raylet(
+    host: Host, name: str, head: str | None, *, devices: int = 2, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start Ray's part of a host, in the foreground; it ends with the host.
+
+    ``head``: the first one's address, None for the first. ``environment``: of all that runs there, over the usual one.
+    """
     where = ["--head", "--port=6379", "--include-dashboard=false"] if head is None else [f"--address={head}:6379"]
     resources = json.dumps({f"{DEVICE_RESOURCE}{index}": 1 for index in range(devices)})
     command = [
@@ -35,5 +48,9 @@ def start_raylet(host: Host, name: str, head: str | None, *, devices: int = 2) -
         "--disable-usage-stats",
     ]
     return subprocess.Popen(
-        host.command(*command), env=ENVIRONMENT, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL, stderr=2
+        host.command(*command),
+        env={**ENVIRONMENT, **(environment or {})},
+        cwd=tempfile.gettempdir(),
+        stdout=subprocess.DEVNULL,
+        stderr=2,
     )

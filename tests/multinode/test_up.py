@@ -34,7 +34,7 @@ from slipstream.tests.multinode.deployed import (
     processes,
 )
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
-from slipstream.tests.multinode.raylets import ENVIRONMENT, start_raylet
+from slipstream.tests.multinode.raylets import ENVIRONMENT, counting_calls, start_raylet
 
 pytest.importorskip("ray")
 
@@ -119,6 +119,11 @@ def kill_one(host: Host, *words: bytes) -> float:
     return at_s
 
 
+def calls(folder: Path) -> dict[int, int]:
+    """Return how often each process has called Ray, of those that have."""
+    return {int(file.name): file.stat().st_size for file in folder.iterdir()}
+
+
 def rank(number: int, replica: str) -> tuple[bytes, ...]:
     """Return what stands in the command line of a rank's process."""
     return RANKS, f"--replica\0{replica}\0--rank\0{number}\0".encode()
@@ -133,12 +138,20 @@ def serving(*pools: str) -> Callable[[dict[str, str]], bool]:
 
 
 @contextmanager
-def raylets(network: tuple[Host, ...], commands: Commands) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Start Ray on all hosts but the last, which comes late; each has one device."""
+def raylets(
+    network: tuple[Host, ...], commands: Commands, counts: Path
+) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Start Ray on all hosts but the last, which comes late; each has one device. Calls of Ray are counted."""
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, host in zip("abc", network, strict=False):
-            started[name] = start_raylet(host, name, network[0].address if started else None, devices=1)
+            started[name] = start_raylet(
+                host,
+                name,
+                network[0].address if started else None,
+                devices=1,
+                environment=counting_calls(counts),
+            )
             # One after the other: of two that start at once on one machine, one at times does not come up.
             commands.until_nodes(len(started))
         yield started
@@ -157,7 +170,9 @@ def test_a_deployment_over_hosts(
     file.write_text(FILE, encoding="utf-8")
     commands = Commands(host=a, ray=f"{a.address}:6379", folder=tmp_path)
     with ExitStack() as opened:
-        started = opened.enter_context(raylets(network, commands))
+        counts = tmp_path / "counts"
+        counts.mkdir()
+        started = opened.enter_context(raylets(network, commands, counts))
 
         # Up, where the plan says, with the tokens of one rank, and nowhere localhost.
         last = json.loads(commands.run("up", str(file), "--detach", "--json", "--timeout", "180").splitlines()[-1])
@@ -177,7 +192,16 @@ def test_a_deployment_over_hosts(
             for pid in (*processes(host, RANKS), *processes(host, GATEWAYS)):
                 assert local_sockets(pid) == [], "an address is localhost"
                 assert "_raylet" not in Path(f"/proc/{pid}/maps").read_text(), "what serves has loaded Ray"
-        assert ask(a, url, [body for body, _ in questions]) == [right for _, right in questions]
+        before = calls(counts)
+        assert ask(a, url, [body for body, _ in questions] * 10) == [right for _, right in questions] * 10
+        after = calls(counts)
+        serve = {pid for host in (a, b, c) for pid in (*processes(host, RANKS), *processes(host, GATEWAYS))}
+        assert not serve & set(after), "what serves has called Ray"
+        (controller,) = processes(a, CONTROLLER)
+        print(
+            f"100 requests, no call of Ray by what serves; {after[controller] - before[controller]} by the controller"
+        )
+        assert after[controller] > before[controller] > 0, "calls are not counted"
 
         (pid,) = processes(by_name[narrow.devices[0][0]], *rank(0, narrow.replica))
         environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
