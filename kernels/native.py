@@ -111,7 +111,7 @@ _ARGUMENTS = {
     "free_recording": (_P,),
 }
 
-_SIZES = {"partial_numbers": (_N,), "prefill_scratch": (POINTER(PrefillJob),)}
+_SIZES = {"partial_numbers": _N, "prefill_scratch": POINTER(PrefillJob)}
 
 
 class Native:
@@ -126,9 +126,9 @@ class Native:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(loaded, f"slipstream_{name}")
             function.argtypes, function.restype = arguments, None
-        for name, sizes in _SIZES.items():
+        for name, measured in _SIZES.items():
             function = getattr(loaded, f"slipstream_{name}")
-            function.argtypes, function.restype = sizes, c_int64
+            function.argtypes, function.restype = (measured,), c_int64
         self.rms_norm = loaded.slipstream_rms_norm
         self.silu_and_mul = loaded.slipstream_silu_and_mul
         self.rope_kv = loaded.slipstream_rope_kv
