@@ -16,7 +16,6 @@ enum { FLOAT32, BFLOAT16, INT8 };
 #define TILE_ROWS 3
 #define MOST_PANELS 2
 #endif
-#define FEW_PANELS (MOST_PANELS / 2)
 
 /* Return which kinds of weights this machine multiplies fast by this file's means: a bit each. Machines with tiles in
  * their registers have something better for 16 and 8 bits, in torch.
@@ -116,16 +115,6 @@ INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t 
     }
 }
 
-static void multiply_piece(void *argument, int64_t piece) {
-    const struct product_job *job = argument;
-    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
-    switch (job->kind) {
-    case FLOAT32: multiply_rows(job, panel, first, last, FLOAT32); break;
-    case BFLOAT16: multiply_rows(job, panel, first, last, BFLOAT16); break;
-    default: multiply_rows(job, panel, first, last, INT8); break;
-    }
-}
-
 /* Multiply the only row with `panels` panels at once: so many places of memory are read ahead by the machine. */
 INLINE void multiply_row(const struct product_job *job, int64_t panel, int panels, int kind) {
     int64_t steps = job->inputs / (kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4), stride = steps * PANEL * 4;
@@ -157,63 +146,77 @@ INLINE void multiply_row(const struct product_job *job, int64_t panel, int panel
     }
 }
 
-INLINE void multiply_panels(const struct product_job *job, int64_t panel, int64_t panels, int kind) {
+/* Cut the product of the only row: a piece is MOST_PANELS panels, at the end half as many and then one, as there are left
+ * for each thread, so that all end together. Return how many pieces there are.
+ */
+INLINE int64_t cut_row(struct product_job *job, int threads) {
+    enum { half = MOST_PANELS / 2 };
+    int64_t left = panels_of(job), many = left - (MOST_PANELS - 1) * threads;
+    job->large = many > 0 ? (many + MOST_PANELS - 1) / MOST_PANELS : 0;
+    left -= job->large * MOST_PANELS;
+    many = left - (half - 1) * threads;
+    job->halved = many > 0 ? (many + half - 1) / half : 0;
+    return job->large + job->halved + left - job->halved * half;
+}
+
+/* Return the first panel of a piece, and how many they are. */
+INLINE int64_t panels_of_piece(const struct product_job *job, int64_t piece, int *panels) {
+    int64_t halved = piece - job->large, single = halved - job->halved, first = job->large * MOST_PANELS;
+    if (halved < 0) {
+        *panels = MOST_PANELS;
+        return piece * MOST_PANELS;
+    }
+    *panels = single < 0 ? MOST_PANELS / 2 : 1;
+    return first + (single < 0 ? halved * (MOST_PANELS / 2) : job->halved * (MOST_PANELS / 2) + single);
+}
+
+static const char *weights_of_row(const void *argument, int64_t piece, int64_t *bytes) {
+    const struct product_job *job = argument;
+    int panels;
+    int64_t panel = panels_of_piece(job, piece, &panels);
+    *bytes = panels * job->panel_bytes;
+    return job->weight + panel * job->panel_bytes;
+}
+
+INLINE void multiply_row_piece(const struct product_job *job, int64_t piece, int kind) {
+    int panels;
+    int64_t panel = panels_of_piece(job, piece, &panels);
     if (panels == MOST_PANELS)
         multiply_row(job, panel, MOST_PANELS, kind);
-    else if (panels == FEW_PANELS)
-        multiply_row(job, panel, FEW_PANELS, kind);
+    else if (panels > 1)
+        multiply_row(job, panel, MOST_PANELS / 2, kind);
     else
         multiply_row(job, panel, 1, kind);
 }
 
-/* Return how many pieces of a single row's product have MOST_PANELS. The rest has fewer, so that all threads end
- * together.
- */
-INLINE int64_t large_pieces(const struct product_job *job, int64_t panels) {
-    int64_t kept = job->threads * FEW_PANELS;
-    return panels > kept ? (panels - kept) / MOST_PANELS : 0;
-}
-
-/* Return the first panel of a piece of a single row's product, and how many it has. */
-INLINE int64_t panels_of_piece(const struct product_job *job, int64_t piece, int64_t *count) {
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
-    int64_t few = (panels - large * MOST_PANELS) / FEW_PANELS;
-    *count = piece < large ? MOST_PANELS : piece < large + few ? FEW_PANELS : 1;
-    if (piece < large)
-        return piece * MOST_PANELS;
-    if (piece < large + few)
-        return large * MOST_PANELS + (piece - large) * FEW_PANELS;
-    return large * MOST_PANELS + few * FEW_PANELS + piece - large - few;
-}
-
-static void multiply_row_piece(void *argument, int64_t piece) {
+static void multiply_one_row(void *argument, int64_t piece) {
     const struct product_job *job = argument;
-    int64_t count, panel = panels_of_piece(job, piece, &count);
     switch (job->kind) {
-    case FLOAT32: multiply_panels(job, panel, count, FLOAT32); break;
-    case BFLOAT16: multiply_panels(job, panel, count, BFLOAT16); break;
-    default: multiply_panels(job, panel, count, INT8); break;
+    case FLOAT32: multiply_row_piece(job, piece, FLOAT32); break;
+    case BFLOAT16: multiply_row_piece(job, piece, BFLOAT16); break;
+    default: multiply_row_piece(job, piece, INT8); break;
     }
 }
 
-static const char *weights_of_row_piece(const void *argument, int64_t piece, int64_t *bytes) {
+static void multiply_piece(void *argument, int64_t piece) {
     const struct product_job *job = argument;
-    int64_t count, panel = panels_of_piece(job, piece, &count);
-    *bytes = count * job->panel_bytes;
-    return job->weight + panel * job->panel_bytes;
+    int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
+    switch (job->kind) {
+    case FLOAT32: multiply_rows(job, panel, first, last, FLOAT32); break;
+    case BFLOAT16: multiply_rows(job, panel, first, last, BFLOAT16); break;
+    default: multiply_rows(job, panel, first, last, INT8); break;
+    }
 }
 
-static void run_linear(struct product_job *job, int bits, int threads) {
-    if (job->rows != 1) {
-        run_product(multiply_piece, job, bits, threads);
-        return;
+INLINE void multiply(struct product_job *job, int bits, int most_threads) {
+    int threads = threads_for(job, most_threads);
+    struct call call = product_call(multiply_piece, job, bits);
+    if (job->rows == 1) {
+        call.body = multiply_one_row;
+        call.reads = weights_of_row;
+        call.pieces = cut_row(job, threads);
     }
-    measure_product(job, bits, threads);
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, large = large_pieces(job, panels);
-    int64_t rest = panels - large * MOST_PANELS;
-    struct call call = CALL(multiply_row_piece, *job, large + rest / FEW_PANELS + rest % FEW_PANELS);
-    call.reads = weights_of_row_piece;
-    run_call(&call, job->threads);
+    run_call(&call, threads);
 }
 
 /* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
@@ -221,7 +224,7 @@ EXPORT void slipstream_linear(const void *x, const void *weight, const void *bia
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_linear(&job, bf16 ? 16 : 32, threads);
+    multiply(&job, bf16 ? 16 : 32, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -233,5 +236,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_linear(&job, 8, threads);
+    multiply(&job, 8, threads);
 }
