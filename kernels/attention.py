@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention_decode import PreparedDecode, attend_decode, prepare_decode
 from .attention_paged import PagedRows, PreparedPaged, attend_paged, prepare_paged
+from .attention_paged_prefill import PagedRuns, PreparedRuns, attend_paged_runs, prepare_paged_runs
 from .attention_plan import AttentionPlan
 from .attention_prefill import attend_prefill
 from .attention_prefill_plan import PrefillGroup
@@ -23,7 +24,7 @@ class PreparedAttention:
     """The attention of one step, ready for each layer of one window."""
 
     decode: PreparedDecode | PreparedPaged | None
-    prefill: tuple[PrefillGroup, ...]
+    prefill: tuple[PrefillGroup, ...] | PreparedRuns
     workspace: AttentionWorkspace
 
 
@@ -39,7 +40,12 @@ def prepare_attention(
         decode = prepare_paged(plan.decode, layer_cache, heads=heads)
     elif plan.decode is not None:
         decode = prepare_decode(plan.decode, layer_cache, tokens=tokens, heads=heads, workspace=workspace)
-    return PreparedAttention(decode=decode, prefill=plan.prefill, workspace=workspace)
+    prefill = plan.prefill
+    return PreparedAttention(
+        decode=decode,
+        prefill=prepare_paged_runs(prefill, layer_cache, heads=heads) if isinstance(prefill, PagedRuns) else prefill,
+        workspace=workspace,
+    )
 
 
 def paged_attention(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedAttention, *, scale: float) -> Tensor:
@@ -61,6 +67,9 @@ def paged_attention(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedAttent
         attend_paged(q_TND, layer_cache, prepared.decode, scale=scale, out_TND=out_TND)
     elif prepared.decode is not None:
         attend_decode(q_TKGD, layer_cache, prepared.decode, scale=scale, out_TKGD=out_TKGD)
+    if isinstance(prepared.prefill, PreparedRuns):
+        attend_paged_runs(q_TND, layer_cache, prepared.prefill, scale=scale, out_TND=out_TND)
+        return out_TND
     for group in prepared.prefill:
         attend_prefill(q_TKGD, layer_cache, group, scale=scale, workspace=prepared.workspace, out_TKGD=out_TKGD)
     return out_TND

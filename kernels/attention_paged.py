@@ -1,7 +1,7 @@
 """Decode attention by the compiled kernel, which reads keys and values where they are in the cache.
 
 Rows are cut into spans of keys at fixed positions; a row's spans are merged in their order, so its bits depend on its
-own keys alone. They are not the bits of prefill, so deterministic mode does without.
+own keys alone. Prefill (``attention_paged_prefill``) gives the same bits.
 
 What a step's layers have in common is one structure of pointers: a layer sets four of its fields. The arrays that it
 points to are kept beside it.
@@ -90,9 +90,9 @@ def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> Prepar
     Raises: IndexError for a block that the cache does not have
     """
     _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
-    _check_blocks(rows, num_blocks=num_blocks, block_size=block_size)
+    check_blocks(rows.tables_RB, rows.lowest_seen_R, rows.positions_R, num_blocks=num_blocks, block_size=block_size)
     items, group = len(rows.item_rows_C), heads // kv_heads
-    partials = torch.empty(items * heads * (head_size + 2), dtype=torch.float32)
+    partials = torch.empty(items * heads * rows.compiled.partial_numbers(head_size), dtype=torch.float32)
     spans_R = torch.from_numpy(np.diff(rows.first_items_R1))
     open_RK = spans_R.unsqueeze(1).expand(-1, kv_heads).contiguous()
     job = DecodeJob(
@@ -125,13 +125,19 @@ def renew_paged(kept: PreparedPaged, fresh: PreparedPaged) -> None:
     ctypes.memmove(ctypes.byref(kept.job), ctypes.byref(fresh.job), ctypes.sizeof(DecodeJob))
 
 
-def _check_blocks(rows: PagedRows, *, num_blocks: int, block_size: int) -> None:
-    """Refuse blocks that are not there: the compiled kernel reads wherever it is told to."""
-    columns_B = np.arange(rows.tables_RB.shape[1])
-    lasts_R1, firsts_R1 = rows.positions_R[:, None] // block_size, rows.lowest_seen_R[:, None] // block_size
-    if lasts_R1.max(initial=0) > rows.tables_RB.shape[1] - 1:
-        raise IndexError(f"position {rows.positions_R.max()} is not in a table of {rows.tables_RB.shape[1]} blocks")
-    read = rows.tables_RB[(firsts_R1 <= columns_B) & (columns_B <= lasts_R1)]
+def check_blocks(
+    tables_RB: Int32Array, lowest_R: Int64Array, highest_R: Int64Array, *, num_blocks: int, block_size: int
+) -> None:
+    """Refuse blocks that are not there: the compiled kernels read wherever they are told to.
+
+    Shapes: tables_RB [rows, most blocks]; lowest_R, highest_R [rows], the first and last positions that are read
+    Raises: IndexError
+    """
+    columns_B = np.arange(tables_RB.shape[1])
+    firsts_R1, lasts_R1 = lowest_R[:, None] // block_size, highest_R[:, None] // block_size
+    if lasts_R1.max(initial=0) > tables_RB.shape[1] - 1:
+        raise IndexError(f"position {highest_R.max()} is not in a table of {tables_RB.shape[1]} blocks")
+    read = tables_RB[(firsts_R1 <= columns_B) & (columns_B <= lasts_R1)]
     if read.size and (read.min() < 0 or read.max() >= num_blocks):
         raise IndexError(f"blocks {read.min()} to {read.max()} are read from a cache of {num_blocks}")
 

@@ -6,8 +6,11 @@ cache. Keys are divided into spans of ``span_keys`` positions, at fixed places: 
 in the same way whether it is decoded, part of a chunk, or behind a cached prefix. Rows of one token (decoding)
 and tiles of several tokens (prefill) go into launches of equal shape.
 
-Why this gives the same bits in any company: the bits of a row of a product depend neither on how many rows there
-are (in multiples of ``QUERY_UNIT``) nor on masked keys at its end, as long as at most ``SPAN_KEYS`` keys are summed.
+On a CPU with compiled kernels, both kinds of rows go to these (``attention_paged``, ``attention_paged_prefill``).
+
+Why torch's operations give the same bits in any company: the bits of a row of a product depend neither on how many rows
+there are (in multiples of ``QUERY_UNIT``) nor on masked keys at its end, as long as at most ``SPAN_KEYS`` keys are
+summed.
 ``tests/kernels/test_row_independence.py`` holds torch to that.
 
 Shapes: T tokens, R rows, K KV heads.
@@ -23,6 +26,7 @@ import torch
 from .attention_decode_plan import DecodePlan, build_decode_plan
 from .attention_keys import Int32Array, Int64Array, KeyLayout
 from .attention_paged import PagedRows, build_paged_rows
+from .attention_paged_prefill import PagedRuns, build_paged_runs
 from .attention_prefill_plan import PrefillGroup, build_prefill_plan
 
 
@@ -32,7 +36,7 @@ class AttentionPlan:
 
     window: int | None
     decode: DecodePlan | PagedRows | None
-    prefill: tuple[PrefillGroup, ...]
+    prefill: tuple[PrefillGroup, ...] | PagedRuns
 
 
 def build_attention_plan(
@@ -49,9 +53,9 @@ def build_attention_plan(
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
-    With ``deterministic``, prefill sums its keys span by span as decoding does: a position gives the same bits
-    whatever the chunk it is computed in. Without, tiles that see more than one span are computed whole, which
-    is faster.
+    The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
+    with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
+    one span are computed whole, which is faster.
 
     Shapes: starts, counts [rows] int32, first position and number of positions of each row; block_tables
     [rows, most blocks] int32, entries beyond a row's last block are never read
@@ -62,15 +66,19 @@ def build_attention_plan(
     single = counts64 == 1
     decode = None
     if single.any():
-        decode = _decode_plan(starts64[single], first_tokens[single], block_tables[single], layout, deterministic)
-    prefill: tuple[PrefillGroup, ...] = ()
+        decode = _decode_plan(starts64[single], first_tokens[single], block_tables[single], layout)
+    prefill: tuple[PrefillGroup, ...] | PagedRuns = ()
     if not single.all():
         several = ~single
-        prefill = build_prefill_plan(
-            starts=starts64[several],
-            counts=counts64[several],
-            first_tokens=first_tokens[several],
-            block_tables=block_tables[several],
+        starts64, counts64, first_tokens = starts64[several], counts64[several], first_tokens[several]
+        block_tables = block_tables[several]
+        prefill = build_paged_runs(
+            starts=starts64, counts=counts64, first_tokens=first_tokens, block_tables=block_tables, layout=layout
+        ) or build_prefill_plan(
+            starts=starts64,
+            counts=counts64,
+            first_tokens=first_tokens,
+            block_tables=block_tables,
             layout=layout,
             deterministic=deterministic,
         )
@@ -78,12 +86,8 @@ def build_attention_plan(
 
 
 def _decode_plan(
-    positions: Int64Array, tokens: Int64Array, block_tables: Int32Array, layout: KeyLayout, deterministic: bool
+    positions: Int64Array, tokens: Int64Array, block_tables: Int32Array, layout: KeyLayout
 ) -> DecodePlan | PagedRows:
-    # A position must give the same bits decoded and prefilled in deterministic mode: both by torch's products.
-    if not deterministic:
-        lowest = layout.lowest_seen(positions)
-        paged = build_paged_rows(positions, lowest, tokens, block_tables, dtype=layout.dtype, device=layout.device)
-        if paged is not None:
-            return paged
-    return build_decode_plan(positions, tokens, block_tables, layout)
+    lowest = layout.lowest_seen(positions)
+    paged = build_paged_rows(positions, lowest, tokens, block_tables, dtype=layout.dtype, device=layout.device)
+    return paged or build_decode_plan(positions, tokens, block_tables, layout)

@@ -59,12 +59,47 @@ class DecodeJob(Structure):
     )
 
 
+class PrefillJob(Structure):
+    """``struct prefill_job`` of attention_prefill.c."""
+
+    _fields_ = (
+        ("tables", c_void_p),
+        ("item_rows", c_void_p),
+        ("item_firsts", c_void_p),
+        ("starts", c_void_p),
+        ("counts", c_void_p),
+        ("tokens", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+        ("table_columns", c_int64),
+        ("num_blocks", c_int64),
+        ("kv_heads", c_int64),
+        ("group", c_int64),
+        ("block_size", c_int64),
+        ("head_size", c_int64),
+        ("items", c_int64),
+        ("tile_queries", c_int64),
+        ("window", c_int64),
+        ("query_stride", c_int64),
+        ("bf16", c_int32),
+        ("threads", c_int32),
+        ("queries", c_void_p),
+        ("cache", c_void_p),
+        ("out", c_void_p),
+        ("scale", c_float),
+        ("workers", c_int64),
+        ("next", c_int64),
+        ("count", c_int64),
+    )
+
+
 _P, _N, _I = c_void_p, c_int64, c_int
 _ARGUMENTS = {
     "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, c_float, _I, _I),
     "silu_and_mul": (_P, _P, _N, _N, _I, _I),
     "rope_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I),
     "attend_decode": (POINTER(DecodeJob),),
+    "attend_prefill": (POINTER(PrefillJob),),
     "linear": (_P, _P, _P, _P, _N, _N, _N, _N, _I, _I),
     "linear_int8": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I),
     "linear_int4": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _I),
@@ -75,6 +110,8 @@ _ARGUMENTS = {
     "replay": (_P, _I),
     "free_recording": (_P,),
 }
+
+_SIZES = {"partial_numbers": (_N,), "prefill_scratch": (POINTER(PrefillJob),)}
 
 
 class Native:
@@ -89,10 +126,14 @@ class Native:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(loaded, f"slipstream_{name}")
             function.argtypes, function.restype = arguments, None
+        for name, arguments in _SIZES.items():
+            function = getattr(loaded, f"slipstream_{name}")
+            function.argtypes, function.restype = arguments, c_int64
         self.rms_norm = loaded.slipstream_rms_norm
         self.silu_and_mul = loaded.slipstream_silu_and_mul
         self.rope_kv = loaded.slipstream_rope_kv
         self.attend_decode = loaded.slipstream_attend_decode
+        self.attend_prefill = loaded.slipstream_attend_prefill
         self.linear = loaded.slipstream_linear
         self.linear_int8 = loaded.slipstream_linear_int8
         self.linear_int4 = loaded.slipstream_linear_int4
@@ -104,6 +145,10 @@ class Native:
         self.recorded_calls = loaded.slipstream_recorded_calls
         self.recorded_calls.argtypes, self.recorded_calls.restype = (c_void_p,), c_int64
         self.team_size = loaded.slipstream_team_size
+        self.partial_numbers, self.prefill_scratch = (
+            loaded.slipstream_partial_numbers,
+            loaded.slipstream_prefill_scratch,
+        )
         self.lanes, self.span_keys = int(loaded.slipstream_lanes()), int(loaded.slipstream_span_keys())
         kinds = int(loaded.slipstream_panel_kinds())
         self.has_float32_panels, self.has_bfloat16_panels, self.has_int8_panels = (

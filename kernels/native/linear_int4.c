@@ -104,7 +104,8 @@ EXPORT void slipstream_linear_int4(const void *x, const void *weight, const void
                                    int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int threads) {
     struct product_job job = {.x = x, .weight = weight, .scales = scales, .bias = bias, .out = out, .rows = rows,
                               .inputs = inputs, .outputs = outputs, .row_bytes = row_bytes};
-    run_product(multiply_piece, &job, 4, threads);
+    struct call call = product_call(multiply_piece, &job, 4);
+    run_call(&call, threads_for(&job, threads));
 }
 
 #else

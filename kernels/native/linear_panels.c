@@ -8,10 +8,13 @@
 
 enum { FLOAT32, BFLOAT16, INT8 };
 
+/* What fits the registers: rows that are multiplied at once, and panels that one row is multiplied with at once. */
 #if LANES == 16
 #define TILE_ROWS 6
+#define MOST_PANELS 4
 #else
 #define TILE_ROWS 3
+#define MOST_PANELS 2
 #endif
 
 /* Return which kinds of weights this machine multiplies fast by this file's means: a bit each. Machines with tiles in
@@ -19,7 +22,7 @@ enum { FLOAT32, BFLOAT16, INT8 };
  */
 EXPORT int slipstream_panel_kinds(void) {
     int kinds = LANES >= 8 ? 1 << FLOAT32 : 0;
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if BF16_PRODUCTS && !defined(__AMX_BF16__)
     kinds |= 1 << BFLOAT16;
 #endif
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
@@ -33,21 +36,12 @@ EXPORT int64_t slipstream_lanes(void) {
 }
 
 /* Add the products of one step. What is summed are lanes of 32 bits, of whatever type. */
-INLINE vf add_products(vf total, vf weights, uint32_t x, int kind) {
-    if (kind == FLOAT32) {
-        float one;
-        memcpy(&one, &x, sizeof one);
-        return total + weights * one;
-    }
-#if defined(__AVX512BF16__)
-    if (kind == BFLOAT16)
-        return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weights);
-#endif
+INLINE vf add_step(vf total, vf weights, uint32_t x, int kind) {
 #if defined(__AVX512VNNI__)
     if (kind == INT8)
         return (vf)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)x), (__m512i)weights);
 #endif
-    return total;
+    return add_products(total, weights, x, kind == BFLOAT16);
 }
 
 SELDOM void write_integers(const struct product_job *job, int64_t row, int64_t first, vf sums) {
@@ -93,7 +87,7 @@ INLINE void multiply_tile(const struct product_job *job, int64_t panel, int64_t 
             memcpy(&word, x + r * job->row_bytes + step * 4, sizeof word);
             _Pragma("GCC unroll 4")
             for (int vector = 0; vector < VECTORS; vector++)
-                totals[r][vector] = add_products(totals[r][vector], some[vector], word, kind);
+                totals[r][vector] = add_step(totals[r][vector], some[vector], word, kind);
         }
     }
     vf finished[TILE_ROWS][VECTORS]; /* in memory, which `totals` never are */
@@ -121,6 +115,89 @@ INLINE void multiply_rows(const struct product_job *job, int64_t panel, int64_t 
     }
 }
 
+/* Multiply the only row with `panels` panels at once: so many places of memory are read ahead by the machine. */
+INLINE void multiply_row(const struct product_job *job, int64_t panel, int panels, int kind) {
+    int64_t steps = job->inputs / (kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4), stride = steps * PANEL * 4;
+    const char *weights = job->weight + panel * stride;
+    vf totals[MOST_PANELS][VECTORS];
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++)
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            totals[p][vector] = (vf){0};
+    for (int64_t step = 0; step < steps; step++) {
+        uint32_t word;
+        memcpy(&word, job->x + step * 4, sizeof word);
+        _Pragma("GCC unroll 4")
+        for (int p = 0; p < panels; p++)
+            _Pragma("GCC unroll 4")
+            for (int vector = 0; vector < VECTORS; vector++) {
+                vf some = load(weights + p * stride, (step * VECTORS + vector) * LANES, 0);
+                totals[p][vector] = add_step(totals[p][vector], some, word, kind);
+            }
+    }
+    _Pragma("GCC unroll 4")
+    for (int p = 0; p < panels; p++) {
+        vf finished[1][VECTORS]; /* in memory, which `totals` never are */
+        _Pragma("GCC unroll 4")
+        for (int vector = 0; vector < VECTORS; vector++)
+            finished[0][vector] = totals[p][vector];
+        write_tile(job, panel + p, 0, 1, kind, finished);
+    }
+}
+
+/* Cut the product of the only row: a piece is MOST_PANELS panels, at the end half as many and then one, as there are left
+ * for each thread, so that all end together. Return how many pieces there are.
+ */
+INLINE int64_t cut_row(struct product_job *job, int threads) {
+    enum { half = MOST_PANELS / 2 };
+    int64_t left = panels_of(job), many = left - (MOST_PANELS - 1) * threads;
+    job->large = many > 0 ? (many + MOST_PANELS - 1) / MOST_PANELS : 0;
+    left -= job->large * MOST_PANELS;
+    many = left - (half - 1) * threads;
+    job->halved = many > 0 ? (many + half - 1) / half : 0;
+    return job->large + job->halved + left - job->halved * half;
+}
+
+/* Return the first panel of a piece, and how many they are. */
+INLINE int64_t panels_of_piece(const struct product_job *job, int64_t piece, int *panels) {
+    int64_t halved = piece - job->large, single = halved - job->halved, first = job->large * MOST_PANELS;
+    if (halved < 0) {
+        *panels = MOST_PANELS;
+        return piece * MOST_PANELS;
+    }
+    *panels = single < 0 ? MOST_PANELS / 2 : 1;
+    return first + (single < 0 ? halved * (MOST_PANELS / 2) : job->halved * (MOST_PANELS / 2) + single);
+}
+
+static const char *weights_of_row(const void *argument, int64_t piece, int64_t *bytes) {
+    const struct product_job *job = argument;
+    int panels;
+    int64_t panel = panels_of_piece(job, piece, &panels);
+    *bytes = panels * job->panel_bytes;
+    return job->weight + panel * job->panel_bytes;
+}
+
+INLINE void multiply_row_piece(const struct product_job *job, int64_t piece, int kind) {
+    int panels;
+    int64_t panel = panels_of_piece(job, piece, &panels);
+    if (panels == MOST_PANELS)
+        multiply_row(job, panel, MOST_PANELS, kind);
+    else if (panels > 1)
+        multiply_row(job, panel, MOST_PANELS / 2, kind);
+    else
+        multiply_row(job, panel, 1, kind);
+}
+
+static void multiply_one_row(void *argument, int64_t piece) {
+    const struct product_job *job = argument;
+    switch (job->kind) {
+    case FLOAT32: multiply_row_piece(job, piece, FLOAT32); break;
+    case BFLOAT16: multiply_row_piece(job, piece, BFLOAT16); break;
+    default: multiply_row_piece(job, piece, INT8); break;
+    }
+}
+
 static void multiply_piece(void *argument, int64_t piece) {
     const struct product_job *job = argument;
     int64_t first, last, panel = rows_of_piece(job, piece, &first, &last);
@@ -131,12 +208,23 @@ static void multiply_piece(void *argument, int64_t piece) {
     }
 }
 
+INLINE void multiply(struct product_job *job, int bits, int most_threads) {
+    int threads = threads_for(job, most_threads);
+    struct call call = product_call(multiply_piece, job, bits);
+    if (job->rows == 1) {
+        call.body = multiply_one_row;
+        call.reads = weights_of_row;
+        call.pieces = cut_row(job, threads);
+    }
+    run_call(&call, threads);
+}
+
 /* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
 EXPORT void slipstream_linear(const void *x, const void *weight, const void *bias, void *out, int64_t rows,
                               int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
-    run_product(multiply_piece, &job, bf16 ? 16 : 32, threads);
+    multiply(&job, bf16 ? 16 : 32, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
@@ -148,5 +236,5 @@ EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
                               .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
-    run_product(multiply_piece, &job, 8, threads);
+    multiply(&job, 8, threads);
 }

@@ -26,8 +26,13 @@ struct product_job {
     const float *row_scales;
     void *out;
     int64_t rows, inputs, outputs, row_bytes, panel_bytes;
+    int64_t large, halved; /* of one row's pieces: linear_panels.c */
     int kind, bf16;
 };
+
+INLINE int64_t panels_of(const struct product_job *job) {
+    return (job->outputs + PANEL - 1) / PANEL;
+}
 
 /* Return the panel of a piece, and its rows. */
 INLINE int64_t rows_of_piece(const struct product_job *job, int64_t piece, int64_t *first, int64_t *last) {
@@ -44,13 +49,17 @@ static const char *weights_of_piece(const void *argument, int64_t piece, int64_t
     return job->weight + panel * job->panel_bytes;
 }
 
-/* `bits`: of a weight. */
-INLINE void run_product(piece_function body, struct product_job *job, int bits, int threads) {
-    int64_t panels = (job->outputs + PANEL - 1) / PANEL, chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
+/* Return the call that multiplies with weights of `bits` bits, a piece being a panel and some rows. */
+INLINE struct call product_call(piece_function body, struct product_job *job, int bits) {
+    int64_t chunks = (job->rows + PIECE_ROWS - 1) / PIECE_ROWS;
     job->panel_bytes = job->inputs * PANEL * bits / 8;
-    struct call call = CALL(body, *job, panels * chunks);
+    struct call call = CALL(body, *job, panels_of(job) * chunks);
     call.reads = weights_of_piece;
-    run_call(&call, job->rows * job->inputs * job->outputs < 65536 ? 1 : threads);
+    return call;
+}
+
+INLINE int threads_for(const struct product_job *job, int threads) {
+    return job->rows * job->inputs * job->outputs < 65536 ? 1 : threads;
 }
 
 /* Write LANES outputs of a row, from output `first` on; those beyond the last one are none. */

@@ -1,15 +1,18 @@
-"""Both ways of an operation: with compiled kernels, and by torch's operations alone."""
+"""The ways of an operation: with compiled kernels, with those of another machine, and by torch's operations alone."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from slipstream.kernels.native import SWITCH, Native, load, native
-from slipstream.kernels.native_build import NativeBuildError
+from slipstream.kernels.native_build import NativeBuildError, find_compiler
 
 
 def compiled_or_skip() -> Native:
@@ -25,15 +28,39 @@ def compiled_or_skip() -> Native:
 
 
 @contextmanager
-def torch_alone() -> Iterator[None]:
-    """Switch the compiled kernels off within the block."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "0"
+def environment(**changes: str) -> Iterator[None]:
+    """Change the environment within the block, and let the kernels be looked for anew."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     native.cache_clear()
     try:
         yield
     finally:
-        del os.environ[SWITCH]
-        if before is not None:
-            os.environ[SWITCH] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
         native.cache_clear()
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Switch the compiled kernels off within the block."""
+    with environment(**{SWITCH: "0"}):
+        yield
+
+
+@contextmanager
+def compiled_without(feature: str, folder: Path) -> Iterator[None]:
+    """Compile the kernels for a machine that lacks ``feature``, and what builds on it, within the block.
+
+    ``folder`` gets a compiler that is told so last: what it finds on this machine does not count then.
+    """
+    if platform.machine() != "x86_64":
+        pytest.skip("features of x86-64")
+    compiler = folder / "compiler"
+    command = shlex.join(find_compiler(os.environ).command)
+    compiler.write_text(f'#!/bin/sh\nexec {command} "$@" -mno-{feature}\n', encoding="utf-8")
+    compiler.chmod(0o700)
+    with environment(CC=str(compiler), XDG_CACHE_HOME=str(folder)):
+        yield

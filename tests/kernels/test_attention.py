@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from slipstream.kernels import attention_decode, attention_prefill
 from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -109,47 +111,69 @@ def check(problem: Problem, window: int | None, *, deterministic: bool = False) 
         assert error <= BOUNDS[problem.cache.dtype], f"row {problem.rows[row]}, window {window}: {error:.2e}"
 
 
+def by_way(way: str) -> AbstractContextManager[None]:
+    """Return what to run a test in: torch's operations alone, or the compiled kernels, which must be there then."""
+    if way == "torch":
+        return torch_alone()
+    compiled_or_skip()
+    return nullcontext()
+
+
 DECODE_ROWS = tuple((position, 1) for position in (0, 1, 15, 16, 127, 128, 129, 300, 511))
 PREFILL_ROWS = ((0, 2), (0, 128), (0, 129), (5, 7), (63, 65), (64, 64), (100, 300), (37, 256))
 MIXED_ROWS = ((0, 1), (0, 30), (200, 1), (17, 130), (63, 1), (64, 1), (130, 2))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("way", "deterministic"), [("compiled", False), ("torch", False), ("torch", True)])
 @pytest.mark.parametrize("window", [None, 1, 2, 16, 50, 128, 200])
 @pytest.mark.parametrize("rows", [DECODE_ROWS, PREFILL_ROWS, MIXED_ROWS], ids=["decode", "prefill", "mixed"])
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 256])
 def test_windows_and_block_sizes(
-    seed: int, rows: tuple[tuple[int, int], ...], window: int | None, block_size: int, deterministic: bool
+    seed: int, rows: tuple[tuple[int, int], ...], window: int | None, block_size: int, way: str, deterministic: bool
 ) -> None:
-    check(make_problem(seed, rows, block_size=block_size), window, deterministic=deterministic)
+    with by_way(way):
+        check(make_problem(seed, rows, block_size=block_size), window, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("head_size", [6, 24, 64])
-def test_heads_and_types(seed: int, heads: tuple[int, int], head_size: int, dtype: torch.dtype) -> None:
-    check(make_problem(seed, MIXED_ROWS, heads=heads, head_size=head_size, dtype=dtype), 90)
+def test_heads_and_types(seed: int, heads: tuple[int, int], head_size: int, dtype: torch.dtype, way: str) -> None:
+    with by_way(way):
+        check(make_problem(seed, MIXED_ROWS, heads=heads, head_size=head_size, dtype=dtype), 90)
 
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_little_memory_at_a_time_gives_the_same(seed: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(seed, (*MIXED_ROWS, *DECODE_ROWS), heads=(6, 3))
-    expected = problem.run(window)
-    monkeypatch.setattr(attention_decode, "GATHER_BYTES", 1)
-    monkeypatch.setattr(attention_prefill, "GATHER_BYTES", 1)
-    assert torch.equal(problem.run(window), expected)
+    with torch_alone():
+        expected = problem.run(window)
+        monkeypatch.setattr(attention_decode, "GATHER_BYTES", 1)
+        monkeypatch.setattr(attention_prefill, "GATHER_BYTES", 1)
+        assert torch.equal(problem.run(window), expected)
 
 
+@pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [16, 64])
-def test_a_row_gives_the_same_bits_alone_and_in_company(seed: int, head_size: int, dtype: torch.dtype) -> None:
+def test_a_row_gives_the_same_bits_alone_and_in_company(
+    seed: int, head_size: int, dtype: torch.dtype, way: str
+) -> None:
     problem = make_problem(seed, (*MIXED_ROWS, *DECODE_ROWS), head_size=head_size, dtype=dtype)
-    together = problem.run(None)
-    for row in range(len(problem.rows)):
-        assert torch.equal(problem.run(None, only=row), problem.row_of(together, row)), problem.rows[row]
+    with by_way(way):
+        together = problem.run(None)
+        for row in range(len(problem.rows)):
+            assert torch.equal(problem.run(None, only=row), problem.row_of(together, row)), problem.rows[row]
 
 
-def test_random_batches(seed: int) -> None:
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_random_batches(seed: int, way: str) -> None:
+    with by_way(way):
+        check_random_batches(seed)
+
+
+def check_random_batches(seed: int) -> None:
     random = np.random.default_rng(seed)
     for _ in range(25):
         counts = np.where(random.random(6) < 0.5, 1, random.integers(1, 200, 6))

@@ -21,6 +21,7 @@ from slipstream.kernels.attention_products import QUERY_UNIT, merge_spans
 from slipstream.kernels.attention_workspace import AttentionWorkspace
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import apply_rope_
+from slipstream.tests.kernels.native_ways import torch_alone
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,9 +148,10 @@ def cuts(generator: np.random.Generator, largest: int) -> list[tuple[int, int]]:
 def test_attention_of_a_position_is_the_same_however_the_sequence_is_cut(
     seed: int, dtype: torch.dtype, heads: tuple[int, int], head_size: int, window: int | None
 ) -> None:
+    """By torch's operations; for the compiled ones ``test_native_prefill.py`` does this."""
     generator = np.random.default_rng(seed)
-    for block_size in (16,):
-        problem = Sequences(seed, dtype=dtype, heads=heads, head_size=head_size, block_size=block_size)
+    with torch_alone():
+        problem = Sequences(seed, dtype=dtype, heads=heads, head_size=head_size, block_size=16)
         (expected,) = problem.attend([(0, 0, LENGTH)], window)
         for largest in (70, 500):
             for first, end in cuts(generator, largest):
@@ -158,7 +160,7 @@ def test_attention_of_a_position_is_the_same_however_the_sequence_is_cut(
                     (1, other, other + int(generator.integers(1, 40))) for _ in range(int(generator.integers(0, 3)))
                 ]
                 found = problem.attend([*mates, (0, first, end)], window)[-1]
-                assert torch.equal(found, expected[first:end]), (block_size, first, end, mates)
+                assert torch.equal(found, expected[first:end]), (first, end, mates)
         every = problem.attend([(0, position, position + 1) for position in range(0, LENGTH, 5)], window)
         assert torch.equal(torch.cat(every), expected[::5]), "decoded, many positions in one step"
         for position in (0, 63, 64, 191, 255, 256, 511, 512):

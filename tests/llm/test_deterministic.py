@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slipstream import LLM, ConfigError, Logprob, RequestOutput, SamplingParams
+from slipstream.tests.kernels.native_ways import torch_alone
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 LONG = Path(__file__).read_text(encoding="utf-8")
@@ -44,6 +45,15 @@ def numbers(tables: Sequence[Table] | None) -> list[list[tuple[int, float]]]:
     ("dtype", "quantization"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")]
 )
 def test_the_same_bits_in_every_mode(dtype: str, quantization: str) -> None:
+    check_every_mode(dtype, quantization)
+
+
+def test_the_same_bits_by_torchs_operations() -> None:
+    with torch_alone():
+        check_every_mode("bfloat16", "none")
+
+
+def check_every_mode(dtype: str, quantization: str) -> None:
     how = {"dtype": dtype, "quantization": quantization, **SIZES}
     with LLM(DEMO, max_num_seqs=1, enable_prefix_caching=False, **how) as llm:
         alone = bits([llm.generate(prompt, PARAMS)[0] for prompt in PROMPTS])
