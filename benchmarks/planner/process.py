@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from dataclasses import asdict
 from typing import Any
 
 from slipstream.runtime.clock import monotonic_clock, processor_clock
 from slipstream.runtime.profiler.main import memory_traits
 from slipstream.runtime.profiler.measure import MeasuredRank, ProfileOptions, measure_all, process_bytes
+from slipstream.runtime.profiler.memory_watch import MemoryWatch, peak_of
 from slipstream.runtime.profiler.points import StepPoint, table_points
 
 TABLE_POSITIONS = 12_288
@@ -26,25 +26,6 @@ UNSEEN = (
 """None of these is in the table of ``slipstream profile``."""
 
 
-class PeakWatch:
-    """Looks at the process's memory every two milliseconds, on a thread."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = process_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.002):
-            self.peak_bytes = max(self.peak_bytes, process_bytes())
-
-
 def times(request: dict[str, Any]) -> dict[str, Any]:
     """Measure the table and the unseen steps, in turn."""
     options = ProfileOptions(
@@ -55,7 +36,7 @@ def times(request: dict[str, Any]) -> dict[str, Any]:
     table = table_points(longest=rank.longest, positions=options.positions, most_batch=options.most_batch)
     try:
         found = dict(measure_all(rank, (*table, *UNSEEN), rounds=request["rounds"], report=lambda _: None))
-        traits = memory_traits(options, rank, process_bytes())
+        traits = memory_traits(options, rank, peak_of(rank, table))
     finally:
         rank.close()
     return {
@@ -73,20 +54,19 @@ def memory(request: dict[str, Any]) -> dict[str, Any]:
         model=request["path"], dtype=request["dtype"], device="cpu", num_threads=request["threads"],
         positions=OTHER_POSITIONS, most_batch=LARGEST_BATCH,
     )  # fmt: skip
-    watch = PeakWatch()
-    rank = MeasuredRank(options)
-    after = {"loaded": rank.loaded_bytes, "filled": watch.peak_bytes, "filled, then": process_bytes()}
-    try:
-        for point in (
-            StepPoint(tokens=LARGEST_CHUNK),
-            StepPoint(tokens=LARGEST_CHUNK, context=2048),
-            StepPoint(batch=LARGEST_BATCH, context=200),
-        ):
-            rank.seconds(point)
-            after[str(point)] = watch.peak_bytes
-    finally:
-        rank.close()
-        watch.stop()
+    with MemoryWatch() as watch:
+        rank = MeasuredRank(options)
+        after = {"loaded": rank.loaded_bytes, "filled": watch.peak_bytes, "filled, then": process_bytes()}
+        try:
+            for point in (
+                StepPoint(tokens=LARGEST_CHUNK),
+                StepPoint(tokens=LARGEST_CHUNK, context=2048),
+                StepPoint(batch=LARGEST_BATCH, context=200),
+            ):
+                rank.seconds(point)
+                after[str(point)] = watch.peak_bytes
+        finally:
+            rank.close()
     return {
         "limits": {
             "max_num_batched_tokens": LARGEST_CHUNK, "max_num_seqs": LARGEST_BATCH, "max_model_len": rank.longest,

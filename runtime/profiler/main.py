@@ -13,7 +13,8 @@ from ...placement.plan import Degrees
 from ...placement.plan_memory import EngineLimits, activation_bytes, buffer_bytes, weight_bytes
 from ..cluster.model_sizes_file import read_model_sizes
 from ..cluster.profile_file import ProfileFile, StepRow, TraitsRow, write_profile
-from .measure import MeasuredRank, ProfileOptions, measure_all, process_bytes
+from .measure import MeasuredRank, ProfileOptions, measure_all
+from .memory_watch import peak_of
 from .points import PREFILL_TOKENS, StepPoint, table_points
 
 LARGEST_STEP = max(PREFILL_TOKENS)
@@ -28,7 +29,7 @@ def run_profile(
     try:
         points = table_points(longest=rank.longest, positions=options.positions, most_batch=options.most_batch)
         measured = measure_all(rank, points, report=announce)
-        used = process_bytes()
+        used = peak_of(rank, points)
     finally:
         rank.close()
     on_cpu = device_type.startswith("cpu")
@@ -52,9 +53,9 @@ def run_profile(
 
 
 def memory_traits(options: ProfileOptions, rank: MeasuredRank, used_bytes: int) -> TraitsRow:
-    """Return what a process on a CPU needs beside what is worked out, from what it had before steps and after them.
+    """Return what a process on a CPU needs beside what is worked out.
 
-    The allocator keeps what steps have freed, so that the end is about the fullest moment.
+    ``used_bytes``: what it had at the fullest moment of the table's steps.
     """
     sizes = read_model_sizes(options.model, dtype=rank.dtype, quantization=options.quantization)
     cut = Cut(model=sizes, degrees=Degrees())

@@ -97,11 +97,15 @@ class MeasuredRank:
 
     def seconds(self, point: StepPoint) -> float:
         """Return how long a step takes, the least of several after the first: what else runs only makes it longer."""
-        self._run(self._plans.plan(point, first=True))
+        self.once(point)
         took: list[float] = []
         while not took or (sum(took) < _POINT_S and len(took) < _MOST_REPEATS):
             took.append(self._run(self._plans.plan(point, first=False)))
         return min(took)
+
+    def once(self, point: StepPoint) -> None:
+        """Run a step once."""
+        self._run(self._plans.plan(point, first=True))
 
     def _run(self, plan: StepPlan) -> float:
         start_s = self._clock()
