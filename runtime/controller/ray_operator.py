@@ -28,7 +28,8 @@ from .cluster import ClusterError
 from .controller import Status
 from .controller_actor import CONTROLLER_NAME, ControllerSettings, start_controller
 from .gateway_keeper import GatewayKeeper, GatewayOrder, GatewayReport
-from .ledger import Deployment, Store
+from .known_links import KnownLinks
+from .ledger import EVERYWHERE, Deployment, Ledger, Store
 from .marked_processes import end_marked, marked
 from .node_facts import NodeFacts, topology_of
 from .operator import ControllerSeen, Remains
@@ -122,8 +123,10 @@ class RayOperator:
     # ------------------------------------------------------------------ nodes
 
     def topology(self, device_types: Mapping[str, DeviceType], network: Link, device_link: Link) -> Topology:
-        """Return the nodes that are there."""
-        return topology_of(_listed(), device_types, network=network, device_link=device_link)
+        """Return the nodes that are there, with their links as far as they were measured."""
+        nodes = _listed()
+        links = KnownLinks(Ledger(self.store, deployment=EVERYWHERE)).between(nodes)
+        return topology_of(nodes, device_types, network=network, device_link=device_link, links=links)
 
     def watch_address(self, port: int) -> str:
         """Return the head node's address with a port, or one that is free there."""

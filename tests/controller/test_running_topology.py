@@ -12,6 +12,8 @@ import pytest
 
 from slipstream.tests.controller.ray_bed import LINK, RayBed, RayNodes
 
+ray_operator = pytest.importorskip("slipstream.runtime.controller.ray_operator")
+
 FILE = """
 model: {{path: {model}}}
 pools: [{{name: p, role: mixed, degrees: {{tp: 1}}, replicas: 1}}]
@@ -48,6 +50,8 @@ def test_what_is_measured_is_what_controller_and_plans_go_by(nodes: RayNodes, tm
     topology = bed.cluster.observe().topology
     link = topology.node_link(topology.node("a"), topology.node("b"))
     assert link.bytes_per_s == pytest.approx(slower) and link != LINK
+    operated = ray_operator.RayOperator().topology({}, LINK, LINK)
+    assert operated.node_link(operated.node("a"), operated.node("b")) == link, "a deployment is planned by it too"
     after = slipstream("plan", str(file), "--address", nodes.address)
     assert "links: 1 of 1 measured" in after.stdout and "assumed" not in after.stdout
     assert "a (2 of 2 cpu free), b (2 of 2 cpu free)" in after.stdout
