@@ -41,14 +41,14 @@ def measure_links(
     from .controller.link_report import records_of, text_of
     from .controller.link_wire import ProbeLimits
     from .controller.running_topology import measure_running
+    from .operations.reach import reached
 
     try:
         limits = ProbeLimits(seconds=seconds, streams=streams, timeout_s=4 * seconds + 10)
     except ValueError as error:
         raise ConfigError("measure-links", str(error)) from error
-    measured, topology = measure_running(
-        address, limits, DEVICE_TABLE, timeout_s=timeout_s, tell=lambda text: typer.echo(text, err=True)
-    )
+    with reached(address, start=False, announce=_tell):
+        measured, topology = measure_running(limits, DEVICE_TABLE, timeout_s=timeout_s, tell=_tell)
     typer.echo(json.dumps(records_of(measured), indent=1) if as_json else text_of(measured))
     if save is not None:
         unknown = unknown_types(topology)
@@ -64,5 +64,11 @@ def measure_links(
 def read_running(address: str | None, types: Mapping[str, DeviceType]) -> ChosenTopology:
     """Return the topology of a Ray that runs. Raises: ClusterError when there is none, ImportError without Ray"""
     from .controller.running_topology import running_topology
+    from .operations.reach import reached
 
-    return running_topology(address, types)
+    with reached(address, start=False, announce=_tell):
+        return running_topology(types)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)

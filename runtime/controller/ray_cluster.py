@@ -1,4 +1,4 @@
-"""The platform that is Ray: nodes, one actor for each rank, a store for the ledger. Alone imports ray.
+"""The platform that is Ray: nodes, one actor for each rank, a store for the ledger.
 
 Each rank is a named, detached actor, bound to its node and to the resource that stands for its device; the process of
 the rank is its child. No placement groups: they reserve places that Ray then picks among, while here every rank's place
@@ -11,15 +11,11 @@ time; one that does not answer in it is listed as it was last known.
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.experimental.internal_kv import (
@@ -46,7 +42,6 @@ from .records import from_json, to_json
 _KV_NAMESPACE = b"slipstream"
 _REPORT_TIMEOUT_S = 1.0
 _END_PATIENCE_S = 10.0
-_CONNECT_TIMEOUT_S = 5.0
 _CONCURRENCY = 4
 _A_LITTLE = 0.001
 
@@ -399,29 +394,6 @@ def list_nodes(*, with_available: bool = False) -> list[NodeFacts]:
         for node in listed()
         if node["Alive"]
     ]
-
-
-@contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Be connected to a running Ray: at an address, or the one that this machine knows.
-
-    Raises: ClusterError when there is none
-    """
-    # Ray puts the folder of who connects on the path of all that runs for them: not the root of a clone.
-    with tempfile.TemporaryDirectory() as nowhere, contextlib.chdir(nowhere):
-        try:
-            found: str = canonicalize_bootstrap_address_or_die(address or "auto")
-            host, _, port = found.rpartition(":")
-            # Ray itself asks for minutes whether somebody has come.
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ClusterError(f"no Ray can be reached at {address or 'this machine'}: {why}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def helper_on(kind: type, node: NodeFacts, *arguments: Any) -> Any:

@@ -7,18 +7,14 @@ has started is detached and stays. Gateways run on the nodes that they are order
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import secrets
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray import _raylet
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from ...placement.assign import assign
@@ -35,6 +31,7 @@ from .node_facts import NodeFacts, topology_of
 from .operator import ControllerSeen, Remains
 from .process_log import LogPage
 from .ray_cluster import RayStore, end_actor, list_nodes, start_actor, task_on
+from .ray_connection import connected
 from .records import from_json, to_json
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -69,47 +66,13 @@ class GatewayActor:
 
 
 @contextlib.contextmanager
-def connected(address: str, *, environment: Mapping[str, str] | None = None) -> Iterator[RayOperator]:
-    """Reach the Ray at an address, for as long as the block runs. ``environment``: what Ray is to find in it meanwhile
+def operating(address: str, *, environment: Mapping[str, str] | None = None) -> Iterator[RayOperator]:
+    """Reach the Ray at an address, for as long as the block runs. ``environment``: what Ray is to find in it meanwhile.
 
     Raises: ClusterError
     """
-    with _environment(environment or {}):
-        try:
-            # Ray puts the folder of who connects on the path of all that runs there.
-            with contextlib.chdir(tempfile.gettempdir()):
-                ray.init(address=address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError, RayError) as error:
-            raise ClusterError(f"no Ray answers at {address}: {error}") from error
-        try:
-            yield RayOperator()
-        finally:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for as long as the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    _read_environment()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        _read_environment()
-
-
-def _read_environment() -> None:
-    """Let Ray read from the environment how it is to prove who it is: it did when it was loaded, and once only."""
-    # Compiled, and so without types.
-    compiled: Any = _raylet
-    compiled.Config.initialize("")
-    compiled.AuthenticationTokenLoader.instance().reset_cache()
+    with connected(address, environment=environment):
+        yield RayOperator()
 
 
 class RayOperator:

@@ -8,35 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...placement.topology import DeviceType, Link, Topology
+from ...placement.topology import DeviceType, Topology
 from ..clock import monotonic_clock, wall_clock
 from ..cluster.topology_choice import ChosenTopology
 from .cluster import ClusterError
 from .known_links import KnownLinks
-from .ledger import EVERYWHERE, Ledger
+from .ledger import EVERYWHERE, NETWORK, Ledger
 from .link_actor import LinkActor, LinkAnswer
 from .link_wire import ProbeError, ProbeLimits
 from .links import LinkFigures, MeasuredLinks
 from .measure_links import measure_links
 from .node_facts import NodeFacts, one_of_each, topology_of
-from .ray_cluster import RayStore, answer_of, connected, helper_on, list_nodes
+from .ray_cluster import RayStore, answer_of, helper_on, list_nodes
 from .records import from_json, to_json
-
-ASSUMED_NETWORK = Link(bytes_per_s=1.25e9, latency_s=100e-6)
-"""Between nodes whose link nobody has measured: 10 Gbit/s."""
 
 _START_S = 30.0
 """How long an actor may take to come up."""
 
 
-def running_topology(address: str | None, device_types: Mapping[str, DeviceType]) -> ChosenTopology:
-    """Return what runs at an address, or on this machine. Raises: ClusterError"""
-    with connected(address):
-        listed = list_nodes(with_available=True)
-        known = KnownLinks(Ledger(RayStore(), deployment=EVERYWHERE))
-        links = known.between(listed)
+def running_topology(device_types: Mapping[str, DeviceType]) -> ChosenTopology:
+    """Return what runs on the Ray that this process is connected to."""
+    listed = list_nodes(with_available=True)
+    known = KnownLinks(Ledger(RayStore(), deployment=EVERYWHERE))
+    links = known.between(listed)
     nodes = one_of_each(listed)
-    topology = topology_of(nodes, device_types, network=ASSUMED_NETWORK, links=links)
+    topology = topology_of(nodes, device_types, network=NETWORK, links=links)
     said = [_said_of_nodes(topology), *_said_of_links(topology, known.measured)]
     if len(nodes) < len(listed):
         twice = sorted({node.name for node in listed} - {node.name for node in nodes})
@@ -50,29 +46,28 @@ def running_topology(address: str | None, device_types: Mapping[str, DeviceType]
 
 
 def measure_running(
-    address: str | None,
     limits: ProbeLimits,
     device_types: Mapping[str, DeviceType],
     *,
     timeout_s: float,
     tell: Callable[[str], None],
 ) -> tuple[MeasuredLinks, Topology]:
-    """Measure all links of what runs and keep the figures; return them, and the topology with them.
+    """Measure all links of the Ray that this process is connected to, and keep the figures.
 
+    Returns: the figures, and the topology with them.
     Raises: ClusterError
     """
-    with connected(address):
-        nodes = one_of_each(list_nodes())
-        if len(nodes) < 2:
-            raise ClusterError(f"links are between nodes, and this Ray has {len(nodes)}")
-        addresses = {node.name: node.address for node in nodes}
-        measured = measure_links(
-            _RayEnds(nodes, limits), addresses, timeout_s=timeout_s, clock=monotonic_clock, wall=wall_clock, tell=tell
-        )
-        # Nothing at all says more of the moment than of the links.
-        if measured.links and not Ledger(RayStore(), deployment=EVERYWHERE).keep_links(measured):
-            raise ClusterError("somebody else has measured at the same time: both disturbed the other; try again")
-    topology = topology_of(nodes, device_types, network=ASSUMED_NETWORK, links=measured.pairs(addresses))
+    nodes = one_of_each(list_nodes())
+    if len(nodes) < 2:
+        raise ClusterError(f"links are between nodes, and this Ray has {len(nodes)}")
+    addresses = {node.name: node.address for node in nodes}
+    measured = measure_links(
+        _RayEnds(nodes, limits), addresses, timeout_s=timeout_s, clock=monotonic_clock, wall=wall_clock, tell=tell
+    )
+    # Nothing at all says more of the moment than of the links.
+    if measured.links and not Ledger(RayStore(), deployment=EVERYWHERE).keep_links(measured):
+        raise ClusterError("somebody else has measured at the same time: both disturbed the other; try again")
+    topology = topology_of(nodes, device_types, network=NETWORK, links=measured.pairs(addresses))
     return measured, topology
 
 

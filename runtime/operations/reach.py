@@ -14,7 +14,7 @@ from ..clock import monotonic_clock
 from ..controller.cluster import ClusterError
 from ..controller.local_ray import LocalRay, LocalRays, state_folder
 from ..controller.operator import NoCluster, Operator, OwnRaySilent
-from ..controller.ray_operator import connected
+from ..controller.ray_operator import operating
 
 AUTO, LOCAL = "auto", "local"
 
@@ -36,7 +36,7 @@ def reached(address: str | None, *, start: bool, announce: Callable[[str], None]
                 yield operator
                 return
         if wanted not in (None, LOCAL):
-            yield stack.enter_context(connected(str(wanted)))
+            yield stack.enter_context(operating(str(wanted)))
             return
         local = rays.find() or (_started(rays, announce) if start else None)
         if local is None:
@@ -46,7 +46,7 @@ def reached(address: str | None, *, start: bool, announce: Callable[[str], None]
 
 def _found(stack: contextlib.ExitStack) -> Operator | None:
     try:
-        return stack.enter_context(connected(AUTO))
+        return stack.enter_context(operating(AUTO))
     except ClusterError:
         return None
 
@@ -60,7 +60,7 @@ def _started(rays: LocalRays, announce: Callable[[str], None]) -> LocalRay:
 def _connected_locally(rays: LocalRays, local: LocalRay) -> Iterator[Operator]:
     with contextlib.ExitStack() as stack:
         try:
-            operator = stack.enter_context(connected(local.address, environment=rays.client_environment))
+            operator = stack.enter_context(operating(local.address, environment=rays.client_environment))
         except ClusterError as error:
             raise OwnRaySilent(f"the Ray of this machine runs and does not answer: {error}") from error
         # By this it is known again, whatever Ray calls it.

@@ -58,7 +58,7 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Starts our own server as a process and hands out its address; it imports none of it.
     "local_server": _VALUES | {"ending"},
     # Commands about links between nodes; the command line registers them.
-    "link_commands": _VALUES | {"controller", "cluster"},
+    "link_commands": _VALUES | {"controller", "cluster", "operations"},
     # The ways in.
     "llm": _VALUES | _BELOW_SHELLS | {"worker"},
     "cli": _VALUES
@@ -104,8 +104,12 @@ PURE_NEVER_REACHES = frozenset({"torch", "triton", "ray", "grpc", "asyncio"})
 """What importing a pure core must not load either, through anything of ours."""
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    # Two sides of it: what the controller does on Ray, and what operators' commands do there.
-    "ray": ("runtime/controller/ray_cluster.py", "runtime/controller/ray_operator.py"),
+    # What the controller does on Ray, what operators' commands do there, and how either reaches it.
+    "ray": (
+        "runtime/controller/ray_cluster.py",
+        "runtime/controller/ray_connection.py",
+        "runtime/controller/ray_operator.py",
+    ),
     "grpc": ("runtime/rpc/", "sdk/"),
     "torch.distributed": ("comm/",),
     "triton": ("kernels/",),

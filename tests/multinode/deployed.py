@@ -92,23 +92,6 @@ class Commands:
         """Return ``slipstream status --json``."""
         return from_json(DeploymentStatus, self.run("status", "--json"))
 
-    def until_nodes(self, count: int) -> None:
-        """Wait until Ray has so many nodes."""
-        program = (
-            f"import ray; ray.init({self.ray!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
-        )
-        command = self.host.command(sys.executable, "-P", "-c", program)
-        never = threading.Event()
-        deadline_s = monotonic_clock() + PATIENCE_S
-        while True:
-            done = subprocess.run(
-                command, env=ENVIRONMENT, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False
-            )
-            if done.stdout.strip() == str(count):
-                return
-            assert monotonic_clock() < deadline_s, f"there are not {count} nodes: {done.stdout} {done.stderr[-2000:]}"
-            never.wait(_LOOK_PERIOD_S)
-
     def until(self, what: str, check: Callable[[DeploymentStatus], bool]) -> DeploymentStatus:
         """Look until it is so."""
         began_s, never = monotonic_clock(), threading.Event()

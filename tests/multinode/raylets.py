@@ -27,6 +27,28 @@ ENVIRONMENT = {
 }
 
 
+_WAIT_TIMEOUT_S = 120.0
+_WAIT = """
+import sys, threading, ray
+from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.controller.cluster import ClusterError
+from slipstream.runtime.controller.ray_cluster import list_nodes
+from slipstream.runtime.controller.ray_connection import connected
+address, count = sys.argv[1], int(sys.argv[2])
+ends_s, never = monotonic_clock() + 60, threading.Event()
+while True:
+    try:
+        with connected(address):
+            while len(list_nodes()) < count and monotonic_clock() < ends_s:
+                never.wait(0.1)
+            sys.exit(len(list_nodes()) != count)
+    except ClusterError:
+        if monotonic_clock() > ends_s:
+            raise
+        never.wait(0.2)
+"""
+
+
 def counting_calls(folder: Path) -> dict[str, str]:
     """Return the environment in which each process counts its calls of Ray, in a file of its own in a folder."""
     path = [str(Path(count_ray.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -54,3 +76,17 @@ def start_raylet(
         stdout=subprocess.DEVNULL,
         stderr=2,
     )
+
+
+def wait_for_nodes(host: Host, ray: str, count: int) -> None:
+    """Wait on a host until the Ray at an address has so many nodes."""
+    done = subprocess.run(
+        host.command(sys.executable, "-P", "-c", _WAIT, ray, str(count)),
+        env=ENVIRONMENT,
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        timeout=_WAIT_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"there are not {count} nodes: {done.stdout}{done.stderr}"

@@ -17,7 +17,7 @@ from slipstream.runtime.controller.link_wire import ProbeLimits
 from slipstream.runtime.controller.links import LinkFigures
 from slipstream.runtime.controller.records import from_json, to_json
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
-from slipstream.tests.multinode.raylets import ENVIRONMENT, start_raylet
+from slipstream.tests.multinode.raylets import ENVIRONMENT, start_raylet, wait_for_nodes
 
 MBIT_PER_S = 200.0
 DELAY_S = 5e-3
@@ -82,36 +82,12 @@ def raylets(made: tuple[Host, ...]) -> Iterator[str]:
         for host, name in zip(made, "abc", strict=False):
             head = None if host is made[0] else made[0].address
             started.append(start_raylet(host, name, head))
-            wait_for_nodes(made[0], len(started))
+            wait_for_nodes(made[0], f"{made[0].address}:6379", len(started))
         yield f"{made[0].address}:6379"
     finally:
         for raylet in reversed(started):
             raylet.kill()
             raylet.wait()
-
-
-WAIT = """
-import sys, threading, ray
-from slipstream.runtime.clock import monotonic_clock
-from slipstream.runtime.controller.cluster import ClusterError
-from slipstream.runtime.controller.ray_cluster import connected, list_nodes
-address, count = sys.argv[1], int(sys.argv[2])
-ends_s, never = monotonic_clock() + 60, threading.Event()
-while True:
-    try:
-        with connected(address):
-            while len(list_nodes()) < count and monotonic_clock() < ends_s:
-                never.wait(0.1)
-            sys.exit(len(list_nodes()) != count)
-    except ClusterError:
-        if monotonic_clock() > ends_s:
-            raise
-        never.wait(0.2)
-"""
-
-
-def wait_for_nodes(host: Host, count: int) -> None:
-    run(host, "-c", WAIT, f"{host.address}:6379", str(count))
 
 
 def run(host: Host, *arguments: str) -> str:

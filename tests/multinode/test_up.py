@@ -34,7 +34,7 @@ from slipstream.tests.multinode.deployed import (
     processes,
 )
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
-from slipstream.tests.multinode.raylets import ENVIRONMENT, counting_calls, start_raylet
+from slipstream.tests.multinode.raylets import ENVIRONMENT, counting_calls, start_raylet, wait_for_nodes
 
 pytest.importorskip("ray")
 
@@ -153,7 +153,7 @@ def raylets(
                 environment=counting_calls(counts),
             )
             # One after the other: of two that start at once on one machine, one at times does not come up.
-            commands.until_nodes(len(started))
+            wait_for_nodes(network[0], commands.ray, len(started))
         yield started
     finally:
         for raylet in reversed(started.values()):
