@@ -1,4 +1,4 @@
-"""One Ray for all tests of this folder: starting it is what takes longest."""
+"""One Ray for the tests of a file: starting it takes longest, and other files must not find this process connected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """Raylets called a and b, and this process connected to them."""
     pytest.importorskip("ray")

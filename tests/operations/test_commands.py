@@ -225,14 +225,15 @@ def test_scale(bench: Bench) -> None:
 def test_drain_says_what_is_to_move_and_undo_lets_it_stay(bench: Bench) -> None:
     bench.up()
     (replica, *_) = [each.replica for each in bench.status().replicas]
-    assert bench.run("drain", "b", "--detach").exit_code == 0
-    assert bench.run("drain", replica, "--detach").exit_code == 0
-    desired = bench.world.ledger.deployment().desired
-    assert (desired.cordoned, desired.leaving) == ({"b"}, {replica})
-    assert bench.status().cordoned == ("b",)
     unknown = bench.run("drain", "nowhere")
     assert unknown.exit_code == 2 and "nodes a, b" in unknown.stderr and replica in unknown.stderr
+    assert bench.run("drain", "b", "--detach").exit_code == 0
+    assert bench.world.ledger.deployment().desired.cordoned == {"b"}
+    assert bench.status().cordoned == ("b",)
     assert bench.run("drain", "b", "--undo", "--detach").exit_code == 0
+    assert bench.run("drain", replica, "--detach").exit_code == 0
+    assert bench.world.ledger.deployment().desired.leaving == {replica}
+    # Asked for, and taken back before anything has moved.
     assert bench.run("drain", replica, "--undo").stdout.splitlines()[-1] == f"{replica} may stay"
     desired = bench.world.ledger.deployment().desired
     assert not desired.cordoned and not desired.leaving

@@ -21,7 +21,7 @@ from slipstream.runtime.operations.status import UNKNOWN, DeploymentStatus
 
 pytest.importorskip("ray")
 ray_bed = pytest.importorskip("slipstream.tests.controller.ray_bed")
-connected = pytest.importorskip("slipstream.runtime.controller.ray_operator").connected
+operating = pytest.importorskip("slipstream.runtime.controller.ray_operator").operating
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 PATIENCE = ("--timeout", "90")
@@ -134,7 +134,7 @@ def test_ranks_and_gateways_on_two_nodes(file: Path, monkeypatch: pytest.MonkeyP
         }
         assert f"{replica.replica}/3 | {replica.replica} rank 3 stands in" in run("logs", "--rank", "3", *where).stdout
         # Without a controller the ledger is shown; down starts another one, which takes over what runs.
-        with connected(nodes.address) as operator:
+        with operating(nodes.address) as operator:
             operator.end_controller("chat")
         alone = status(*where)
         assert not alone.controller and [each.phase for each in alone.replicas] == [UNKNOWN]

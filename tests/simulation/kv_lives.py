@@ -306,7 +306,9 @@ class KvWorld:
         life = self._life(self.draw.choice([PREFILL, DECODE]))
         if life is not None:
             self._note("paused", life.peer)
-            self._paused[life.peer] = self.now_s + self.draw.choice([1.0, 6.0, 20.0])
+            # Never shorter than it was: what waits already would come after what is to come.
+            until_s = self.now_s + self.draw.choice([1.0, 6.0, 20.0])
+            self._paused[life.peer] = max(until_s, self._paused.get(life.peer, 0.0))
 
     def _cut(self) -> None:
         if self.prefill is None or self.decode is None:

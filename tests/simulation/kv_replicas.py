@@ -149,6 +149,10 @@ def contents(layout: KvLayout, transfer: TransferId, tokens: int) -> NDArray[np.
     return truth(layout, tokens, ROW_BYTES, transfer.incarnation << 20 | transfer.number)
 
 
+_MOMENT_S = 1e-9
+"""Between two things that are done in order: more than what times lose in adding them up."""
+
+
 class Life:
     """What both kinds of replicas have."""
 
@@ -165,7 +169,7 @@ class Life:
 
     def inside(self, act: Callable[[], None]) -> None:
         """Do something at another process of the replica, in order."""
-        self._inner_s = max(self._inner_s, self.world.now_s + self.world.draw.random() * 0.05)
+        self._inner_s = max(self._inner_s + _MOMENT_S, self.world.now_s + self.world.draw.random() * 0.05)
         self.world.later(self.peer, self._inner_s - self.world.now_s, act)
 
     def die(self, *, seen: bool) -> None:
@@ -289,8 +293,7 @@ class Prefill(Life):
                 case Close(transfer=transfer, generation=generation):
                     self.inside(partial(self._close, transfer, generation))
                 case Ended(transfer=transfer):
-                    for outgoing in self.outgoing:
-                        self.inside(partial(outgoing.forget, transfer))
+                    self.inside(partial(self._forget, transfer))
                     self.world.ended(self.peer, action)
                     self.leave(transfer)
 
@@ -318,6 +321,10 @@ class Prefill(Life):
                     transport.connect(PeerRank(action.to, rank))
             outgoing.open(action, self.target)
         self.pump()
+
+    def _forget(self, transfer: TransferId) -> None:
+        for outgoing in self.outgoing:
+            outgoing.forget(transfer)
 
     def _close(self, transfer: TransferId, generation: int) -> None:
         for transport, outgoing in zip(self.transports, self.outgoing, strict=True):
