@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import DecodeJob, Native, native
+from .native import DecodeJob, Native, PrefillJob, native
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
@@ -148,10 +148,16 @@ def attend_paged(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedPaged, *,
     Shapes: q_TND [tokens, heads, head size], heads side by side; out_TND like it, contiguous; layer_cache [2, blocks,
     KV heads, block size, head size] contiguous; all of one type
     """
+    set_layer(prepared.job, q_TND, layer_cache, scale=scale, out_TND=out_TND)
+    prepared.memory[0].compiled.attend_decode(prepared.job)
+
+
+def set_layer(
+    job: DecodeJob | PrefillJob, q_TND: Tensor, layer_cache: Tensor, *, scale: float, out_TND: Tensor
+) -> None:
+    """Let a prepared step's job work on one layer. Shapes: as of ``attend_paged``"""
     assert q_TND.stride(1) == q_TND.shape[2] and q_TND.dtype == layer_cache.dtype == out_TND.dtype
     assert layer_cache.is_contiguous() and out_TND.is_contiguous()
-    job = prepared.job
     job.query_stride = q_TND.stride(0)
     job.queries, job.cache, job.out = q_TND.data_ptr(), layer_cache.data_ptr(), out_TND.data_ptr()
     job.scale = scale
-    prepared.memory[0].compiled.attend_decode(job)

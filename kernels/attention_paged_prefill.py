@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention_keys import Int32Array, Int64Array, KeyLayout
-from .attention_paged import check_blocks
+from .attention_paged import check_blocks, set_layer
 from .native import Native, PrefillJob, native
 
 _TILE_ROWS = 96
@@ -131,10 +131,5 @@ def attend_paged_runs(
     Shapes: q_TND [tokens, heads, head size], heads side by side; out_TND like it, contiguous; layer_cache [2, blocks,
     KV heads, block size, head size] contiguous; all of one type
     """
-    assert q_TND.stride(1) == q_TND.shape[2] and q_TND.dtype == layer_cache.dtype == out_TND.dtype
-    assert layer_cache.is_contiguous() and out_TND.is_contiguous()
-    job = prepared.job
-    job.query_stride = q_TND.stride(0)
-    job.queries, job.cache, job.out = q_TND.data_ptr(), layer_cache.data_ptr(), out_TND.data_ptr()
-    job.scale = scale
-    prepared.memory[0].compiled.attend_prefill(job)
+    set_layer(prepared.job, q_TND, layer_cache, scale=scale, out_TND=out_TND)
+    prepared.memory[0].compiled.attend_prefill(prepared.job)

@@ -14,13 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from ..clock import Clock
+from ..rpc.backoff import Backoff
 from .private_file import write_private
 from .process_log import LogPage
 from .rank_process import RankProcess
 
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 30.0
-_STABLE_AFTER_S = 60.0
 _LOOK_PERIOD_S = 0.2
 _JOIN_TIMEOUT_S = 20.0
 _EVERY_ADDRESS = ("0.0.0.0", "[::]")
@@ -66,20 +64,6 @@ class GatewayReport:
     pid: int = 0
     starts: int = 0
     detail: str = ""
-
-
-class Pauses:
-    """How long to wait before a process is started again: longer each time, short again after one that lasted."""
-
-    def __init__(self) -> None:
-        self._pause_s = _FIRST_PAUSE_S
-
-    def after(self, *, lasted_s: float) -> float:
-        """Return the pause after a process that lasted so long."""
-        if lasted_s >= _STABLE_AFTER_S:
-            self._pause_s = _FIRST_PAUSE_S
-        pause_s, self._pause_s = self._pause_s, min(self._pause_s * 2, _LONGEST_PAUSE_S)
-        return pause_s
 
 
 class GatewayKeeper:
@@ -136,7 +120,7 @@ class GatewayKeeper:
         self._process.end()
 
     def _keep(self) -> None:
-        pauses = Pauses()
+        backoff = Backoff()
         with tempfile.TemporaryDirectory(prefix="slipstream-gateway-") as folder:
             while not self._closing.is_set():
                 began_s = self._clock()
@@ -148,7 +132,7 @@ class GatewayKeeper:
                 else:
                     self._detail = self._until_ended(self._process) or self._detail
                 if not self._closing.is_set():
-                    pause_s = pauses.after(lasted_s=self._clock() - began_s)
+                    pause_s = backoff.pause_s(lasted_s=self._clock() - began_s)
                     self._closing.wait(pause_s)
 
     def _until_ended(self, process: RankProcess) -> str:

@@ -31,7 +31,7 @@ async def until(condition: Callable[[], bool]) -> None:
     """Let others run until a condition holds."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
 
 
 async def give_up(waiting: asyncio.Future[View]) -> None:

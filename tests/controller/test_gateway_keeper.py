@@ -17,7 +17,6 @@ from slipstream.runtime.controller.gateway_keeper import (
     GatewayOrder,
     GatewayReport,
     GatewayState,
-    Pauses,
 )
 from slipstream.runtime.controller.private_file import write_private
 
@@ -86,12 +85,6 @@ def test_one_that_cannot_start_says_why(kept: Callable[..., GatewayKeeper]) -> N
     keeper = kept(arguments=("--fail",))
     report = until(keeper, lambda report: report.starts >= 2 and bool(report.detail))
     assert "ended with status 3" in report.detail and "the port is taken" in report.detail
-
-
-def test_pauses_grow_and_are_short_again_after_one_that_lasted() -> None:
-    pauses = Pauses()
-    assert [pauses.after(lasted_s=1.0) for _ in range(8)] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert pauses.after(lasted_s=60.0) == 0.5 and pauses.after(lasted_s=1.0) == 1.0
 
 
 def test_keys_are_for_this_user_alone(tmp_path: Path) -> None:
