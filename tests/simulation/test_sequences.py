@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import pytest
 
@@ -179,6 +180,14 @@ def _decide_otherwise(monkeypatch: pytest.MonkeyPatch, decider, other) -> None:
     ],
 )
 def test_a_broken_decider_is_found(monkeypatch: pytest.MonkeyPatch, seed: int, mutant, found: str) -> None:
+    # A fault shows in more than one way, and which comes first depends on the seed: look until the expected one is seen.
     mutant(monkeypatch)
-    with pytest.raises(Violation, match=found):
-        run(seed, _MOST_FOR_A_MUTANT)
+    others = []
+    for each in seeds(seed, _MOST_FOR_A_MUTANT):
+        try:
+            run(each, 1)
+        except Violation as violation:
+            if re.search(found, str(violation)):
+                return
+            others.append(str(violation).splitlines()[0])
+    pytest.fail(f"not found; found instead: {others[:5]}")
