@@ -41,7 +41,8 @@ class EngineRequest:
     Units: arrival_time_s, seconds on the engine's clock
     ``seed`` is resolved (never None); ``stop_ids`` are end-of-sequence and stop ids together; ``max_tokens`` is
     resolved against the model's length. ``cache_salt`` keeps the prefix cache of tenants apart. Lower ``priority``
-    goes first.
+    goes first. ``generated``: tokens that each sample has already, drawn by another replica; None of a sample that is
+    over, and () of a request that begins. They count as drawn: ``max_tokens``, penalties and grammars include them.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class EngineRequest:
     arrival_time_s: float
     priority: int = 0
     cache_salt: str | None = None
+    generated: tuple[Int32Array | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,9 @@ class StepPlan:
 
     Shapes: slots, starts, counts, sequence_ids [rows]; samples [rows] bool; block_slots, block_indices, block_ids
     [new blocks] int32, block ``block_indices[i]`` of slot ``block_slots[i]`` is ``block_ids[i]``;
-    copy_sources, copy_targets [copies] int32, whole blocks copied one after the other before anything is computed
+    copy_sources, copy_targets [copies] int32, whole blocks copied one after the other before anything is computed;
+    sending_rows [rows that are sent] int32, and sending_transfers likewise: the KV of row ``sending_rows[i]``, as far
+    as it is computed, goes to another replica under the number ``sending_transfers[i]`` of this life's transfers
     """
 
     step: int
@@ -96,6 +100,8 @@ class StepPlan:
     block_ids: Int32Array
     copy_sources: Int32Array
     copy_targets: Int32Array
+    sending_rows: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    sending_transfers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def num_tokens(self) -> int:

@@ -58,6 +58,10 @@ class BlockLender(Protocol):
         """Return whether there are blocks enough for it when nothing else runs."""
         ...
 
+    def is_expected(self, reserve: Reserve) -> bool:
+        """Return whether somebody here waits for it; one that nobody waits for yet is passed by those that are."""
+        ...
+
     def take(self, reserve: Reserve) -> Loan | None:
         """Make the transfer an owner of blocks for its prompt, or return None and change nothing."""
         ...
@@ -231,11 +235,12 @@ class KvReceiver:
         # A deadline that is no number, or further than any, would keep the blocks for ever.
         timeout_s = message.timeout_s if 0 < message.timeout_s < 1e6 else 0.0
         one = _Receiving(message, now_s + timeout_s, now_s, now_s + self._limits.max_wait_s)
-        waiting = sum(each.state is _State.WAITING for each in self._receiving.values())
+        waiting = [each.reserve for each in self._receiving.values() if each.state is _State.WAITING]
         self._receiving[one.transfer] = one
-        if not waiting and self._grant(one):
+        lender = self._lender
+        if lender.is_expected(message) and not any(map(lender.is_expected, waiting)) and self._grant(one):
             return
-        if waiting >= self._limits.max_waiting:
+        if len(waiting) >= self._limits.max_waiting:
             self._end(one, Ending.NO_ROOM, tell=True)
             return
         self._tell(one.transfer.replica, Deferred(transfer=one.transfer, generation=one.generation))
@@ -293,7 +298,8 @@ class KvReceiver:
     def _serve_waiting(self) -> None:
         # In order: a large prompt is not overtaken for ever by small ones.
         for one in self._receiving.values():
-            if one.state is _State.WAITING and not self._grant(one):
+            expected = one.state is _State.WAITING and self._lender.is_expected(one.reserve)
+            if expected and not self._grant(one):
                 return
 
     def _finish(self, now_s: float, message: Finish) -> None:

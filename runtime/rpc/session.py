@@ -14,18 +14,26 @@ from typing import Protocol
 
 from ...sdk.errors import SlipstreamError
 from ..messages import EngineRequest, FinishReason, TokenLogprobs
-from .engine_client import EngineFacts, EngineLoadReport, PromptScores
+from .engine_client import BlockChanges, EngineFacts, EngineLoadReport, HandOffReport, PromptScores, SendTo
 
 PROTOCOL_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Start a request; the replica ends it by itself when ``timeout_s`` seconds have passed."""
+    """Start a request; the replica ends it by itself when ``timeout_s`` seconds have passed.
+
+    ``send_to``: only compute the prompt and draw the next token here; both go to another replica, which goes on.
+    ``ticket``: do nothing but wait for the KV that another replica sends under this name, or for ``GoOn``. A request
+    has one of the two at most, and one sample then. ``trace_id``: of the request in all processes, 32 hex digits.
+    """
 
     key: int
     request: EngineRequest
     timeout_s: float
+    send_to: SendTo | None = None
+    ticket: str = ""
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +52,18 @@ class AbortSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GoOn:
+    """Compute here, from the beginning, a request that waits for KV: it will not come."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
     """Take no more requests from anybody, and say when there are none."""
 
 
-Command = Submit | Abort | AbortSample | Drain
+Command = Submit | Abort | AbortSample | GoOn | Drain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +119,21 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandOffEnded:
+    """What became of a request that was to be sent on; nothing more comes of it here. Its token came before."""
+
+    key: int
+    report: HandOffReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksChanged:
+    """What the prefix cache has got and given up since the last time; a session begins with all that is there."""
+
+    changes: BlockChanges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """How busy the replica is, while no step says so."""
 
@@ -122,7 +152,7 @@ class Closed:
     error: SlipstreamError
 
 
-Event = Opened | StepNews | Rejected | Load | Drained | Closed
+Event = Opened | StepNews | Rejected | HandOffEnded | BlocksChanged | Load | Drained | Closed
 
 
 def event_weight(event: Event) -> int:

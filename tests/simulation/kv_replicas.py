@@ -369,6 +369,9 @@ class Decode(Life):
             transport.register(kv.memory)
             self.transports.append(transport)
 
+    def is_expected(self, reserve: Reserve) -> bool:
+        return True
+
     def fits(self, reserve: Reserve) -> bool:
         return -(-reserve.tokens // self.layout.block_size) <= self.num_blocks
 

@@ -180,7 +180,7 @@ def _decide_otherwise(monkeypatch: pytest.MonkeyPatch, decider, other) -> None:
     ],
 )
 def test_a_broken_decider_is_found(monkeypatch: pytest.MonkeyPatch, seed: int, mutant, found: str) -> None:
-    # A fault shows in more than one way, and which comes first depends on the seed: look until the expected one is seen.
+    # A fault shows in more than one way, and the seed decides which comes first: look until the expected one is seen.
     mutant(monkeypatch)
     others = []
     for each in seeds(seed, _MOST_FOR_A_MUTANT):

@@ -106,4 +106,5 @@ def test_class_1_a_receiver_that_is_killed_or_stopped(kind: str, how: signal.Sig
         moved.wait(lambda: len(moved.end.released()) == count)
         assert moved.downs() == [moved.to]
         assert monotonic_clock() - begin_s < FRAME_TIMEOUT_S + PATIENCE_S / 2
-        assert not moved.end.released()[-1].sent
+        # Several connections end at their own time: which frame is the last is not said.
+        assert not all(event.sent for event in moved.end.released())

@@ -52,6 +52,9 @@ class Blocks:
     total: int = 8
     taken: dict[TransferId, int] = field(default_factory=dict)
 
+    def is_expected(self, reserve: Reserve) -> bool:
+        return True
+
     def fits(self, reserve: Reserve) -> bool:
         return -(-reserve.tokens // self.size) <= self.total
 
