@@ -136,8 +136,8 @@ class RequestWay:
 
     # Slots, as in all that a gateway has one of for each of many requests.
     __slots__ = (
-        "_asked", "_attempts", "_delivered", "_done", "_ends_s", "_error", "_hold", "_limits", "_losses", "_may_split",
-        "_next", "_over", "_retry_s", "_send", "_sends", "_shunned", "_splits", "_stall_s", "_max_tokens",
+        "_asked", "_attempts", "_delivered", "_done", "_ends_s", "_error", "_hold", "_limits", "_losses", "_max_tokens",
+        "_may_split", "_next", "_over", "_retry_s", "_send", "_sends", "_shunned", "_splits", "_stall_s",
     )  # fmt: skip
 
     def __init__(
