@@ -62,7 +62,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deliver:
-    """Pass the tokens on that were just taken, without the first ``skip``."""
+    """Pass on what was just taken, but for its first ``skip`` tokens, which may be all of them."""
 
     skip: int
 
@@ -185,9 +185,9 @@ class RequestWay:
         return min(at_s for at_s in (self._retry_s, self._stall_s, self._ends_s) if at_s is not None)
 
     @property
-    def losses(self) -> int:
-        """How many attempts have failed."""
-        return self._losses
+    def ends_s(self) -> float:
+        """When its time is over."""
+        return self._ends_s
 
     def leads(self, attempt: int) -> bool:
         """Whether all that comes next comes from this attempt: its tokens need not be shown to ``take``."""
@@ -288,7 +288,7 @@ class RequestWay:
             self._stall_s = None
         elif self._stall_s is not None:
             self._stall_s = max(self._stall_s, now_s + self._limits.stall_s)
-        return [Deliver(skip=skip)] if skip < len(token_ids) else []
+        return [Deliver(skip=skip)]
 
     def over(self, attempt: int, index: int) -> list[Action]:
         """Take a sample's end; its last tokens were taken before. The attempt itself goes on until ``ended``."""
