@@ -15,7 +15,6 @@ from typing import assert_never, cast
 
 import numpy as np
 
-from ...comm.kv.transfer import Ending
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..messages import EngineRequest
 from ..rpc.engine_client import RequestEvent, SampleEvent, SendTo, TakeToken
@@ -38,13 +37,19 @@ _LIMITS = WayLimits(stall_s=15.0)
 class _Attempt:
     """One attempt at a replica. ``pending``: its next news, while somebody else's may come first."""
 
-    __slots__ = ("events", "model", "number", "pending", "request", "submit")
+    __slots__ = ("events", "model", "number", "pending", "request", "route", "submit")
 
     def __init__(
-        self, submit: Submit, model: ServedModel, request: EngineRequest, events: AsyncGenerator[RequestEvent]
+        self,
+        submit: Submit,
+        route: Route,
+        model: ServedModel,
+        request: EngineRequest,
+        events: AsyncGenerator[RequestEvent],
     ) -> None:
         self.number = submit.attempt
         self.submit = submit
+        self.route = route
         self.model = model
         self.request = request
         self.events = events
@@ -76,8 +81,8 @@ class Attempts:
     """
 
     __slots__ = (
-        "_delivered", "_dropped", "_failure", "_gateway", "_live", "_model", "_record", "_request", "_route",
-        "_take_token", "_way",
+        "_delivered", "_dropped", "_failure", "_gateway", "_going_on", "_live", "_model", "_record", "_request",
+        "_routes", "_take_token", "_way",
     )  # fmt: skip
 
     def __init__(
@@ -107,7 +112,9 @@ class Attempts:
         )
         self._live: dict[int, _Attempt] = {}
         self._dropped: list[_Attempt] = []
-        self._route: Route | None = None
+        self._going_on: list[_Attempt] = []
+        # The newest is the last; one of a sender that was replaced still counts what its receiver has.
+        self._routes: list[Route] = []
         self._failure: SlipstreamError | None = None
 
     # ------------------------------------------------------------------ news
@@ -117,7 +124,7 @@ class Attempts:
         try:
             self._act(self._way.begin(self._now_s()))
             while True:
-                await self._close_dropped()
+                await self._settle()
                 if self._failure is not None:
                     raise self._failure
                 if self._way.done:
@@ -235,10 +242,10 @@ class Attempts:
         self._drop(one.number)
 
     def _note_hand_off(self, one: _Attempt, event: RequestEvent | None) -> None:
+        assert isinstance(one.route, Split), "only what was split is handed off"
         report = None if event is None else event.hand_off
         self._gateway.metrics.hand_offs.add(report)
-        if report is None or report.ending != Ending.CANCELLED:
-            self._gateway.replicas.note_hand_off(one.submit.replica, one.submit.decode, report)
+        self._gateway.replicas.note_hand_off(one.route, report)
 
     # ------------------------------------------------------------------ actions
 
@@ -263,7 +270,7 @@ class Attempts:
     def _choose(self, choose: Choose) -> None:
         replicas, request, generated = self._gateway.replicas, self._request, self._delivered[0]
         if choose.decode is None:
-            self._end_route()
+            self._end_routes()
         known = request.prompt_token_ids
         if generated and request.params.n == 1:
             known = np.concatenate((known, np.array(generated, dtype=np.int32)))
@@ -282,8 +289,7 @@ class Attempts:
             self._model,
         )
         if route is not None:
-            self._end_route()
-            self._route = route
+            self._routes.append(route)
         stall_s = None
         if isinstance(route, Split):
             cost = route.cost
@@ -319,7 +325,7 @@ class Attempts:
         )
         # An async generator, as every client's generate is: it can be left.
         news = cast("AsyncGenerator[RequestEvent]", events)
-        self._live[submit.attempt] = _Attempt(submit, model, request, news)
+        self._live[submit.attempt] = _Attempt(submit, self._routes[-1], model, request, news)
 
     def _offer(self, number: int) -> TakeToken:
         """Return what takes tokens of an attempt while all of the request is its own."""
@@ -336,27 +342,30 @@ class Attempts:
     def _go_on(self, number: int) -> None:
         one = self._live[number]
         self._gateway.metrics.gone_on.inc()
-        asyncio.ensure_future(one.model.client.go_on(one.request.request_id))
+        self._going_on.append(one)
 
     def _drop(self, number: int) -> None:
         if (one := self._live.pop(number, None)) is not None:
             self._dropped.append(one)
 
-    async def _close_dropped(self) -> None:
+    async def _settle(self) -> None:
+        """Do what was decided and cannot be done at once."""
         while self._dropped:
             await self._dropped.pop().close()
+        while self._going_on:
+            one = self._going_on.pop()
+            await one.model.client.go_on(one.request.request_id)
 
     async def _close_all(self) -> None:
         self._way.leave()
-        self._end_route()
+        self._end_routes()
         for number in list(self._live):
             self._drop(number)
-        await self._close_dropped()
+        await self._settle()
 
-    def _end_route(self) -> None:
-        if self._route is not None:
-            self._gateway.replicas.ended(self._route)
-            self._route = None
+    def _end_routes(self) -> None:
+        while self._routes:
+            self._gateway.replicas.ended(self._routes.pop())
 
     def _now_s(self) -> float:
         return self._gateway.clock()
