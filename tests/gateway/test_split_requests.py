@@ -23,7 +23,7 @@ from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.reconcile.views import View
 from slipstream.runtime.rpc.view_source import InProcessViewWatch, ViewBoard
-from slipstream.sdk.errors import EngineUnavailable, Overloaded, SlipstreamError
+from slipstream.sdk.errors import EngineUnavailable, SlipstreamError
 from slipstream.tests.fakes.scripted_engine import ScriptedEngine
 from slipstream.tests.fakes.views import replica
 from slipstream.tests.gateway.harness import asynchronous, make_tokenizer, until
@@ -194,14 +194,13 @@ async def test_a_lost_sender_costs_no_token(when: str) -> None:
 async def test_the_other_sender_takes_over_the_ticket() -> None:
     async with pools() as world:
         first, second = world.of("p")
-        first.refusal = second.refusal = Overloaded("full")
-        holding = asyncio.create_task(world.ask())
-        world.assert_answered(await holding)
-        first.refusal, second.refusal = EngineUnavailable("lost"), None
+        first.refusal = EngineUnavailable("lost")
         for _ in range(4):
             world.assert_answered(await world.ask())
-        # Whether it was asked first or second: every ticket was its own.
-        assert len(second.requests) == 4 and not asked([first])
+        # Where the first was asked first, the second sends under the same ticket, or whoever waits goes on by itself.
+        assert len(second.requests) >= 2 and not asked([first])
+        tickets = sum(len(engine.tickets) for engine in world.of("d"))
+        assert tickets == 4 and await world.metric("slipstream_requests_moved_total") == 0
 
 
 @asynchronous
@@ -238,19 +237,21 @@ async def test_random_failures_cost_no_token(seed: int) -> None:
         running = [asyncio.create_task(world.ask(max_tokens=draw.randrange(1, 20))) for _ in range(60)]
         while not all(task.done() for task in running):
             engine = draw.choice(list(world.engines.values()))
-            engine.fail_after = draw.choice((None, None, 0, 1, 5))
-            engine.refusal = draw.choice((None, None, None, EngineUnavailable("lost")))
-            engine.hand_off_ending = draw.choice(("committed", "committed", "no_room", "peer_lost", None))
-            await asyncio.sleep(0)
-            if draw.random() < 0.3:
-                for other in world.engines.values():
-                    other.fail_after, other.refusal, other.hand_off_ending = None, None, "committed"
-                    await asyncio.sleep(0)
+            engine.fail_after = draw.choice((None, 0, 1, 5))
+            engine.refusal = draw.choice((None, None, EngineUnavailable("lost")))
+            engine.hand_off_ending = draw.choice(("committed", "no_room", "peer_lost", None))
+            for _ in range(draw.randrange(20)):
+                await asyncio.sleep(0)
+            engine.fail_after, engine.refusal, engine.hand_off_ending = None, None, "committed"
+            for _ in range(draw.randrange(100)):
+                await asyncio.sleep(0)
         wholes = 0
         for answer in [await task for task in running]:
+            assert answer.status_code == 200 or answer.json()["error"]["code"] == "engine_unavailable", answer.text
             if answer.status_code == 200:
                 (choice,) = answer.json()["choices"]
+                assert choice["finish_reason"] == "length"
                 assert choice["token_ids"] == PROMPT[: len(choice["token_ids"])]
-                wholes += choice["finish_reason"] == "length"
-        assert wholes >= 50
+                wholes += 1
+        assert wholes >= 50, wholes
         world.assert_nothing_left()
