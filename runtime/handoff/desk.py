@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from ...comm.kv.transfer import (
     Close,
@@ -29,7 +30,6 @@ from ...comm.kv.transfer import (
     Peer,
     Report,
     Tell,
-    TransferId,
     TransferLimits,
 )
 from ...comm.kv.transport import PeerDown
@@ -43,6 +43,7 @@ from .ranks import KvMoved, KvRanks
 from .receiving import Arrived, LoanBook, ReceivingHalf
 from .sending import Outbound, SendEnded, SendingHalf
 from .stats import DeskLoad, HandOffTimes
+from .tickets import known_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,6 @@ class DeskFailed:
 
 DeskEvent = Arrived | SendEnded | DeskFailed
 
-_Said = tuple[str, object, Peer]
 _Mail = Callable[[float], None]
 
 
@@ -145,7 +145,7 @@ class HandOffDesk:
         outbound = sequence.send
         assert isinstance(outbound, Outbound), f"{sequence} is to be sent to {outbound!r}"
         now_s = self._clock()
-        tokens = len(sequence.tokens)
+        tokens = known_tokens(sequence.request)
         self._lines.open(outbound.send_to.replica, outbound.send_to.address)
         begun = self._sending.begin(
             now_s, sequence.request_id, outbound, tokens=tokens, blocks=-(-tokens // self._block_size)
@@ -200,14 +200,6 @@ class HandOffDesk:
     def heard_receiver(self, message: FromReceiver, peer: Peer) -> None:
         """Take in a message of a replica that this one sends to, likewise."""
         self._post(lambda now_s: self._sending.hear(now_s, message, peer))
-
-    def receiver_lost(self, peer: Peer) -> None:
-        """Note that the line to a receiver broke: what was said may never have arrived."""
-        self._mail.put(lambda now_s: self._sending.peer_lost(now_s, peer))
-
-    def sender_lost(self, peer: Peer) -> None:
-        """Note that the line from a sender broke. Its KV may still come, and its lease tells if it is gone."""
-        logger.warning("the line from replica %s broke", peer.replica)
 
     def _heard_rank(self, rank: int, word: Report | PeerDown) -> None:
         # Never too many: as many as orders were given, and connections were made.

@@ -20,14 +20,6 @@ class LineEvents(Protocol):
         """A life of a replica that this one sends to says something."""
         ...
 
-    def receiver_lost(self, peer: Peer) -> None:
-        """The line to a life of a replica that this one sends to broke."""
-        ...
-
-    def sender_lost(self, peer: Peer) -> None:
-        """The line from a life of a replica that sends to this one broke."""
-        ...
-
 
 class Lines(Protocol):
     """Lines to replicas that this one sends to, and from those that send to it. Nothing here waits."""

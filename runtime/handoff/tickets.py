@@ -26,13 +26,6 @@ class Awaited:
     transfer: TransferId | None = None
     arrived: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """Known tokens: what the KV has to be of."""
-        generated = self.request.generated
-        drawn = len(generated[0]) if generated and generated[0] is not None else 0
-        return len(self.request.prompt_token_ids) + drawn
-
 
 class Tickets:
     """Requests that wait, and the last tickets that nobody waits for any more."""
@@ -80,7 +73,13 @@ class Tickets:
             return self._gone.get(ticket)
         if awaited.arrived:
             return Ending.CONSUMED
-        return None if awaited.tokens == reserve.tokens else Ending.BAD_REFERENCE
+        return None if known_tokens(awaited.request) == reserve.tokens else Ending.BAD_REFERENCE
+
+
+def known_tokens(request: EngineRequest) -> int:
+    """Return how many tokens a request of one sample has: what its KV has to be of."""
+    drawn = request.generated[0] if request.generated else None
+    return len(request.prompt_token_ids) + (0 if drawn is None else len(drawn))
 
 
 def hint_of(ticket: str) -> bytes:
