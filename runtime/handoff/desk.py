@@ -4,8 +4,8 @@ Everything that decides happens with the engine's lock held, which is never held
 leases do not wait for steps. Actions are carried out by the desk's own thread alone, in their order. Messages, reports
 and lost peers come in through a queue from any thread.
 
-    engine's thread ── start, prompt_done, expect ... ──▶ halves ◀── hear, report, tick ── desk's thread ◀── lines, ranks
-                                                            └──── actions ────▶ desk's thread ──▶ lines, ranks, driver
+    engine's thread ── start, prompt_done, expect ──▶ halves ◀── hear, report, tick ── desk's thread ◀── lines, ranks
+                                                        └──── actions ────▶ desk's thread ──▶ lines, ranks, driver
 """
 
 from __future__ import annotations
@@ -146,10 +146,11 @@ class HandOffDesk:
         assert isinstance(outbound, Outbound), f"{sequence} is to be sent to {outbound!r}"
         now_s = self._clock()
         tokens = known_tokens(sequence.request)
-        self._lines.open(outbound.send_to.replica, outbound.send_to.address)
-        begun = self._sending.begin(
-            now_s, sequence.request_id, outbound, tokens=tokens, blocks=-(-tokens // self._block_size)
-        )
+        begun: int | Ending = Ending.BAD_REFERENCE
+        if self._lines.open(outbound.send_to.replica, outbound.send_to.address):
+            begun = self._sending.begin(
+                now_s, sequence.request_id, outbound, tokens=tokens, blocks=-(-tokens // self._block_size)
+            )
         if isinstance(begun, Ending):
             report = HandOffTimes(now_s).report(now_s, begun, KvMoved())
             self._tell(SendEnded(request_id=sequence.request_id, number=None, report=report))
@@ -200,6 +201,10 @@ class HandOffDesk:
     def heard_receiver(self, message: FromReceiver, peer: Peer) -> None:
         """Take in a message of a replica that this one sends to, likewise."""
         self._post(lambda now_s: self._sending.hear(now_s, message, peer))
+
+    def receiver_refused(self, replica: str) -> None:
+        """Note that a replica takes no KV of ours: waiting for its answer is of no use."""
+        self._mail.put(lambda now_s: self._sending.refused(replica))
 
     def _heard_rank(self, rank: int, word: Report | PeerDown) -> None:
         # Never too many: as many as orders were given, and connections were made.

@@ -20,6 +20,10 @@ class LineEvents(Protocol):
         """A life of a replica that this one sends to says something."""
         ...
 
+    def receiver_refused(self, replica: str) -> None:
+        """A replica that this one would send to has KV of another kind, or wants none of ours."""
+        ...
+
 
 class Lines(Protocol):
     """Lines to replicas that this one sends to, and from those that send to it. Nothing here waits."""
@@ -28,8 +32,8 @@ class Lines(Protocol):
         """Tell somebody what comes; called once, before anything else."""
         ...
 
-    def open(self, replica: str, address: str) -> None:
-        """Have a line to a replica's driver; one that is there already stays."""
+    def open(self, replica: str, address: str) -> bool:
+        """Have a line to a replica's driver, which may be there already; return whether there can be one."""
         ...
 
     def say_to_receiver(self, replica: str, message: FromSender) -> bool:

@@ -51,6 +51,7 @@ class SendEnded:
 @dataclass(slots=True)
 class _Hand:
     request_id: str
+    to: str
     times: HandOffTimes
     wanted: bool = True
     """Whether its request still asks how it ended."""
@@ -87,7 +88,7 @@ class SendingHalf:
         )
         if transfer is None:
             return Ending.TOO_MANY
-        self._hands[transfer.number] = _Hand(request_id, HandOffTimes(now_s))
+        self._hands[transfer.number] = _Hand(request_id, send_to.replica, HandOffTimes(now_s))
         return transfer.number
 
     def prompt_done(self, now_s: float, number: int, hand_off: bytes) -> None:
@@ -115,6 +116,11 @@ class SendingHalf:
     def peer_lost(self, now_s: float, peer: Peer) -> None:
         """Note that a connection to a life of a replica broke."""
         self._machine.peer_lost(now_s, peer)
+
+    def refused(self, replica: str) -> None:
+        """Note that a replica takes no KV of this one."""
+        for number in [number for number, hand in self._hands.items() if hand.to == replica]:
+            self._machine.cancel(self._id(number), Ending.BAD_REFERENCE)
 
     def tick(self, now_s: float) -> None:
         """Let time pass."""

@@ -31,7 +31,7 @@ from ..clock import Clock
 from ..engine.engine import Engine
 from ..engine.outputs import StepOutputs
 from ..engine.sequence import Sequence, SequenceState
-from ..handoff.desk import DeskEvent, DeskFailed, HandOffDesk
+from ..handoff.desk import DeskFailed, HandOffDesk
 from ..handoff.receiving import Arrived
 from ..handoff.sending import SendEnded
 from ..rpc.engine_client import EngineFacts, EngineLoadReport
@@ -58,6 +58,8 @@ from .inbox import Inbox
 
 logger = logging.getLogger(__name__)
 
+_STALLED_S = 0.01
+"""Between looks while all that there is to do waits for blocks on loan, which come back at any time."""
 _STALE_DEADLINES = 4096  # of requests that have ended, kept before they are swept out
 
 
@@ -83,7 +85,7 @@ class EngineLoop:
     """An engine in motion; an ``EngineHost``. Call ``start`` once, ``close`` at the end.
 
     ``check`` is called while there is nothing to do, and ends the engine by raising something: a rank may be lost then
-    too. ``desk``: where KV goes out and comes in, which is begun and closed with the loop; None where it is never moved.
+    too. ``desk``: where KV goes out and comes in, begun and closed with the loop; None where it is never moved.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class EngineLoop:
 
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
-            return 0.0
+            return _STALLED_S if self._engine.is_stalled else 0.0
         if not self._sessions:
             return None
         next_deadline_s = self._deadlines[0][0] - self._clock() if self._deadlines else self._limits.load_period_s
@@ -320,7 +322,7 @@ class EngineLoop:
         self._try(live, partial(self._hand_offs.arrived, live, arrived)) if live else self._hand_offs.drop(arrived)
 
     def _send_ended(self, ended: SendEnded) -> None:
-        """Tell what became of a request that was sent on; it goes no further here, whether it got to its token or not."""
+        """Tell what became of a request that was sent on; it goes no further here, with its token or without."""
         live = self._live.get(ended.request_id)
         if live is not None and self._hand_offs.is_over(live, ended):
             self._drop(live)

@@ -48,7 +48,9 @@ class HandOffs:
     def send(self, live: LiveRequest, request: EngineRequest, send_to: SendTo) -> None:
         """Compute a request's prompt here and send it on. Raises: InvalidRequest; as ``Engine.submit``"""
         if self._desk is None or not self._facts.sends_kv:
-            raise InvalidRequest("send_to", "this replica sends no KV: it was started without a transport, or to decode")
+            raise InvalidRequest(
+                "send_to", "this replica sends no KV: it was started without a transport, or to decode"
+            )
         drawn = known_tokens(request) - len(request.prompt_token_ids)
         if request.max_tokens <= drawn + 1:
             # Its token ends it, so that nobody goes on with it.
@@ -61,7 +63,9 @@ class HandOffs:
         """Let a request wait for its KV. Raises: InvalidRequest, Overloaded"""
         desk = self._desk
         if desk is None or not self._facts.receives_kv:
-            raise InvalidRequest("ticket", "this replica takes no KV: it was started without a transport, or to prefill")
+            raise InvalidRequest(
+                "ticket", "this replica takes no KV: it was started without a transport, or to prefill"
+            )
         if len(self._awaiting) >= self._max_awaiting:
             raise Overloaded(f"{len(self._awaiting)} requests wait for their KV already")
         self._engine.scheduler.check_fits(request)
@@ -115,7 +119,7 @@ class HandOffs:
         if hand_off is None:
             self.go_on(live)
             return
-        live.sequences = self._engine.adopt(request, arrived.transfer, hand_off.token_id, hand_off.logprobs)
+        live.sequences = self._engine.scheduler.adopt(request, arrived.transfer, hand_off.token_id, hand_off.logprobs)
         self._desk.adopted(arrived)
         self._forget_waiting(live)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from ...sdk.errors import EngineUnavailable, Overloaded, SlipstreamError
 from ..engine.sequence import Sequence
+from ..handoff.desk import DeskEvent
 from ..messages import EngineRequest, FinishReason, TokenLogprobs
 from ..rpc.engine_client import EngineLoadReport, PromptScores
 from ..rpc.outbox import Outbox
-from ..handoff.desk import DeskEvent
 from ..rpc.session import Closed, Command, Ending, Event, Rejected, StepNews, Submit
 from .inbox import Inbox
 
