@@ -1,8 +1,8 @@
 """The lines of a desk over ``KvTalk``: who calls this replica, whom it calls, and where their ranks take KV.
 
 A ``KvHost`` to the server, and the owner of all callers. Every replica has one line in each direction at most, that of
-its newest life. Called from the desk's thread, the engine's and an event loop; its lock is held for moments only, and
-nothing is called with it held but what never waits.
+its newest life. Called from the desk's thread, the engine's and an event loop; its lock is held for moments only, and no
+line is called with it held. One thread at a time opens lines, the one that holds the engine's lock.
 """
 
 from __future__ import annotations
@@ -65,26 +65,23 @@ class TalkLines:
     def open(self, replica: str, address: str) -> bool:
         """Have a line to a replica's driver; return whether there can be one."""
         with self._lock:
-            called = self._called.get(replica)
-            if called is not None and called.address == address:
-                self._called.move_to_end(replica)
-                return True
-            if self._closed:
-                return False
-            before, called = called, _Called(address)
-            try:
-                ear = _Ear(self, replica, called)
-                called.caller = self._talker.call(replica=replica, address=address, ours=self._facts, ear=ear)
-            except ConfigError as error:
-                logger.warning("replica %s cannot be called: %s", replica, error)
-                return False
-            self._called[replica] = called
-            left = [before] if before is not None else []
-            if len(self._called) > _MAX_REPLICAS:
-                left.append(self._called.popitem(last=False)[1])
-        for each in left:
-            if each.caller is not None:
-                each.caller.close()
+            before = self._called.get(replica)
+            if self._closed or (before is not None and before.address == address):
+                return not self._closed
+            called = self._called[replica] = _Called(address)
+            self._called.move_to_end(replica)
+            forgotten = self._called.popitem(last=False)[1] if len(self._called) > _MAX_REPLICAS else None
+        for old in (before, forgotten):
+            if old is not None and old.caller is not None:
+                old.caller.close()
+        try:
+            ear = _Ear(self, replica, called)
+            called.caller = self._talker.call(replica=replica, address=address, ours=self._facts, ear=ear)
+        except ConfigError as error:
+            logger.warning("replica %s cannot be called: %s", replica, error)
+            with self._lock:
+                self._called.pop(replica, None)
+            return False
         return True
 
     def say_to_receiver(self, replica: str, message: FromSender) -> bool:

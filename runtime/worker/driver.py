@@ -231,7 +231,8 @@ class EngineLoop:
             case Drain():
                 self._draining = news.wants_drained = True
             case Enter():
-                self._tell_blocks(now=True)
+                # What the others are told goes first: this session begins with all that is there after it.
+                self._tell_blocks(self._blocks.changes(now=True))
                 news.others += self._blocks.all()
                 news.knows_blocks = True
             case Leave():
@@ -387,7 +388,7 @@ class EngineLoop:
         load = self._report(draining=self._draining)
         moving = load.awaiting or load.sending or load.receiving
         idle, now_s = not (self._engine.has_work or self._live or moving), self._clock()
-        self._tell_blocks(now=idle)
+        self._tell_blocks(self._blocks.changes(now=idle) if self._sessions else [])
         tell_all = now_s >= self._load_due_s or (idle and load != self._latest)
         if tell_all:
             self._load_due_s = now_s + self._limits.load_period_s
@@ -404,14 +405,13 @@ class EngineLoop:
             if events and not news.session.post(events):
                 self._leave(news)
 
-    def _tell_blocks(self, *, now: bool) -> None:
+    def _tell_blocks(self, changes: list[Event]) -> None:
         """Tell every session that knows what is cached what has changed."""
-        with self._lock:
-            told = [news for news in self._sessions.values() if news.knows_blocks]
-        # Nobody to tell: what changes meanwhile is no news to anybody who comes later.
-        changes: list[Event] = self._blocks.changes(now=now) if told else []
-        for news in told:
-            news.others += changes
+        if changes:
+            with self._lock:
+                told = [news for news in self._sessions.values() if news.knows_blocks]
+            for news in told:
+                news.others += changes
 
     def _report(self, *, draining: bool) -> EngineLoadReport:
         scheduler = self._engine.scheduler
