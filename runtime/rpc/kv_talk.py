@@ -120,7 +120,10 @@ class KvCaller(Protocol):
         ...
 
     def close(self) -> None:
-        """End it, from any thread; nothing is heard any more, ``lost`` neither. Idempotent."""
+        """End it, from any thread. Idempotent.
+
+        Nothing is heard any more, ``lost`` neither, but what is being told on the loop at that moment.
+        """
         ...
 
 
