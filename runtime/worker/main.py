@@ -4,7 +4,7 @@ Launches the engine, serves it over gRPC and prints one line of JSON, ``{"ready"
 are taken. The first SIGTERM or SIGINT drains: requests that run may finish within ``--drain-timeout``, new ones are
 refused; a second signal stops at once. The process ends when the one that started it does.
 
-With ``--role`` or ``--kv-transport`` it is one of several replicas between which requests are split; see ``kv_options``.
+With ``--role`` or ``--kv-transport`` requests are split between it and other replicas; see ``kv_options``.
 With ``--rank`` it is one rank of a replica whose others somebody else starts, and rank 0 is the driver; see
 ``placed_rank``. Exit status: see ``exit_status``.
 """
