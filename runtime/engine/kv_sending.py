@@ -59,7 +59,7 @@ class SentSequences:
             self._loans.hold(sent_key(number), sequence.blocks)
 
     def add_blocks(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Let the transfer of a running sequence, if it has one that is not over yet, own the blocks that were added."""
+        """Let the transfer of a running sequence, if it has one that is not over, own the blocks that were added."""
         if sequence.transfer is not None and sent_key(sequence.transfer) in self._loans:
             self._loans.hold(sent_key(sequence.transfer), blocks)
 
