@@ -15,7 +15,7 @@ from .inlet import Inlet
 from .layout import KvOffer
 from .line import Budget, Line
 from .meeting import Met, meet_receiver
-from .memory import KvMemory
+from .memory import KvStore
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 from .transport import Clock, Event, Events, Gate, Released, need
@@ -48,7 +48,7 @@ class StreamTransport:
         self._limits = limits or StreamLimits()
         self._events = Events()
         self._budget = Budget(self._limits.max_queued_bytes)
-        self._memory: KvMemory | None = None
+        self._memory: KvStore | None = None
         self._lines: dict[tuple[str, int], Line] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -65,7 +65,7 @@ class StreamTransport:
         self.address = self._inlet.address
         """Where others connect to, with the port that 0 became."""
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
         """Use this memory, once, and let connections in."""
         if self._memory is not None:
             raise CommMisuse("this KV transport has its memory already; one is registered, once")

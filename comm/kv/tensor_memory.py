@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CommMisuse
-from .memory import KvMemory, KvShape
+from .memory import KvMemory
+from .runs import KvShape
 
 
 def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:

@@ -30,7 +30,7 @@ def address_for(kind: str) -> Iterator[str]:
 
 def carrier(kind: str) -> Carrier:
     """Return how bytes cross."""
-    return Tcp() if kind == "tcp" else Shm()
+    return Tcp() if kind == "tcp" else Shm(direct=kind != "ring")
 
 
 def give_transport(

@@ -27,8 +27,13 @@ class TestTcpOneStream(KvTransportContract):
 
 class TestShm(KvTransportContract):
     def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
+        return join(stack, "shm", source, target, limits=StreamLimits(max_queued_bytes=max_queued_bytes))
+
+
+class TestShmRing(KvTransportContract):
+    def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
         limits = StreamLimits(max_queued_bytes=max_queued_bytes, ring_bytes=1 << 16)
-        return join(stack, "shm", source, target, limits=limits)
+        return join(stack, "ring", source, target, limits=limits)
 
 
 class _Steps:
