@@ -90,6 +90,10 @@ class KvStore(Protocol):
         """What it holds."""
         ...
 
+    def mark(self) -> None:
+        """Note that what writes the KV that is sent from now on was called, or enqueued on a device, by this thread."""
+        ...
+
     def outward(self, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Passage:
         """Return some heads' bytes of a layer, to be sent. Raises: CommTimeout when there is no room for them"""
         ...
@@ -134,6 +138,9 @@ class KvMemory:
         """Return the bytes of some heads of a layer, in the order of frames."""
         at = layer - self.shape.layers.start
         return Runs(self._layers[at], self._addresses[at], *self.shape.places(heads, cuts, blocks))
+
+    def mark(self) -> None:
+        """Nothing: what was called has been done."""
 
     def outward(self, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> InPlace:
         """Return some heads' bytes of a layer, where they are."""
