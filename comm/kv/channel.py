@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ..errors import CommMisuse, CommTimeout, PeerLost
 from ..wire import Clock, Deadline
-from .memory import Runs
+from .memory import KvStore, Runs
 
 MAX_RUNS = 1024
 """Runs of bytes in one system call; more are refused by Linux."""
@@ -113,6 +113,14 @@ class Carrier(Protocol):
         """Make sure that peers, on other hosts if so, can come to this address. Raises: CommMisuse"""
         ...
 
+    def register(self, memory: KvStore) -> None:
+        """Get ready to move bytes from and to this memory, once, before any channel. Raises: CommMisuse"""
+        ...
+
+    def close(self) -> None:
+        """Give back what was needed for the memory; all channels are closed."""
+        ...
+
     def channel_to(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ChannelOut:
         """Return the sending end."""
         ...
@@ -120,6 +128,16 @@ class Carrier(Protocol):
     def channel_from(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ChannelIn:
         """Return the receiving end."""
         ...
+
+
+class PlainCarrier:
+    """A carrier that needs to know nothing of memory."""
+
+    def register(self, memory: KvStore) -> None:
+        """Nothing: channels are told where bytes are."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class SocketEnd:

@@ -12,20 +12,16 @@ import itertools
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from struct import Struct
 
 import numpy as np
 
-from ..errors import BadFrame, PeerLost
-from .channel import MAX_RUNS, PORTION_BYTES, Look, SocketEnd, portions
+from ..errors import PeerLost
+from .channel import PORTION_BYTES, Look, SocketEnd, portions
 from .memory import Runs, Spans, address_of
+from .places import hear_places, paired, said_places
 
-MAX_SPANS = 1 << 20
-"""Runs of one frame in the sender's memory."""
-
-_COUNT = Struct("=I")
 _CREDENTIALS = Struct("3i")
 _PROBE_BYTES = 32
 _PROBE = Struct(f"=Q{_PROBE_BYTES}s")
@@ -75,9 +71,8 @@ class DirectSender:
 
     def send(self, header: bytes, runs: Runs) -> None:
         """Say where a frame is."""
-        spans = runs.spans
         self._unsettled += 1
-        self._end.send_all([header, _COUNT.pack(len(spans)), spans.tobytes()])
+        self._end.send_all(said_places(header, runs))
 
     def settle(self, *, wait: bool) -> int:
         """Return how many more frames were read."""
@@ -111,12 +106,10 @@ class DirectReceiver:
     def receive(self, runs: Runs, look: Look | None) -> None:
         """Fill runs with the frame's bytes."""
         count = runs.num_bytes
-        there = self._places()
-        if not ((there[:, 1] > 0) & (there[:, 1] <= count)).all() or there[:, 1].sum() != count:
-            raise BadFrame(f"{self._end.peer} says that a KV frame lies where it has another size")
+        there = hear_places(self._end, count)
         portion_bytes = PORTION_BYTES if look is not None else count
         shown = portions(runs, portion_bytes) if look is not None else itertools.repeat([])
-        for calls, pieces in zip(_calls(runs.spans, there, portion_bytes), shown, strict=False):
+        for calls, pieces in zip(paired(runs.spans, there, portion_bytes), shown, strict=False):
             for into, out_of in calls:
                 self._read(into, out_of)
             for piece in pieces:
@@ -126,25 +119,12 @@ class DirectReceiver:
 
     def skip(self, count: int) -> None:
         """Leave a frame unread."""
-        self._places()
+        hear_places(self._end, None)
         self._end.send_all([_DONE])
 
     def close(self) -> None:
         """Give the descriptor back."""
         self._end.close()
-
-    def _places(self) -> Spans:
-        word = bytearray(_COUNT.size)
-        self._end.fill([memoryview(word)])
-        (count,) = _COUNT.unpack(word)
-        if count > MAX_SPANS:
-            raise BadFrame(
-                f"{self._end.peer} announces a KV frame in {count} places, more than the limit of {MAX_SPANS}"
-            )
-        places = np.empty((count, 2), dtype=np.int64)
-        if count:
-            self._end.fill([places.data.cast("B")])
-        return places
 
     def _read(self, into: Spans, out_of: Spans) -> None:
         wanted = int(into[:, 1].sum())
@@ -153,28 +133,6 @@ class DirectReceiver:
         if found != wanted:
             why = os.strerror(ctypes.get_errno()) if found < 0 else f"{found} of {wanted} bytes were there"
             raise PeerLost(f"{self._end.peer} is gone: its memory cannot be read ({why})")
-
-
-def _calls(here: Spans, there: Spans, portion_bytes: int) -> Iterator[list[tuple[Spans, Spans]]]:
-    """Yield, for each portion of the bytes, what to read in single calls: both sides cut wherever one of them is."""
-    ends_here, ends_there = np.cumsum(here[:, 1]), np.cumsum(there[:, 1])
-    cuts = np.arange(0, ends_here[-1], portion_bytes)
-    starts = np.unique(np.concatenate((cuts, ends_here[:-1], ends_there[:-1])))
-    lengths = np.diff(starts, append=ends_here[-1])
-    into, out_of = (
-        np.stack(
-            (
-                spans[(at := np.searchsorted(ends, starts, side="right")), 0] + starts - (ends - spans[:, 1])[at],
-                lengths,
-            ),
-            axis=1,
-        )
-        for spans, ends in ((here, ends_here), (there, ends_there))
-    )
-    bounds = [*np.searchsorted(starts, cuts).tolist(), len(starts)]
-    for first, stop in pairwise(bounds):
-        steps = [*range(first, stop, MAX_RUNS), stop]
-        yield [(into[low:high], out_of[low:high]) for low, high in pairwise(steps)]
 
 
 def _find_read() -> Read | None:

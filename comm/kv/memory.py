@@ -134,6 +134,11 @@ class KvMemory:
             if first + size > second:
                 raise CommMisuse("memory of two layers overlaps, or one was registered twice")
 
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """The address and length of each layer."""
+        return list(zip(self._addresses, map(len, self._layers), strict=True))
+
     def runs(self, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Runs:
         """Return the bytes of some heads of a layer, in the order of frames."""
         at = layer - self.shape.layers.start

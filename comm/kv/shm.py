@@ -14,7 +14,7 @@ import socket
 
 from ..errors import BadFrame, CommMisuse, CommTimeout, PeerLost
 from ..wire import Clock
-from .channel import SocketEnd, StreamLimits
+from .channel import PlainCarrier, SocketEnd, StreamLimits
 from .direct import PROBE_BYTES, DirectReceiver, DirectSender, probe, readable_peer
 from .ring import RingReceiver, RingSender, mapped_ring, new_ring
 
@@ -22,7 +22,7 @@ _RING = b"r"
 _DIRECT = b"d"
 
 
-class Shm:
+class Shm(PlainCarrier):
     """How streams make channels of unix sockets and what both ends can reach; ``direct``: if memory may be read."""
 
     def __init__(self, *, direct: bool = True) -> None:

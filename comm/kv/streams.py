@@ -82,6 +82,7 @@ class StreamTransport:
         for name, registered, offered in facts:
             if registered != offered:
                 raise CommMisuse(f"memory with {name} {registered} was registered where {offered} is offered to others")
+        self._carrier.register(memory)
         self._memory = memory
         self._inlet.open(memory)
 
@@ -167,6 +168,7 @@ class StreamTransport:
         self._inlet.close()
         for line in lines:
             line.close()
+        self._carrier.close()
 
     def _open(self, address: str, to: str, deadline: Deadline) -> tuple[Met, ChannelOut]:
         sock = connect(address, timeout_s=deadline.remaining_s)

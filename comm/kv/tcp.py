@@ -11,7 +11,7 @@ import socket
 
 from ..errors import CommMisuse, PeerLost
 from ..wire import Clock
-from .channel import PORTION_BYTES, Look, SocketEnd, StreamLimits, portions
+from .channel import PORTION_BYTES, Look, PlainCarrier, SocketEnd, StreamLimits, portions
 from .memory import Runs
 
 NEAR_BUFFER_BYTES = 256 << 10
@@ -69,7 +69,7 @@ class TcpChannel:
         self._end.close()
 
 
-class Tcp:
+class Tcp(PlainCarrier):
     """How streams make channels of TCP connections."""
 
     def check_address(self, address: str, *, across_hosts: bool) -> None:

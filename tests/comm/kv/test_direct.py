@@ -14,11 +14,12 @@ import pytest
 
 from slipstream.comm.kv.channel import StreamLimits
 from slipstream.comm.kv.checksum import frame_checksum
-from slipstream.comm.kv.direct import MAX_SPANS, DirectReceiver, _calls, probe
+from slipstream.comm.kv.direct import DirectReceiver, probe
 from slipstream.comm.kv.frame import KvFrame, KvHeader, pack_header
 from slipstream.comm.kv.incoming import Drop, Outcome, Write
 from slipstream.comm.kv.meeting import meet_receiver
 from slipstream.comm.kv.memory import Runs, address_of
+from slipstream.comm.kv.places import MAX_SPANS, paired
 from slipstream.comm.kv.ring import RingReceiver
 from slipstream.comm.kv.shm import Shm
 from slipstream.comm.kv.transfer import OpenReceiving, PeerRank, TransferId
@@ -76,7 +77,7 @@ def told(*places: tuple[int, int], count: int | None = None) -> bytes:
     """Return what a sender says of a frame."""
     checksum = frame_checksum(FRAME, [memoryview(BYTES)])
     spans = np.array(places, dtype=np.int64).tobytes()
-    return pack_header(FRAME, FRAME_BYTES, checksum) + pack("=I", len(places) if count is None else count) + spans
+    return pack_header(FRAME, FRAME_BYTES, checksum) + pack("!I", len(places) if count is None else count) + spans
 
 
 def ended(end: End) -> Outcome:
@@ -187,7 +188,7 @@ def test_calls_are_cut_on_both_sides(seed: int) -> None:
             lengths = np.diff(ends, prepend=0)
             at = base + np.cumsum(lengths + draw.integers(0, 3, len(lengths))) - lengths
             sides.append(np.stack((at, lengths), axis=1))
-        portions = list(_calls(sides[0], sides[1], 700))
+        portions = list(paired(sides[0], sides[1], 700))
         assert [sum(int(into[:, 1].sum()) for into, _ in calls) for calls in portions[:-1]] == [700] * (
             len(portions) - 1
         )
