@@ -67,6 +67,8 @@ OPTIONS = {
         *("enable_eplb", "num_redundant_experts", "eplb_step_interval", "eplb_policy"),
         # tried at the start; forced where it is to be compared
         "expert_exchange",
+        # several replicas, each with a part to do
+        *("prefill", "decode", "kv_transport"),
     },
     # where it would run, what has been measured there, how it is told
     "plan": {"topology", "address", "profile", "as_json"},
