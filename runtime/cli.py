@@ -43,7 +43,7 @@ bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command("measure-links")(measure_links)
 
-_DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
+_DEMO_CLUSTER = Path(__file__).resolve().parent.parent / "cluster_configs" / "laptop.yaml"
 _DEMO_START_TIMEOUT_S = 120.0
 _CHAT_START_TIMEOUT_S = 1800.0
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -385,19 +385,23 @@ def _show(text: str) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Path, typer.Argument(help="directory of the model")] = _DEMO_MODEL,
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="a cluster file")] = _DEMO_CLUSTER,
     max_tokens: Annotated[int, typer.Option(help="most new tokens a prompt")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
     seed: Annotated[int, typer.Option(help="makes the sampling repeat")] = 0,
 ) -> None:
-    """Start a server for the bundled model, send it several prompts at once and show the answers and what they cost."""
-    from .demo.main import run_demo
-    from .local_server import running_server
+    """Bring a deployment up on this machine, send it several prompts at once, show answers and costs, take it down.
 
-    typer.echo(f"starting a server for {model} ...")
+    What it starts, a Ray included, is its own and ends with it.
+    """
+    from .demo.main import run_demo
+    from .local_cluster import running_cluster
+
+    typer.echo(f"slipstream up {file}")
     body = {"max_tokens": max_tokens, "temperature": temperature, "top_p": 0.95, "seed": seed}
-    with running_server(str(model), "--max-num-seqs", "32", start_timeout_s=_DEMO_START_TIMEOUT_S) as url:
-        run_demo(url, body)
+    with running_cluster(file, start_timeout_s=_DEMO_START_TIMEOUT_S, told=typer.echo) as cluster:
+        run_demo(cluster, body)
+        typer.echo("taking it down")
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:

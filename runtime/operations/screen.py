@@ -90,6 +90,10 @@ class LiveScreen:
         """Show a line of a process."""
         self.say(f"{source} | {line}")
 
+    def serving(self, ending: Ending) -> None:
+        """Show where it serves."""
+        self.say(ending.text)
+
     def end(self, ending: Ending) -> None:
         """Show the last status and how it has ended."""
         self.close()
