@@ -305,6 +305,8 @@ def _gateways(
     }
     if file.engine.seed is not None:
         options["seed"] = file.engine.seed
+    if file.kv_transport.split_from_tokens is not None:
+        options["split-from-tokens"] = file.kv_transport.split_from_tokens
     for option, value in options.items():
         arguments += [f"--{option}", str(value)]
     found = []
