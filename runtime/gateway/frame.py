@@ -40,7 +40,11 @@ class RequestFrame:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", record.request_id.encode()),
+                    (b"traceparent", record.trace.traceparent.encode()),
+                ]
             await send(message)
 
         try:
@@ -76,6 +80,7 @@ class RequestFrame:
         level = logging.DEBUG if endpoint in _OPERATIONS else logging.INFO
         fields = {
             "request_id": record.request_id,
+            "trace_id": record.trace_id,
             "method": scope["method"],
             "path": scope["path"][:200],
             "status": status,
