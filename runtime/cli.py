@@ -213,6 +213,7 @@ def serve(
     prefill: Annotated[int, typer.Option(help="replicas that only compute prompts; goes with --decode")] = 0,
     decode: Annotated[int, typer.Option(help="replicas that go on with them; goes with --prefill")] = 0,
     kv_transport: Annotated[str, typer.Option(help="from one to the other: auto, tcp or shm")] = "auto",
+    split_from_tokens: Annotated[int | None, typer.Option(help="shorter prompts stay where they are decoded")] = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once.
 
@@ -245,7 +246,8 @@ def _serve_options(given: dict[str, Any]) -> ServeOptions:
     )
     split = None
     if given["prefill"] or given["decode"]:
-        split = LocalSplit(**{name: given[name] for name in ("prefill", "decode", "kv_transport")})
+        names = ("prefill", "decode", "kv_transport", "split_from_tokens")
+        split = LocalSplit(**{name: given[name] for name in names if given[name] is not None})
     others = {name: given[name] for name in ("host", "port", "start_timeout_s", "drain_timeout_s", "log_level")}
     return ServeOptions(engine=engine, settings=settings, split=split, **others)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ...placement.plan import Degrees, Role
 from ...sdk.errors import ConfigError, SlipstreamError
 from ..clock import Clock
-from ..config import EngineOptions
+from ..config import EngineOptions, require_positive
 from ..driver_command import KV_TRANSPORTS
 from ..reconcile.desired import Generation
 from ..reconcile.observed import ReplicaId
@@ -24,6 +24,7 @@ from ..rpc.engine_client import EngineFacts
 from ..rpc.view_source import ViewBoard
 from .process import Backend
 from .replica import WatchedClient
+from .replica_set import SPLIT_FROM_TOKENS
 from .supervisor import Driver, Supervisor
 
 MAX_REPLICAS = 64
@@ -37,12 +38,14 @@ LaunchReplica = Callable[[str, Role], Awaitable[Driver]]
 class LocalSplit:
     """How many replicas compute prompts, how many go on with them, and how keys and values get there.
 
+    ``split_from_tokens``: prompts of which fewer tokens are to be computed stay where they are decoded.
     Raises: ConfigError naming the option
     """
 
     prefill: int
     decode: int
     kv_transport: str = "auto"
+    split_from_tokens: int = SPLIT_FROM_TOKENS
 
     def __post_init__(self) -> None:
         for name, other in (("prefill", "decode"), ("decode", "prefill")):
@@ -51,6 +54,7 @@ class LocalSplit:
                 raise ConfigError(name, f"must be at least 1 beside --{other} {getattr(self, other)}, got {count}")
         if self.replicas > MAX_REPLICAS:
             raise ConfigError("prefill", f"with decode, {MAX_REPLICAS} replicas are the most, got {self.replicas}")
+        require_positive("split_from_tokens", self.split_from_tokens)
         if self.kv_transport not in KV_TRANSPORTS:
             raise ConfigError("kv_transport", f"must be one of {', '.join(KV_TRANSPORTS)}, got {self.kv_transport!r}")
 

@@ -115,6 +115,7 @@ async def _run_split(
         # There is one gateway: nobody else would try at the same time.
         jitter=lambda pause_s: pause_s,
         seed=options.engine.seed,
+        split_from_tokens=options.split.split_from_tokens,
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
     )
     gateway = make_gateway(options.settings, replicas, clock=monotonic_clock, wall_clock=wall_clock)

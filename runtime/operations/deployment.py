@@ -234,6 +234,10 @@ def _arguments(file: ClusterFile, role: Role, options: EngineOptions, *, hosts: 
         # Shared memory is of one host; whoever asks for it by name is not to be told that it is of several.
         role, kv_transport=kind, kv_address="{address}", across_hosts=hosts > 1 and kind != "shm"
     )  # fmt: skip
+    if shares:
+        section = file.kv_transport
+        timeout = ("--kv-transfer-timeout", str(section.transfer_timeout_s))
+        shares += (*timeout, "--kv-max-parked-bytes", str(section.max_parked_bytes))
     own = ("--replica", "{replica}", "--rank", "{rank}", "--address", "{address}")
     near = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}")
     others = ("--start-timeout", str(file.limits.start_timeout_s), "--listen", "{address}:0")
@@ -252,7 +256,9 @@ def _record(file: ClusterFile, pool: Chosen, options: EngineOptions) -> PoolReco
     constraint = pool.constraint
     others |= {"role": pool.role.value}
     if pool.role is not Role.MIXED:
-        others["kv_transport"] = file.kv_transport.kind
+        section = file.kv_transport
+        others["kv_transport"] = section.kind
+        others |= {name: getattr(section, name) for name in ("transfer_timeout_s", "max_parked_bytes")}
     others |= {f"label {label}": value for label, value in constraint.labels.items()}
     for name, several in (("device types", constraint.device_types), ("nodes", constraint.nodes)):
         if several:

@@ -110,6 +110,7 @@ async def test_a_first_start_that_fails_is_the_end_of_all() -> None:
         ({"prefill": -1, "decode": 1}, "prefill"),
         ({"prefill": MAX_REPLICAS, "decode": 1}, "replicas are the most"),
         ({"prefill": 1, "decode": 1, "kv_transport": "carrier pigeon"}, "kv_transport"),
+        ({"prefill": 1, "decode": 1, "split_from_tokens": 0}, "split_from_tokens"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(options: dict[str, Any], what: str) -> None:

@@ -67,7 +67,7 @@ OPTIONS = {
         # tried at the start; forced where it is to be compared
         "expert_exchange",
         # several replicas, each with a part to do
-        *("prefill", "decode", "kv_transport"),
+        *("prefill", "decode", "kv_transport", "split_from_tokens"),
     },
     # where it would run, what has been measured there, how it is told
     "plan": {"topology", "address", "profile", "as_json"},

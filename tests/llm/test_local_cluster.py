@@ -41,7 +41,7 @@ def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     eventually(lambda: not marked(), what="all has ended")
 
 
-def test_the_demo_shows_answers_and_what_was_moved_and_where(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_shows_answers_and_what_was_moved_and_where() -> None:
     done = subprocess.run(
         [*DEMO, "--max-tokens", "8"], capture_output=True, text=True, timeout=DEMO_TIMEOUT_S, check=False
     )
@@ -57,6 +57,7 @@ def test_the_demo_shows_answers_and_what_was_moved_and_where(capfd: pytest.Captu
         assert re.search(rf"│ {role}-\d+ +│ {role} +│ +0 +│ the whole model +│ \S+/\d+ +│", shown)
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_stopped_leaves_nothing() -> None:
     with subprocess.Popen([*DEMO, "--max-tokens", "180"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -245,7 +245,7 @@ def test_replicas_of_a_split_are_told_their_part(kind: str, nodes: tuple[str, ..
     wanted = make(SPLIT + f"kv_transport: {{kind: {kind}}}\n", given=replace(GIVEN, nodes=nodes))
     for name, role in (("one", "prefill"), ("two", "decode")):
         arguments = " ".join(wanted.launches[name].arguments)
-        assert f" --role {role} {expected}" in arguments
+        assert f" --role {role} {expected}--kv-transfer-timeout 30.0 --kv-max-parked-bytes 2147483648 " in arguments
         assert ("--kv-across-hosts" in arguments) is ("--kv-across-hosts" in expected)
     assert "--role" not in " ".join(make(BASE).launches["one"].arguments)
     assert {pool.name: pool.role for pool in wanted.desired.pools} == {"one": Role.PREFILL, "two": Role.DECODE}
