@@ -34,6 +34,7 @@ from ..messages import (
     StepResult,
     TokenLogprobs,
 )
+from .admission import Admission
 from .integrity import check_owners
 from .kv_blocks import KvBlockPool, Owner, root_digest
 from .kv_lending import KvLending
@@ -41,7 +42,7 @@ from .kv_sending import KvSending, SentSequences
 from .loans import Loans
 from .outputs import SchedulerLoad, StepOutputs
 from .policies import POLICIES
-from .prefix import Reuse, find_cached_prefix, publish_full_blocks, reuse_up_to
+from .prefix import publish_full_blocks
 from .queues import RunningOrder, WaitingQueue
 from .request_limits import check_request, check_single
 from .sequence import Sequence, SequenceState, make_sequences
@@ -89,6 +90,18 @@ class Scheduler:
         self._waiting = WaitingQueue(policy)
         self._held: dict[SequenceId, list[Sequence]] = {}
         self._running = RunningOrder(policy)
+        self._admission = Admission(
+            config,
+            pool=self.pool,
+            table=self.table,
+            budget=self._budget,
+            waiting=self._waiting,
+            running=self._running,
+            loans=self.loans,
+            lending=self._lending,
+            sent=self._sent,
+            log=self._log,
+        )
         self._next_sequence_id = 1
         self._next_arrival = 0
         self._step = 0
@@ -271,8 +284,8 @@ class Scheduler:
                 decodes = self._share_of_pipeline(decodes)
             self._plan_decodes(builder, decodes)
             self._plan_chunks(builder, order[lacking > 1])
-        if not builder.preempted and self._admit_adopted(builder, now_s):
-            self._admit_waiting(builder, now_s)
+        if not builder.preempted:
+            self._admit(builder, now_s)
         plan = builder.finish(self._step + 1, self._running.slots)
         if plan is not None:
             self._step = plan.step
@@ -344,101 +357,17 @@ class Scheduler:
         sequence.blocks = []
         return tokens
 
-    # ------------------------------------------------------------------ admission
-
-    def _admit_waiting(self, builder: StepBuilder, now_s: float) -> None:
-        while self.table.free_slots and (sequence := self._waiting.peek()) is not None:
-            # A token of a preempted sequence is still on its way; it is needed to recompute.
-            if sequence.pending or self._budget.is_full() or not self._admit(builder, sequence):
+    def _admit(self, builder: StepBuilder, now_s: float) -> None:
+        while not self._admission.start_adopted(builder, now_s):
+            if self._running:
                 return
-            self._waiting.pop()
-            self._begin_running(sequence, now_s)
-
-    def _admit_adopted(self, builder: StepBuilder, now_s: float) -> bool:
-        """Start sequences whose KV has come; return whether others may take blocks in this step.
-
-        They hold theirs whether they run or not, so all else waits until they have the one that they may lack.
-        """
-        adopted = self._lending.adopted
-        while adopted and self.table.free_slots and not self._budget.is_full():
-            sequence = adopted[0]
-            lacking = -(-len(sequence.tokens) // self.config.block_size) - len(sequence.blocks)
-            blocks = self.pool.allocate(lacking, Owner(sequence.sequence_id))
-            if blocks is not None:
-                adopted.popleft()
-                self._occupy(builder, sequence, [*sequence.blocks, *blocks], len(sequence.tokens) - 1)
-                self.table.planned[sequence.slot] = 1
-                self._begin_running(sequence, now_s)
-            elif self._running:
-                return False
-            else:
-                # Nobody will give a block back: the last one begins again when there is room.
-                self._interrupt_adopted(adopted[-1])
-        return True
-
-    def _interrupt_adopted(self, sequence: Sequence) -> None:
-        self._lending.drop(sequence)
-        self._preemptions += 1
-        sequence.preemptions += 1
-        self._enqueue(sequence, "preempted before it ran")
-
-    def _begin_running(self, sequence: Sequence, now_s: float) -> None:
-        sequence.state = SequenceState.RUNNING
-        if sequence.first_scheduled_time_s is None:
-            sequence.first_scheduled_time_s = now_s
-        self._sent.begin(sequence)
-
-    def _admit(self, builder: StepBuilder, sequence: Sequence) -> bool:
-        """Start a waiting sequence if the step has room and its blocks are there; return whether it runs."""
-        owner, block_size = Owner(sequence.sequence_id), self.config.block_size
-        known = len(sequence.tokens)
-        reuse = self._find_reuse(sequence)
-        count = self._budget.chunk(reuse.computed, known - reuse.computed)
-        if not count:
-            return False
-        held = [*reuse.shared, reuse.partial] if reuse.partial is not None else list(reuse.shared)
-        self.pool.share(held, owner)
-        total = -(-(known + 1) // block_size) - len(reuse.shared)
-        needed = -(-(reuse.computed + count) // block_size) - len(reuse.shared)
-        # Room for all that is known, not for the first chunk only: otherwise prompts would crowd in and push one
-        # another out again. A sequence alone always gets in; where there are loans, it waits until they come back.
-        alone = not self._running and not self.loans
-        fresh = self.pool.allocate(needed, owner) if alone or total <= self.pool.available else None
-        if fresh is None:
-            self.pool.release(held, owner)
-            return False
-        if reuse.partial is not None:
-            builder.copy(reuse.partial, fresh[0])
-            self.pool.release([reuse.partial], owner)
-        self._occupy(builder, sequence, [*reuse.shared, *fresh], reuse.computed)
-        self.table.planned[sequence.slot] = count
-        return True
-
-    def _find_reuse(self, sequence: Sequence) -> Reuse:
-        if sequence.prompt_logprobs_due:
-            return Reuse()
-        first, block_size = sequence.first_sample, self.config.block_size
-        limit = sequence.prompt_length - 1
-        # The first time, or as long as there is nothing of its own that could be cached.
-        fresh = sequence.cached_tokens is None or len(sequence.tokens) == sequence.prompt_length
-        if fresh and first is not None and first.slot >= 0 and int(self.table.computed[first.slot]) >= limit:
-            return reuse_up_to(limit, first.blocks, block_size)
-        if not self.config.enable_prefix_caching:
-            return Reuse()
-        return find_cached_prefix(sequence, self.pool, block_size)
-
-    def _occupy(self, builder: StepBuilder, sequence: Sequence, blocks: list[int], computed: int) -> None:
-        slot = self.table.occupy(sequence, computed=computed, step=self._step + 1)
-        self.table.append_blocks(slot, blocks)
-        self.table.published[slot] = computed // self.config.block_size
-        sequence.slot, sequence.blocks = slot, blocks
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = computed
-            full = computed // self.config.block_size
-            self.pool.count_lookups(hits=full, misses=len(sequence.tokens) // self.config.block_size - full)
-        self._running.add(sequence)
-        builder.admit(slot, sequence)
-        self._log(sequence, f"admitted with {computed} tokens reused")
+            # Nobody will give a block back: the one that came last begins again when there is room.
+            sequence = self._lending.adopted[-1]
+            self._lending.drop(sequence)
+            self._preemptions += 1
+            sequence.preemptions += 1
+            self._enqueue(sequence, "preempted before it ran")
+        self._admission.start_waiting(builder, now_s)
 
     def _release_held(self) -> None:
         """Queue the other samples of requests whose first sample has computed the prompt, or has left."""
