@@ -33,7 +33,10 @@ class KvLimits:
     def streams_of(self) -> StreamLimits:
         """Return the limits of transports made of connections."""
         return StreamLimits(
-            streams=self.streams, max_queued_bytes=self.max_queued_bytes, frame_timeout_s=self.frame_timeout_s
+            streams=self.streams,
+            max_frame_bytes=max(StreamLimits().max_frame_bytes, 2 * self.max_frame_bytes),
+            max_queued_bytes=self.max_queued_bytes,
+            frame_timeout_s=self.frame_timeout_s,
         )
 
 

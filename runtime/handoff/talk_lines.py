@@ -1,8 +1,8 @@
 """The lines of a desk over ``KvTalk``: who calls this replica, whom it calls, and where their ranks take KV.
 
 A ``KvHost`` to the server, and the owner of all callers. Every replica has one line in each direction at most, that of
-its newest life. Called from the desk's thread, the engine's and an event loop; its lock is held for moments only, and no
-line is called with it held. One thread at a time opens lines, the one that holds the engine's lock.
+its newest life. Called from the desk's thread, the engine's and an event loop; its lock is held for moments only, and
+no line is called with it held. One thread at a time opens lines, the one that holds the engine's lock.
 """
 
 from __future__ import annotations

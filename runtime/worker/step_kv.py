@@ -1,4 +1,8 @@
-"""What an executor tells of a step whose KV goes to other replicas, layer by layer: the protocol, and nothing else."""
+"""What a rank tells of the KV that its steps compute for other replicas.
+
+Only steps with rows that are sent say anything (``StepPlan.sending_rows``). Called on the step thread, between kernels:
+every call must be cheap, and none may wait.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,23 @@ from typing import Protocol
 
 
 class StepKv(Protocol):
-    """Hears what is computed; called on the step thread, and never waits. Only in steps that have rows to be sent."""
+    """Who sends a rank's KV on while it is computed."""
 
     def begin_step(self, numbers: list[int], blocks: list[list[int]], stops: list[int]) -> None:
-        """Note which rows of the step that begins are sent.
+        """Note what a step that now begins is going to compute: for transfer ``numbers[i]`` all positions before
+        ``stops[i]``, which stand in ``blocks[i]``, the prompt's blocks from its first token on.
 
-        ``numbers``: of this life's transfers, one a row. ``blocks``: of each row's sequence at this rank, from its
-        first token, at least those before its stop. ``stops``: the position at which each row ends
+        Positions before the step's own are computed already, by earlier steps or another request that had them.
         """
         ...
 
     def layer_done(self, layer: int) -> None:
-        """Note that a layer, as this rank counts them, has written the KV of all rows that are sent.
+        """Note that the step's keys and values of a layer, as this rank counts them, are in their blocks.
 
-        May be left out, where layers do not end one by one.
+        Layers come in order. Those of a step that cannot say so one by one are done when it ends.
         """
         ...
 
     def end_step(self) -> None:
-        """Note that all layers have."""
+        """Note that all layers of the step are done."""
         ...
