@@ -17,7 +17,7 @@ import httpx
 from ...sdk.errors import ConfigError
 from .errors import ApiError
 from .events import LAST_EVENT, EventDecoder
-from .metrics_text import sums_by_name
+from .metrics_text import figures
 
 _MAX_SHOWN_CHARS = 300
 
@@ -114,12 +114,12 @@ class ApiClient:
             raise ApiError("stream broke off", "the stream ended before its last event")
 
     async def metrics(self) -> dict[str, float]:
-        """Return the server's metrics by name, added up over their labels; {} of one that has none. Raises: ApiError"""
+        """Return the server's metrics, see ``metrics_text``; {} of one that has none. Raises: ApiError"""
         try:
             response = await self._http.get(self._metrics_url)
         except httpx.HTTPError as error:
             raise _broken(error, self.url) from error
-        return sums_by_name(response.text) if response.status_code == httpx.codes.OK else {}
+        return figures(response.text) if response.status_code == httpx.codes.OK else {}
 
     async def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:

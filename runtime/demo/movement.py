@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_HAND_OFFS = "slipstream_hand_offs_total"
+_HAND_OFFS = 'slipstream_hand_offs_total{ending="committed"}'
 _BYTES = "slipstream_kv_bytes_moved_total"
 _WIRE_S = "slipstream_kv_wire_seconds_total"
 _HIDDEN_S = "slipstream_kv_hidden_seconds_total"
@@ -13,7 +13,7 @@ _HIDDEN_S = "slipstream_kv_hidden_seconds_total"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Movement:
-    """What was moved between two looks.
+    """What was moved between two looks. ``hand_offs``: those that came to their end.
 
     ``hidden_s``: the part of ``wire_s``, the time with KV on its way, in which prompts were still being computed.
     """

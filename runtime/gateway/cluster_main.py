@@ -30,7 +30,7 @@ from .auth import read_api_keys
 from .gateway import make_gateway
 from .model_files import ModelFiles
 from .process import GatewayProcess, bound, event_loop, prepare_process, shown_address
-from .replica_set import ReplicaSet
+from .replica_set import SPLIT_FROM_TOKENS, ReplicaSet
 from .settings import TOOL_CALL_PARSERS, GatewaySettings, RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ async def _serve(options: argparse.Namespace, settings: GatewaySettings, listeni
         clock=monotonic_clock,
         jitter=_jitter,
         seed=options.seed,
+        split_from_tokens=options.split_from_tokens,
+        salt=random.getrandbits(32),
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
     )
     gateway = make_gateway(settings, replicas, clock=monotonic_clock, wall_clock=wall_clock)
@@ -150,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--tool-call-parser", choices=TOOL_CALL_PARSERS, default="auto")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
+    add(
+        "--split-from-tokens",
+        type=int,
+        default=SPLIT_FROM_TOKENS,
+        metavar="N",
+        help="prompts with fewer tokens to compute stay where they are decoded",
+    )
     add("--seed", type=int, help="makes requests without a seed repeat from run to run")
     return parser
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slipstream.runtime.api_client.metrics_text import sums_by_name
+from slipstream.runtime.api_client.metrics_text import figures
 
 TEXT = """
 # HELP ended how
@@ -16,8 +16,13 @@ half{
 
 
 def test_figures_are_added_up_over_labels() -> None:
-    assert sums_by_name(TEXT) == {"ended": 5.0, "free": 1500.0}
+    assert figures(TEXT) == {
+        "ended": 5.0,
+        'ended{how="committed"}': 3.0,
+        'ended{how="dead } peer",to="a b"}': 2.0,
+        "free": 1500.0,
+    }
 
 
 def test_a_text_without_figures_has_none() -> None:
-    assert sums_by_name("") == {} and sums_by_name("<html>not metrics</html>\n\n") == {}
+    assert figures("") == {} and figures("<html>not metrics</html>\n\n") == {}

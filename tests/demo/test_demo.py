@@ -123,7 +123,12 @@ def rows(table: Table) -> list[list[str]]:
 
 
 def test_what_was_moved_is_what_the_figures_have_grown_by() -> None:
-    names = ("hand_offs_total", "kv_bytes_moved_total", "kv_wire_seconds_total", "kv_hidden_seconds_total")
+    names = (
+        'hand_offs_total{ending="committed"}',
+        "kv_bytes_moved_total",
+        "kv_wire_seconds_total",
+        "kv_hidden_seconds_total",
+    )
     before = {f"slipstream_{name}": figure for name, figure in zip(names, (2.0, 1e6, 0.5, 0.25), strict=True)}
     after = {f"slipstream_{name}": figure for name, figure in zip(names, (8.0, 4e6, 0.9, 0.55), strict=True)}
     moved = movement(before, after)

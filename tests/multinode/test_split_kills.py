@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from slipstream import LLM, SamplingParams
-from slipstream.runtime.api_client.metrics_text import sums_by_name
+from slipstream.runtime.api_client.metrics_text import figures
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.controller.controller import ReplicaStatus
 from slipstream.runtime.demo.main import PROMPTS
@@ -37,6 +37,7 @@ MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 PATIENCE_S = 90.0
 """A request that takes longer hangs."""
 
+COMMITTED = 'slipstream_hand_offs_total{ending="committed"}'
 CLIENTS = 12
 REQUESTS = 500
 CUT_S = 10.0
@@ -114,7 +115,7 @@ def on(status: DeploymentStatus, node: str) -> ReplicaStatus:
 
 def metrics(host: Host, url: str) -> dict[str, float]:
     with ThreadPoolExecutor(1, initializer=host.enter) as pool:
-        return sums_by_name(pool.submit(httpx.get, f"{url}/metrics", timeout=PATIENCE_S, trust_env=False).result().text)
+        return figures(pool.submit(httpx.get, f"{url}/metrics", timeout=PATIENCE_S, trust_env=False).result().text)
 
 
 def wait_until(what: str, check: object, *, pause_s: float = 0.2) -> None:
@@ -182,20 +183,20 @@ def test_a_split_deployment_survives_its_parts(
             ("a decode driver stands still for 20 s, and the controller is killed", stopped_s),
         ):
             print(load.told(what, at_s))
-        figures = metrics(b, url)
+        told = metrics(b, url)
         print(
             f"{load.answered} answers, {len(load.failed)} failed, {len(load.wrong)} wrong; "
-            f"{figures.get('slipstream_hand_offs_total', 0):.0f} hand-offs, "
-            f"{figures.get('slipstream_kv_bytes_moved_total', 0):,.0f} bytes of KV moved, "
-            f"{figures.get('slipstream_requests_moved_total', 0):.0f} requests moved"
+            f"{told.get(COMMITTED, 0):.0f} hand-offs, "
+            f"{told.get('slipstream_kv_bytes_moved_total', 0):,.0f} bytes of KV moved, "
+            f"{told.get('slipstream_requests_moved_total', 0):.0f} requests moved"
         )
         assert load.wrong == [] and load.failed == []
         assert load.answered >= REQUESTS
         # It was a split that survived, and requests did go elsewhere.
-        assert figures["slipstream_kv_bytes_moved_total"] > 0 and figures["slipstream_requests_moved_total"] > 0
+        assert told["slipstream_kv_bytes_moved_total"] > 0 and told["slipstream_requests_moved_total"] > 0
         wait_until("no block is lost", lambda: _everything_is_free(metrics(b, url)))
 
 
-def _everything_is_free(figures: dict[str, float]) -> bool:
-    free, blocks = (figures[f"slipstream_kv_blocks{part}"] for part in ("_available", ""))
-    return figures["slipstream_gateway_in_flight"] == 0 and free == blocks > 0
+def _everything_is_free(told: dict[str, float]) -> bool:
+    free, blocks = (told[f"slipstream_kv_blocks{part}"] for part in ("_available", ""))
+    return told["slipstream_gateway_in_flight"] == 0 and free == blocks > 0
