@@ -97,6 +97,7 @@ class Replica:
         incarnation: int = 3,
         kinds: tuple[str, ...] = ("tcp",),
         limits: KvLimits = LIMITS,
+        join: Callable[[list[RankKv]], KvRanks] = LocalKvRanks,
     ) -> None:
         self.me = Peer(replica, incarnation)
         self.layout = layout
@@ -112,7 +113,7 @@ class Replica:
             )
             for rank, cache in enumerate(self.caches)
         ]
-        self.ranks: KvRanks = LocalKvRanks(self.kv)
+        self.ranks = join(self.kv)
         self.said: list[Report | PeerDown] = []
         self._changed = threading.Condition()
         self.ranks.listen(self._hear)
@@ -163,8 +164,7 @@ class Replica:
     def open_receive(
         self, transfer: TransferId, source: KvLayout, tokens: range, blocks: Sequence[int], *, generation: int = 1
     ) -> None:
-        grant = OpenReceiving(transfer=transfer, generation=generation, tokens=tokens, blocks=tuple(blocks))
-        self.ranks.give(OpenReceive(grant=grant, source=source))
+        self.ranks.give(self.receive_order(transfer, source, tokens, blocks, generation=generation))
         self.wait(
             lambda said: (
                 sum(
@@ -174,6 +174,12 @@ class Replica:
                 == self.layout.ranks
             )
         )
+
+    def receive_order(
+        self, transfer: TransferId, source: KvLayout, tokens: range, blocks: Sequence[int], *, generation: int = 1
+    ) -> OpenReceive:
+        grant = OpenReceiving(transfer=transfer, generation=generation, tokens=tokens, blocks=tuple(blocks))
+        return OpenReceive(grant=grant, source=source)
 
     def shut(self, transfer: TransferId, *, generation: int = 1) -> None:
         """Close a transfer and wait until nobody touches its blocks."""
