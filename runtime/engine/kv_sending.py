@@ -59,8 +59,8 @@ class SentSequences:
             self._loans.hold(sent_key(number), sequence.blocks)
 
     def add_blocks(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Let the transfer of a running sequence, if it has one, own the blocks that were added."""
-        if sequence.transfer is not None:
+        """Let the transfer of a running sequence, if it has one that is not over, own the blocks that were added."""
+        if sequence.transfer is not None and sent_key(sequence.transfer) in self._loans:
             self._loans.hold(sent_key(sequence.transfer), blocks)
 
     def stop(self, sequence: Sequence) -> None:

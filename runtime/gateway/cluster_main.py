@@ -25,6 +25,7 @@ from ...sdk.errors import ConfigError
 from ..clock import monotonic_clock, wall_clock
 from ..rpc.client import GrpcEngineClient
 from ..rpc.secret import secret_from
+from ..rpc.tls import tls_from
 from ..rpc.view_watch import ViewWatch
 from .auth import read_api_keys
 from .gateway import make_gateway
@@ -55,14 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 async def _serve(options: argparse.Namespace, settings: GatewaySettings, listening: socket.socket) -> int:
-    secret = secret_from(os.environ)
+    secret, tls = secret_from(os.environ), tls_from(os.environ)
     if secret is None:
         logger.warning("%s is not set: whoever answers at a replica's address is taken for it", SECRET_VARIABLE)
     replicas = ReplicaSet(
-        ViewWatch(options.watch, clock=monotonic_clock, jitter=_jitter, secret=secret),
+        ViewWatch(options.watch, clock=monotonic_clock, jitter=_jitter, secret=secret, tls=tls),
         # One more than clients may have: the readiness probe must not be refused by them.
         make_client=lambda address: GrpcEngineClient(
-            address, secret=secret, max_live_requests=settings.limits.max_concurrent_requests + 1
+            address, secret=secret, tls=tls, max_live_requests=settings.limits.max_concurrent_requests + 1
         ),
         read_model=ModelFiles(tokenizer=options.tokenizer).read,
         clock=monotonic_clock,

@@ -23,13 +23,15 @@ from .door import visit
 from .errors import SecretRefused
 from .kv_outlet import KvOutlet
 from .kv_talk import KvEar, KvFacts
+from .tls import Tls, open_channel
 from .wire import CLIENT_OPTIONS, KV_SERVICE, TALK, is_socket, target_of
 
 logger = logging.getLogger(__name__)
 
 
 class GrpcKvTalker:
-    """A ``KvTalker`` whose callers live on ``loop``. ``secret``: what both sides have to know over TCP.
+    """A ``KvTalker`` whose callers live on ``loop``. ``secret``: what both sides have to know over TCP, ``tls``: their
+    certificates there.
 
     Units: answer_timeout_s, until a driver says what it is; write_timeout_s, how long it may leave a message unread
     """
@@ -39,6 +41,7 @@ class GrpcKvTalker:
         loop: asyncio.AbstractEventLoop,
         *,
         secret: bytes | None = None,
+        tls: Tls | None = None,
         clock: Clock = monotonic_clock,
         jitter: Jitter = no_jitter,
         answer_timeout_s: float = 5.0,
@@ -48,6 +51,7 @@ class GrpcKvTalker:
     ) -> None:
         self._loop = loop
         self._secret = secret
+        self._tls = tls
         self._clock = clock
         self._jitter = jitter
         self._answer_timeout_s = answer_timeout_s
@@ -64,6 +68,7 @@ class GrpcKvTalker:
             greeting=encode_from_sender(ours),
             ear=ear,
             secret=None if is_socket(target) else self._secret,
+            tls=self._tls,
             answer_timeout_s=self._answer_timeout_s,
             write_timeout_s=self._write_timeout_s,
         )
@@ -145,6 +150,7 @@ class _Connection:
         greeting: bytes,
         ear: KvEar,
         secret: bytes | None,
+        tls: Tls | None,
         answer_timeout_s: float,
         write_timeout_s: float,
     ) -> None:
@@ -153,6 +159,7 @@ class _Connection:
         self._greeting = greeting
         self._ear = ear
         self._secret = secret
+        self._tls = tls
         self._answer_timeout_s = answer_timeout_s
         self._write_timeout_s = write_timeout_s
 
@@ -161,7 +168,7 @@ class _Connection:
 
         Raises: KvMismatch; SecretRefused; EngineUnavailable; always one of them
         """
-        async with grpc.aio.insecure_channel(self._target, options=CLIENT_OPTIONS) as channel:
+        async with open_channel(self._target, CLIENT_OPTIONS, self._tls) as channel:
             try:
                 call = await self._greet(channel)
                 await self._carry(call, outlet)

@@ -23,6 +23,7 @@ from .kv_server import MAX_LINES, KvTalkMethods
 from .kv_talk import KvHost
 from .listening import listen
 from .session import Closed, EngineHost, HostSession
+from .tls import Tls
 from .wire import FACTS, KV_SERVICE, SERVER_OPTIONS, SERVICE, SESSION, is_socket, target_of
 
 _MAX_CONCURRENT_CALLS = 256 + MAX_LINES
@@ -34,6 +35,7 @@ class EngineServer:
 
     ``address``: a socket's path, which only this user may then use, or ``host:port``; port 0 takes any free one.
     ``secret``: what callers over TCP have to know. ``kv``: who takes KV from other replicas, if anybody does.
+    ``tls``: certificates, for callers over TCP.
     Units: write_timeout_s, how long a gateway may leave one message unread before its session ends
     Raises: ConfigError naming ``address``
     """
@@ -46,8 +48,10 @@ class EngineServer:
         secret: bytes | None = None,
         write_timeout_s: float = 30.0,
         kv: KvHost | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._host = host
+        self._tls = tls
         self._target = target_of(address)
         self._door = Door(None if is_socket(self._target) else secret)
         self._write_timeout_s = write_timeout_s
@@ -71,7 +75,7 @@ class EngineServer:
 
     async def start(self) -> str:
         """Listen, and return the address to connect to."""
-        shown = await listen(self._server, self._target)
+        shown = await listen(self._server, self._target, tls=self._tls)
         await self.set_serving(True)
         return shown
 

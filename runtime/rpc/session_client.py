@@ -67,6 +67,10 @@ class SessionClient(ABC):
     async def _disconnect(self) -> None:
         """Leave the replica and free what ``_connect`` took. Idempotent."""
 
+    def _silence_hint(self) -> str:
+        """Return what to add where a replica does not answer."""
+        return ""
+
     # ------------------------------------------------------------------ the contract
 
     async def connect(self, *, timeout_s: float) -> EngineFacts:
@@ -83,7 +87,9 @@ class SessionClient(ABC):
             self._fail_all(EngineUnavailable("the connection was not made"))
             await self._disconnect()
             if isinstance(error, TimeoutError):
-                raise EngineUnavailable(f"the replica did not answer within {timeout_s} s") from error
+                raise EngineUnavailable(
+                    f"the replica did not answer within {timeout_s} s{self._silence_hint()}"
+                ) from error
             raise
         if opened.epoch != facts.epoch:
             await self._disconnect()

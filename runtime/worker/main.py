@@ -34,6 +34,7 @@ from ..rpc.kv_client import GrpcKvTalker
 from ..rpc.kv_talk import KvHost
 from ..rpc.secret import secret_from
 from ..rpc.server import EngineServer
+from ..rpc.tls import tls_from
 from .driver import DriverLimits, EngineLoop
 from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from .keeper_pipe import KeeperPipe
@@ -98,7 +99,7 @@ async def _serve(driver: _Driver, address: str, drain_timeout_s: float) -> int:
     signals, loop = _Signals(), driver.loop
     own = InProcessEngineClient(loop)
     await own.connect(timeout_s=_MEET_TIMEOUT_S)
-    server = EngineServer(loop, address, kv=driver.lines, secret=secret_from(os.environ))
+    server = EngineServer(loop, address, kv=driver.lines, secret=secret_from(os.environ), tls=tls_from(os.environ))
     shown = await server.start()
     print(json.dumps({"ready": True, "address": shown}), flush=True)
     try:
@@ -167,7 +168,7 @@ def _launch(options: argparse.Namespace, event_loop: asyncio.AbstractEventLoop) 
             kv,
             ranks,
             launched.engine,
-            GrpcKvTalker(event_loop, secret=secret_from(os.environ)),
+            GrpcKvTalker(event_loop, secret=secret_from(os.environ), tls=tls_from(os.environ)),
             vocab_size=launched.spec.vocab_size,
             clock=monotonic_clock,
             limits=transfer_limits(options, block_bytes=block_bytes(ranks)),
@@ -235,7 +236,12 @@ def _placed(options: argparse.Namespace) -> Placed:
 
     return Placed(
         replica=options.replica,
-        seat=Seat(rank=options.rank, address=options.address, ranks_on_host=options.ranks_on_host),
+        seat=Seat(
+            rank=options.rank,
+            address=options.address,
+            ranks_on_host=options.ranks_on_host,
+            kv_address=options.kv_address,
+        ),
         start_timeout_s=options.start_timeout,
         comm_timeout_s=options.comm_timeout,
     )
