@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import assert_never, cast
 
 import numpy as np
 
 from ...sdk.errors import EngineUnavailable, SlipstreamError
-from ..messages import EngineRequest
+from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent, SendTo, TakeToken
 from .errors import Draining
 from .gateway import Gateway
@@ -143,6 +143,8 @@ class Attempts:
                         else:
                             self._ended(one)
                     except SlipstreamError as error:
+                        for event in self._left_out():
+                            yield one.number, event
                         self._failed(one, error)
                     continue
                 for one in await self._soonest():
@@ -152,6 +154,8 @@ class Attempts:
                         event, one.pending = one.ask().result(), None
                     except SlipstreamError as error:
                         one.pending = None
+                        for event in self._left_out():
+                            yield one.number, event
                         self._failed(one, error)
                         continue
                     if event is None:
@@ -224,6 +228,22 @@ class Attempts:
         return None if one is None else one.model
 
     # ------------------------------------------------------------------ what attempts come to
+
+    def _left_out(self) -> Iterator[RequestEvent]:
+        """Return the ends of samples whose last token came, and whose end was lost on its way."""
+        request = self._request
+        for index, tokens in enumerate(self._delivered):
+            if not tokens:
+                continue
+            stopped = tokens[-1] in request.stop_ids
+            if stopped or len(tokens) >= request.max_tokens:
+                end = SampleEvent(
+                    index=index,
+                    token_ids=(),
+                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                    stop_token_id=tokens[-1] if stopped else None,
+                )
+                yield RequestEvent(request_id=request.request_id, samples=(end,))
 
     def _ended(self, one: _Attempt) -> None:
         self._act(self._way.ended(one.number, now_s=self._now_s()))

@@ -28,8 +28,8 @@ class DecodePace:
         return self._weight > 0
 
     def note(self, sequences: int, token_s: float) -> None:
-        """Take in a report; one that says the same as the last is the last one again."""
-        if token_s <= 0 or (sequences, token_s) == self._last:
+        """Take in a report; one that says the same as the last is the last one again, one of nobody is of no use."""
+        if token_s <= 0 or sequences < 1 or (sequences, token_s) == self._last:
             return
         self._last = (sequences, token_s)
         self._weight = _KEPT * self._weight + 1.0
@@ -43,7 +43,7 @@ class DecodePace:
     def token_s(self, sequences: float) -> float:
         """Return how long a step with so many sequences is thought to take."""
         assert self.measured, "nothing is known of this replica's steps"
-        at, seconds = max(self._last[0], 1), self._last[1]
+        at, seconds = self._last
         if self._xx < _LEAST_SPREAD**2 * self._weight:
             return seconds * (_FIXED_SHARE + (1 - _FIXED_SHARE) * max(sequences, 1) / at)
         # Never falling with sequences, and never from below nothing: noise may say either.

@@ -92,8 +92,9 @@ class PrefixIndex:
 
     def _hits_within(self, stride: tuple[bytes, ...], have: int, before: int, found: dict[str, int]) -> int:
         """Note whose hits end within a stride; return whose go on."""
+        holders = self._holders.get
         for place, digest in enumerate(stride):
-            still = have & self._holders.get(digest, 0)
+            still = have & holders(digest, 0)
             if still != have:
                 if before + place:
                     for name in self._named(have & ~still):

@@ -43,6 +43,9 @@ _PAIR_FAILURES = frozenset(
 _STALL_WEIGHT = 0.02
 """What a second by which a prompt's computing holds up one sequence that decodes there counts for, in seconds."""
 
+_CLOSE = 4
+"""How many of the best of either side are paired with one another."""
+
 _SMOOTHING = 0.05
 
 _MASK_64 = (1 << 64) - 1
@@ -259,26 +262,32 @@ class Router:
 
     def _pairs(self, prefills: list[_Half], decodes: list[_Half], now_s: float) -> list[_Pair]:
         """Return the pairs that may be best."""
+        prefills.sort(key=lambda half: (half.weighed_s, half.standing.turn))
+        decodes.sort(key=lambda half: (half.decode_s, half.standing.turn))
+        # The best of either side first; the others only when breakers keep those apart.
+        return self._pairs_of(prefills[:_CLOSE], decodes[:_CLOSE], now_s) or self._pairs_of(prefills, decodes, now_s)
+
+    def _pairs_of(self, prefills: list[_Half], decodes: list[_Half], now_s: float) -> list[_Pair]:
         links, breakers = self._links, self._breakers
-        prefills.sort(key=lambda half: half.weighed_s)
-        decodes.sort(key=lambda half: half.decode_s)
         found: list[_Pair] = []
         most_s = float("inf")
         for prefill in prefills:
             # A transfer costs nothing at best: from here on nobody can be better.
             if prefill.weighed_s + decodes[0].decode_s > most_s:
                 break
+            name = prefill.standing.name
             for decode in decodes:
                 so_far_s = prefill.weighed_s + decode.decode_s
                 if so_far_s > most_s:
                     break
-                name, to = prefill.standing.name, decode.standing.name
-                breaker = breakers.get((name, to))
-                if name == to or (breaker is not None and not breaker.lets(now_s)):
+                to = decode.standing.name
+                if breakers and (name, to) in breakers and not breakers[name, to].lets(now_s):
                     continue
                 transfer_s = links.extra_s(name, to, tokens=decode.computed, hidden_behind_s=prefill.compute_s)
                 found.append(_Pair(so_far_s + transfer_s, prefill, decode, transfer_s))
-                most_s = min(most_s, self._as_good_as(so_far_s + transfer_s, decodes[0].decode_s))
+                as_good_s = self._as_good_as(so_far_s + transfer_s, decodes[0].decode_s)
+                if as_good_s < most_s:
+                    most_s = as_good_s
         return found
 
     def _as_good_as(self, cost_s: float, decode_s: float) -> float:
@@ -286,29 +295,27 @@ class Router:
         return cost_s + (cost_s - decode_s) * self._settings.tie_share + self._settings.tie_s
 
     def _half(self, standing: Standing, ask: Ask, cached: dict[str, int], now_s: float, *, decodes: bool) -> _Half:
-        settings = self._settings
         have = cached.get(standing.name, 0)
         computed = len(ask.prompt) - have
-        rate = standing.rate or self._typical_rate or settings.first_tokens_per_s
+        rate = standing.rate or self._typical_rate or self._settings.first_tokens_per_s
         queue_s = standing.queued_tokens(now_s, rate) / rate
         compute_s = computed / rate
-        weighed_s = queue_s + settings.compute_weight * compute_s
-        weighed_s += settings.recent_weight * standing.recent_tokens(now_s) / rate
-        decode_s = self._decode_s(standing, ask) if decodes else 0.0
-        if decodes:
-            # While the prompt is computed, those that decode there wait.
-            weighed_s += _STALL_WEIGHT * compute_s * standing.sequences
-        return _Half(standing, queue_s, compute_s, decode_s, weighed_s, have, computed)
+        recent_s = standing.recent_tokens(now_s) / rate
+        weighed_s = queue_s + self._settings.compute_weight * compute_s + self._settings.recent_weight * recent_s
+        if not decodes:
+            return _Half(standing, queue_s, compute_s, 0.0, weighed_s, have, computed)
+        # While the prompt is computed, those that decode there wait.
+        weighed_s += _STALL_WEIGHT * compute_s * standing.sequences
+        return _Half(standing, queue_s, compute_s, self._decode_s(standing, ask), weighed_s, have, computed)
 
     def _decode_s(self, standing: Standing, ask: Ask) -> float:
         """Return what the tokens after the first cost there once this request runs too."""
-        before = standing.sequences
-        sequences = before + ask.sequences
+        sequences = standing.sequences + ask.sequences
         if standing.pace.measured:
             token_s = standing.pace.token_s(min(sequences, standing.facts.max_num_seqs))
         else:
             typical_s = self._typical_token_s or self._settings.first_token_s
-            token_s = typical_s * (0.5 + 0.5 * sequences / max(before, 1)) if before else typical_s
+            token_s = typical_s * (0.5 + 0.5 * sequences)
         tokens = min(float(ask.max_tokens), self._settings.token_weight)
         # Beyond the slots a sequence waits until others have ended: about half of what each of those has left.
         rounds = max(0, sequences - standing.facts.max_num_seqs) / standing.facts.max_num_seqs

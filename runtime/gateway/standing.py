@@ -89,12 +89,14 @@ class Standing:
         load = self.load
         if load is None:
             return float(self._sent_tokens)
-        since_s = min(max(now_s - self._load_s, 0.0), _TRUSTED_S)
-        return max(0.0, load.queued_tokens - since_s * rate) + self._sent_tokens
+        left = float(load.queued_tokens)
+        if left:
+            left = max(0.0, left - rate * min(max(now_s - self._load_s, 0.0), _TRUSTED_S))
+        return left + self._sent_tokens
 
     def recent_tokens(self, now_s: float) -> float:
         """Return the tokens that were sent there lately, done or not, older ones counting less."""
-        return self._recent(now_s)
+        return self._recent(now_s) if self._recent_tokens else 0.0
 
     @property
     def sequences(self) -> int:

@@ -1,7 +1,8 @@
 """An ``EngineClient`` without an engine: its tokens are a function of the request, and a test decides when they come.
 
 The answer to a prompt is the prompt's own tokens from the beginning again, shifted by the sample's index, so that a
-test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica.
+test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica, and
+``lose_ends`` does so when a sample's last token has come and its end has not.
 ``taken`` counts the tokens that ``take_token`` took.
 A request that is sent on goes to the one of ``peers`` that has its address; ``hand_off_ending`` says how that ends
 (None: badly, after its token came), and any ending but "committed" comes before a token.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,6 +52,7 @@ class ScriptedEngine:
         self.hold.set()
         self.hold_after = 0
         self.fail_after: int | None = None
+        self.lose_ends = False
         self.refusal: SlipstreamError | None = None
         self.finish_reason: FinishReason | None = None
         self.requests: list[EngineRequest] = []
@@ -160,7 +163,12 @@ class ScriptedEngine:
                     places[index] += len(tokens)
                     drawn += len(tokens)
                     sample = self._sample(request, index, tokens, last=places[index] >= len(answer))
+                lost = self.lose_ends and sample.finish_reason is not None
+                if lost:
+                    sample = replace(sample, finish_reason=None, stop_token_id=None)
                 yield RequestEvent(request_id=request.request_id, samples=(sample,), cached_tokens=0, queue_s=0.0)
+                if lost:
+                    raise EngineUnavailable("the replica was lost")
                 if self.fail_after is not None and drawn >= self.fail_after:
                     raise EngineUnavailable("the replica was lost")
 
