@@ -69,6 +69,8 @@ async def _serve(options: argparse.Namespace, settings: GatewaySettings, listeni
         clock=monotonic_clock,
         jitter=_jitter,
         seed=options.seed,
+        split_from_tokens=options.split_from_tokens,
+        salt=random.getrandbits(32),
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
         split_from_tokens=options.split_from_tokens,
         # Several gateways that all drew alike would all find the same replicas.
@@ -161,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
+    add(
+        "--split-from-tokens",
+        type=int,
+        default=SPLIT_FROM_TOKENS,
+        metavar="N",
+        help="prompts with fewer tokens to compute stay where they are decoded",
+    )
     add("--seed", type=int, help="makes requests without a seed repeat from run to run")
     return parser
 
