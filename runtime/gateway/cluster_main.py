@@ -69,8 +69,6 @@ async def _serve(options: argparse.Namespace, settings: GatewaySettings, listeni
         clock=monotonic_clock,
         jitter=_jitter,
         seed=options.seed,
-        split_from_tokens=options.split_from_tokens,
-        salt=random.getrandbits(32),
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
         split_from_tokens=options.split_from_tokens,
         # Several gateways that all drew alike would all find the same replicas.
