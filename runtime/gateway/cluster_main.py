@@ -161,13 +161,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
-    add(
-        "--split-from-tokens",
-        type=int,
-        default=SPLIT_FROM_TOKENS,
-        metavar="N",
-        help="prompts with fewer tokens to compute stay where they are decoded",
-    )
     add("--seed", type=int, help="makes requests without a seed repeat from run to run")
     return parser
 
