@@ -9,6 +9,7 @@ from pathlib import Path
 from ...comm.errors import CommMisuse
 from ...comm.kv.channel import Carrier
 from ...comm.kv.layout import KvOffer
+from ...comm.kv.memory import KvMemory
 from ...comm.kv.shm import Shm
 from ...comm.kv.streams import StreamTransport
 from ...comm.kv.tcp import Tcp
@@ -35,12 +36,13 @@ def open_transports(
     seat: KvSeat,
     offer: KvOffer,
     gate: Gate,
+    memory: KvMemory,
     *,
     folder: Path,
     events: Events,
     clock: Clock,
 ) -> dict[str, StreamTransport]:
-    """Listen with every kind of transport that the replica has; ``folder``: for sockets that have a name.
+    """Listen with every kind of transport that the replica has, and let others in; ``folder``: for sockets with names.
 
     Raises: CommMisuse
     """
@@ -61,6 +63,8 @@ def open_transports(
             )
             undo.callback(transport.close)
             opened[kind] = transport
+        for transport in opened.values():
+            transport.register(memory)
         undo.pop_all()
     return opened
 
