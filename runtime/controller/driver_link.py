@@ -19,6 +19,7 @@ from ...sdk.params import SamplingParams
 from ..messages import EngineRequest
 from ..rpc.client import GrpcEngineClient
 from ..rpc.engine_client import EngineFacts
+from ..rpc.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +32,30 @@ _CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverReport:
-    """What is known of a driver. ``proven``: a token came out of it. ``problem``: what stands in the way."""
+    """What is known of a driver. ``proven``: a token came out of it. ``problem``: what stands in the way.
+
+    ``requests``: also those that wait for KV of others; ``grants``, ``transfers``: KV on its way in, and out.
+    """
 
     answers: bool = False
     proven: bool = False
     admitting: bool = True
     requests: int = 0
+    grants: int = 0
+    transfers: int = 0
     problem: str = ""
 
 
 class DriverLink:
-    """A session with one driver, kept until it is lost or left. ``secret``: what the two have to share over TCP."""
+    """A session with one driver, kept until it is lost or left.
 
-    def __init__(self, address: str, *, secret: bytes | None = None) -> None:
+    ``secret``: what the two have to share over TCP; ``tls``: this side's certificates there.
+    """
+
+    def __init__(self, address: str, *, secret: bytes | None = None, tls: Tls | None = None) -> None:
         self._address = address
         self._secret = secret
+        self._tls = tls
         self._proven = False
         self._drain_asked = False
         self._problem = ""
@@ -65,7 +75,9 @@ class DriverLink:
             answers=True,
             proven=self._proven,
             admitting=not load.draining,
-            requests=load.running + load.waiting,
+            requests=load.running + load.waiting + load.awaiting,
+            grants=load.receiving,
+            transfers=load.sending,
             problem=self._problem,
         )
 
@@ -91,7 +103,7 @@ class DriverLink:
     async def _keep(self) -> None:
         """Meet the driver, again when the session is lost, and let it prove itself once."""
         while not self._stopping.is_set():
-            client = GrpcEngineClient(self._address, secret=self._secret)
+            client = GrpcEngineClient(self._address, secret=self._secret, tls=self._tls)
             try:
                 facts = await client.connect(timeout_s=_CONNECT_TIMEOUT_S)
                 self._client = client

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...comm.errors import CommMisuse
 from ...comm.kv.incoming import Incoming, Outcome, Write
 from ...comm.kv.layout import KvOffer
-from ...comm.kv.tensor_memory import memory_of
+from ...comm.kv.tensor_memory import store_of
 from ...comm.kv.transfer import Drained, Ending, OpenReceiving, Peer, PeerRank, RankBroken, RankDone, TransferId
 from ...comm.kv.transport import Event, Events, LockedGate, PeerDown, Released, Written
 from ...placement.kv_routes import KvLayout
@@ -55,7 +55,8 @@ class RankKv:
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
-        memory = memory_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        self._memory = memory
         self.offer = KvOffer(
             replica=share.replica,
             incarnation=share.incarnation,
@@ -133,10 +134,12 @@ class RankKv:
 
     def layer_done(self, layer: int) -> None:
         """Note that a layer has written its KV."""
+        self._memory.mark()
         self._notes.layer_done(layer)
 
     def end_step(self) -> None:
         """Note that all layers have."""
+        self._memory.mark()
         self._notes.end_step()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...comm.errors import CommMisuse
 from ...comm.kv.channel import Carrier
 from ...comm.kv.layout import KvOffer
-from ...comm.kv.memory import KvMemory
+from ...comm.kv.memory import KvStore
 from ...comm.kv.shm import Shm
 from ...comm.kv.streams import StreamTransport
 from ...comm.kv.tcp import Tcp
@@ -36,7 +36,7 @@ def open_transports(
     seat: KvSeat,
     offer: KvOffer,
     gate: Gate,
-    memory: KvMemory,
+    memory: KvStore,
     *,
     folder: Path,
     events: Events,
