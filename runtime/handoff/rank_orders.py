@@ -225,7 +225,8 @@ _NAMES: dict[type, str] = {RankOpened: "opened", RankDone: "done", Drained: "dra
 
 
 def _pack(values: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(values)
+    # A name that is no text is nobody's that the driver knows.
+    packed: bytes = msgpack.packb(values, unicode_errors="replace")
     return packed
 
 

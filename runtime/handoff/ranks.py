@@ -11,6 +11,7 @@ from typing import Protocol
 from ...comm.kv.layout import KvOffer
 from ...comm.kv.transfer import Report, TransferId
 from ...comm.kv.transport import PeerDown
+from .rank_hub import KvHub
 from .rank_kv import RankKv
 from .rank_orders import KvOrder, RankEnd, RankMoved, RankWord
 
@@ -157,6 +158,47 @@ class LocalKvRanks:
         """End everything."""
         for rank in self._ranks:
             rank.close()
+
+
+class BusKvRanks:
+    """The driver's own rank, and those of other processes."""
+
+    def __init__(self, own: RankKv, hub: KvHub, *, timeout_s: float) -> None:
+        """Wait until all ranks have come; both ends are closed in the end. Raises: EngineError naming who has not"""
+        others = hub.wait_joined(timeout_s)
+        self._own = own
+        self._hub = hub
+        self._ledger = Ledger()
+        self.offer = own.offer
+        self.ends = (own.ends, *(others[rank] for rank in sorted(others)))
+
+    def listen(self, on_report: RankListener) -> None:
+        """Tell somebody what ranks report."""
+        self._own.listen(words_to(self._ledger, self._own.rank, on_report))
+        self._hub.listen(lambda rank, word: words_to(self._ledger, rank, on_report)(word))
+
+    def give(self, order: KvOrder) -> None:
+        """Have all ranks carry out an order."""
+        self._hub.give(order)
+        self._own.order(order)
+
+    def moved(self) -> KvMoved:
+        """Return what has been moved since the start."""
+        return self._ledger.moved()
+
+    def moved_of(self, transfer: TransferId) -> KvMoved | None:
+        """Return what was moved of a transfer."""
+        return self._ledger.moved_of(transfer)
+
+    def check(self) -> None:
+        """Look whether all ranks are there."""
+        self._own.check()
+        self._hub.check()
+
+    def close(self) -> None:
+        """End everything."""
+        self._own.close()
+        self._hub.close()
 
 
 def words_to(ledger: Ledger, rank: int, on_report: RankListener) -> Callable[[RankWord], None]:

@@ -56,8 +56,8 @@ class Cache:
     layers: list[torch.Tensor]
 
     @classmethod
-    def blank(cls, layout: KvLayout, rank: int) -> Cache:
-        shape = (2, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, ROW_BYTES)
+    def blank(cls, layout: KvLayout, rank: int, *, row_bytes: int = ROW_BYTES) -> Cache:
+        shape = (2, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, row_bytes)
         own = layout.layers_of(rank)
         return cls(layout, rank, [torch.full(shape, UNTOUCHED, dtype=torch.uint8) for _ in own])
 
@@ -97,10 +97,12 @@ class Replica:
         incarnation: int = 3,
         kinds: tuple[str, ...] = ("tcp",),
         limits: KvLimits = LIMITS,
+        join: Callable[[list[RankKv]], KvRanks] = LocalKvRanks,
+        row_bytes: int = ROW_BYTES,
     ) -> None:
         self.me = Peer(replica, incarnation)
         self.layout = layout
-        self.caches = [Cache.blank(layout, rank) for rank in range(layout.ranks)]
+        self.caches = [Cache.blank(layout, rank, row_bytes=row_bytes) for rank in range(layout.ranks)]
         self.kv = [
             RankKv(
                 share_of(replica, incarnation, kinds, limits),
@@ -112,7 +114,7 @@ class Replica:
             )
             for rank, cache in enumerate(self.caches)
         ]
-        self.ranks: KvRanks = LocalKvRanks(self.kv)
+        self.ranks = join(self.kv)
         self.said: list[Report | PeerDown] = []
         self._changed = threading.Condition()
         self.ranks.listen(self._hear)
@@ -163,8 +165,7 @@ class Replica:
     def open_receive(
         self, transfer: TransferId, source: KvLayout, tokens: range, blocks: Sequence[int], *, generation: int = 1
     ) -> None:
-        grant = OpenReceiving(transfer=transfer, generation=generation, tokens=tokens, blocks=tuple(blocks))
-        self.ranks.give(OpenReceive(grant=grant, source=source))
+        self.ranks.give(self.receive_order(transfer, source, tokens, blocks, generation=generation))
         self.wait(
             lambda said: (
                 sum(
@@ -174,6 +175,12 @@ class Replica:
                 == self.layout.ranks
             )
         )
+
+    def receive_order(
+        self, transfer: TransferId, source: KvLayout, tokens: range, blocks: Sequence[int], *, generation: int = 1
+    ) -> OpenReceive:
+        grant = OpenReceiving(transfer=transfer, generation=generation, tokens=tokens, blocks=tuple(blocks))
+        return OpenReceive(grant=grant, source=source)
 
     def shut(self, transfer: TransferId, *, generation: int = 1) -> None:
         """Close a transfer and wait until nobody touches its blocks."""

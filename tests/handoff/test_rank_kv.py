@@ -220,6 +220,33 @@ def test_a_peer_that_never_answers_is_given_up(seed: int) -> None:
         prefill.shut(prefill.transfer(1))
 
 
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+def test_a_peer_that_is_stopped_holds_nobody_up(kind: str) -> None:
+    """It takes no more, in the middle of a frame that no buffer holds: steps, orders and other peers go on."""
+    layout = KvLayout(layers=1, kv_heads=1, block_size=64)
+    limits = replace(LIMITS, max_frame_bytes=64 << 20, frame_timeout_s=0.5)
+    tokens, blocks = range(20 * 64), list(range(20))
+    prefill, stopped, other = (
+        Replica(name, layout, kinds=(kind,), limits=limits, row_bytes=16_384)
+        for name in ("prefill-0", "decode-0", "d-1")
+    )
+    with closing(prefill.ranks), closing(stopped.ranks), closing(other.ranks):
+        gate = stopped.kv[0]._gate
+        for number, target in ((1, stopped), (2, other)):
+            target.open_receive(prefill.transfer(number), layout, tokens, blocks)
+            prefill.open_send(number, target, tokens, blocks)
+        with gate.lock:
+            # Its threads stand where they would write.
+            prefill.kv[0].begin_step([1, 2], [blocks, blocks], [tokens.stop, tokens.stop])
+            prefill.kv[0].layer_done(0)
+            prefill.kv[0].end_step()
+            other.wait_all(RankDone, prefill.transfer(2))
+            prefill.shut(prefill.transfer(2))
+            # The frame is given up, and with it what it kept of the memory.
+            prefill.wait(lambda said: any(isinstance(word, RankBroken) for word in said))
+            prefill.shut(prefill.transfer(1))
+
+
 @pytest.mark.parametrize(
     ("ends", "ending"),
     [
