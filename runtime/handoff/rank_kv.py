@@ -55,8 +55,7 @@ class RankKv:
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
-        memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
-        self._memory = memory
+        memory = self._memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
         self.offer = KvOffer(
             replica=share.replica,
             incarnation=share.incarnation,

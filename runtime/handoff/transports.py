@@ -10,6 +10,7 @@ from ...comm.errors import CommMisuse
 from ...comm.kv.channel import Carrier
 from ...comm.kv.layout import KvOffer
 from ...comm.kv.memory import KvStore
+from ...comm.kv.nixl import Nixl
 from ...comm.kv.shm import Shm
 from ...comm.kv.streams import StreamTransport
 from ...comm.kv.tcp import Tcp
@@ -17,7 +18,7 @@ from ...comm.kv.transport import Events, Gate
 from ..clock import Clock
 from .settings import KvSeat, KvShare
 
-_CARRIERS: dict[str, Callable[[], Carrier]] = {"shm": Shm, "tcp": Tcp}
+_CARRIERS: dict[str, Callable[[], Carrier]] = {"shm": Shm, "tcp": Tcp, "nixl": Nixl}
 
 
 def check_kinds(kinds: tuple[str, ...], address: str, *, across_hosts: bool) -> None:
@@ -27,7 +28,7 @@ def check_kinds(kinds: tuple[str, ...], address: str, *, across_hosts: bool) -> 
     """
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= _CARRIERS.keys():
         raise CommMisuse(f"KV goes by some of {', '.join(_CARRIERS)}, each once, got {', '.join(kinds) or 'none'}")
-    if "tcp" in kinds:
+    if not set(kinds) <= {"shm"}:
         Tcp().check_address(any_port(address), across_hosts=across_hosts)
 
 
