@@ -165,7 +165,7 @@ def _caller(context: _Context) -> Caller:
 
 def _time_left(context: _Context) -> float | None:
     """Return the seconds until a call's deadline; None without one."""
-    left_s = context.time_remaining()  # type: ignore[attr-defined]  # missing in the stubs
+    left_s: Any = context.time_remaining()
     return None if left_s is None or not math.isfinite(left_s) else max(left_s, 0.0)
 
 
