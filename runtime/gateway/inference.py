@@ -12,22 +12,24 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from ...sdk.errors import InvalidRequest, SlipstreamError
+from ...sdk.errors import SlipstreamError
 from ...sdk.results import Logprob
+from ..rpc.codec_inference import read_kept, write_kept
 from ..rpc.inference import AnswerNews, Ask, Caller, InferenceRefused, ModelFacts, Scored, TextLine
 from ..rpc.inference_server import InferenceServer
 from ..rpc.tls import Tls
-from .admission import Ticket
 from .direct_line import DirectLine
 from .errors import answer_for
 from .gateway import Gateway
 from .generation import Piece, PromptRun
+from .json_body import json_digest
 from .prompts import check_model, check_sequences, prepare
 from .record import RequestRecord, request_id_of
 from .requests import CompletionBody
 from .response_format import answer_format
 from .sampling import completion_params
 from .trace import trace_of
+from .turns import end_turn, take_turn
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class GatewayInference:
         # Until it is known better: whoever stops reading has left.
         record.outcome = "cancelled"
         try:
-            gateway.keys.check(caller.authorization)
+            record.caller = gateway.keys.check(caller.authorization)
             async with aclosing(self._admitted(ask, caller, record, line)) as answer:
                 async for news in answer:
                     yield news
@@ -86,16 +88,33 @@ class GatewayInference:
     async def _admitted(
         self, ask: Ask, caller: Caller, record: RequestRecord, line: TextLine | None
     ) -> AsyncGenerator[AnswerNews]:
-        gateway = self._gateway
-        if ask.idempotency_key:
-            raise InvalidRequest("idempotency_key", "is not kept over gRPC: ask over HTTP, or leave it out")
-        ticket: Ticket = gateway.admission.enter(now_s=gateway.clock())
+        ticket = await take_turn(self._gateway, record)
         try:
-            async with aclosing(self._answer(ask, caller, record, line)) as answer:
+            kept = self._kept(ask, caller, record) if ask.idempotency_key else self._answer(ask, caller, record, line)
+            async with aclosing(kept) as answer:
                 async for news in answer:
                     yield news
         finally:
-            gateway.admission.leave(ticket, now_s=gateway.clock())
+            end_turn(self._gateway, record, ticket)
+
+    async def _kept(self, ask: Ask, caller: Caller, record: RequestRecord) -> AsyncGenerator[AnswerNews]:
+        """Answer a request that has a key, or give the answer that was given under it."""
+        gateway = self._gateway
+        digest = json_digest(ENDPOINT, ask.body)
+        claim = gateway.kept.claim(record.caller, ask.idempotency_key, digest, now_s=gateway.clock())
+        if claim.ended_s is not None:
+            for news in read_kept(bytes(claim.body or b"")):
+                yield news
+            return
+        try:
+            # All of it goes through here: nothing over a line of its own.
+            async with aclosing(self._answer(ask, caller, record, None)) as answer:
+                async for news in answer:
+                    claim.add(write_kept(news))
+                    yield news
+            gateway.kept.keep(claim, now_s=gateway.clock())
+        finally:
+            gateway.kept.forget(claim)
 
     async def _answer(
         self, ask: Ask, caller: Caller, record: RequestRecord, line: TextLine | None

@@ -6,6 +6,8 @@ Only shapes are checked here: what a field may be is the gateway's to say, as it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from struct import Struct
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -19,6 +21,7 @@ from .submit_rules import MAX_PROMPT_TOKENS
 
 MAX_IDEMPOTENCY_KEY_CHARS = 256
 MAX_CHOICES = 4096
+_LENGTH = Struct("!I")
 
 _GIVEN = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -182,6 +185,44 @@ def reply_of(news: AnswerNews) -> pb.GenerateReply:
         prompt, cached, output = news.usage
         reply.usage.CopyFrom(pb.Usage(prompt_tokens=prompt, cached_tokens=cached, output_tokens=output))
     return reply
+
+
+def news_of(reply: pb.GenerateReply) -> AnswerNews:
+    """Return the news that a reply is, one that ``reply_of`` made."""
+    (piece,) = reply.pieces
+    stop: int | str | None = None
+    if (kind := piece.WhichOneof("stop_reason")) is not None:
+        stop = getattr(piece, kind)
+    usage = reply.usage
+    return AnswerNews(
+        sample=piece.sample,
+        text=piece.text,
+        token_ids=tuple(piece.token_ids),
+        logprobs=tuple(
+            tuple(Scored(token.token_id, token.logprob, token.rank, token.text) for token in position.tokens)
+            for position in piece.logprobs
+        ),
+        finish_reason=piece.finish_reason,
+        stop_reason=stop,
+        answer_id=reply.answer_id,
+        usage=(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens) if reply.HasField("usage") else None,
+    )
+
+
+def write_kept(news: AnswerNews) -> bytes:
+    """Return news as bytes that are kept, one behind the other."""
+    data = reply_of(news).SerializeToString()
+    return _LENGTH.pack(len(data)) + data
+
+
+def read_kept(data: bytes) -> Iterator[AnswerNews]:
+    """Yield the news that were kept."""
+    place = 0
+    while place < len(data):
+        (length,) = _LENGTH.unpack_from(data, place)
+        place += _LENGTH.size
+        yield news_of(pb.GenerateReply.FromString(data[place : place + length]))
+        place += length
 
 
 def encode_models(models: tuple[ModelFacts, ...]) -> bytes:

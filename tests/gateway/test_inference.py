@@ -134,7 +134,7 @@ async def test_parameters_reach_the_engine_as_they_are() -> None:
         ("INVALID_ARGUMENT", "logit_bias", ask(logit_bias=dict.fromkeys(range(1025), 0.0))),
         ("INVALID_ARGUMENT", "structured_outputs", ask(structured_outputs=pb.AnswerFormat())),
         ("INVALID_ARGUMENT", "structured_outputs.json", ask(structured_outputs=pb.AnswerFormat(json="{"))),
-        ("INVALID_ARGUMENT", "idempotency_key", ask(idempotency_key="once")),
+        ("INVALID_ARGUMENT", "idempotency_key", ask(idempotency_key=300 * "x")),
         ("NOT_FOUND", "model", ask(model="another")),
     ],
 )
@@ -179,6 +179,31 @@ async def test_the_bound_on_requests_is_shared_with_http() -> None:
         setup.engine.hold.set()
         assert (await running).status_code == 200
         assert text_of(await replies(channel, ask(max_tokens=2)))
+
+
+@asynchronous
+async def test_a_request_that_is_sent_again_under_its_key_gets_the_same_answer() -> None:
+    async with public() as (setup, channel):
+        keyed = ask(max_tokens=5, logprobs=1, return_token_ids=True, stop=["zz"], idempotency_key="once")
+        first = await replies(channel, keyed)
+        again = await replies(channel, keyed)
+        assert again == first and len(setup.engine.requests) == 1
+        stream = Stream(channel)
+        await stream.ask(1, keyed)
+        while not stream.ends:
+            await stream.read()
+        assert stream.texts[1, 0] == text_of(first) and len(setup.engine.requests) == 1
+        other = ask(max_tokens=6, idempotency_key="once")
+        assert (await refusal(call(channel, other)))[0] == "FAILED_PRECONDITION"
+        setup.engine.hold.clear()
+        running = call(channel, ask(max_tokens=2, idempotency_key="held"))
+        await until(lambda: bool(setup.engine.live))
+        assert (await refusal(call(channel, ask(max_tokens=2, idempotency_key="held"))))[0] == "ABORTED"
+        running.cancel()
+        await until(lambda: not setup.engine.live)
+        setup.engine.hold.set()
+        assert text_of(await replies(channel, ask(max_tokens=2, idempotency_key="held"))), "nothing was kept"
+        stream.call.cancel()
 
 
 @asynchronous
