@@ -102,7 +102,7 @@ class HandOffDesk:
         count = ranks.offer.layout.ranks
         self._sending = SendingHalf(me, ranks=count, release=loans.release_sent, limits=limits)
         self._receiving = ReceivingHalf(ranks=count, loans=loans, vocab_size=vocab_size, limits=limits)
-        self._tell: Callable[[DeskEvent], None] = _nobody
+        self._tell: Callable[[DeskEvent], object] = _nobody
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._tick_due_s = 0.0
         self._closed = threading.Event()
@@ -110,7 +110,7 @@ class HandOffDesk:
         ranks.listen(self._heard_rank)
         lines.listen(self)
 
-    def begin(self, tell: Callable[[DeskEvent], None]) -> None:
+    def begin(self, tell: Callable[[DeskEvent], object]) -> None:
         """Start the desk's thread; ``tell`` is called from it, and from the engine's, and must not wait."""
         self._tell = tell
         self._thread.start()
