@@ -66,7 +66,12 @@ class DeskFailed:
     error: Exception
 
 
-DeskEvent = Arrived | SendEnded | DeskFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeskChanged:
+    """Transfers have begun or are over, their blocks given back: the load is another."""
+
+
+DeskEvent = Arrived | SendEnded | DeskChanged | DeskFailed
 
 _Mail = Callable[[float], None]
 
@@ -105,6 +110,7 @@ class HandOffDesk:
         self._tell: Callable[[DeskEvent], object] = _nobody
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._tick_due_s = 0.0
+        self._told = (0, 0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slipstream-hand-off", daemon=True)
         ranks.listen(self._heard_rank)
@@ -264,8 +270,12 @@ class HandOffDesk:
                 todo += [act for action in actions for act in self._outward(now_s, action)]
             while actions_in := self._receiving.take_actions():
                 todo += [act for action in actions_in for act in self._inward(action)]
+            moving = len(self._sending), len(self._receiving)
         for act in todo:
             act()
+        if moving != self._told:
+            self._told = moving
+            self._tell(DeskChanged())
 
     def _outward(self, now_s: float, action: Tell | OpenSending | Close | Ended) -> list[Callable[[], object]]:
         """Return what a sending end's action comes down to."""

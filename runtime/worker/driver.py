@@ -31,7 +31,7 @@ from ..clock import Clock
 from ..engine.engine import Engine
 from ..engine.outputs import StepOutputs
 from ..engine.sequence import Sequence, SequenceState
-from ..handoff.desk import DeskFailed, HandOffDesk
+from ..handoff.desk import DeskChanged, DeskFailed, HandOffDesk
 from ..handoff.receiving import Arrived
 from ..handoff.sending import SendEnded
 from ..rpc.engine_client import EngineFacts, EngineLoadReport
@@ -204,6 +204,9 @@ class EngineLoop:
                 self._arrived(post)
             case SendEnded():
                 self._send_ended(post)
+            case DeskChanged():
+                # It woke this thread, which tells the load.
+                pass
             case DeskFailed(error=error):
                 raise error
             case _:
@@ -389,7 +392,8 @@ class EngineLoop:
         moving = load.awaiting or load.sending or load.receiving
         idle, now_s = not (self._engine.has_work or self._live or moving), self._clock()
         self._tell_blocks(self._blocks.changes(now=idle) if self._sessions else [])
-        tell_all = now_s >= self._load_due_s or (idle and load != self._latest)
+        # Steps bring news of the load with them; where there are none, every change is told.
+        tell_all = now_s >= self._load_due_s or (not self._engine.has_work and load != self._latest)
         if tell_all:
             self._load_due_s = now_s + self._limits.load_period_s
         with self._lock:
