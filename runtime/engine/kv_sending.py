@@ -28,7 +28,7 @@ class KvSending(Protocol):
         ...
 
     def stop(self, number: int) -> None:
-        """End a transfer whose sequence was interrupted, aborted or failed before its token came.
+        """End a transfer whose sequence was interrupted, aborted or failed before its token came, if it is not over.
 
         The blocks stay the transfer's until ``Scheduler.release_sent``, which may be called from in here.
         """
@@ -49,6 +49,12 @@ class SentSequences:
         self._table = table
         # Those whose blocks are held, by number; a sequence may go on when its transfer is over.
         self._held: dict[int, Sequence] = {}
+        self._ending: set[int] = set()
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether blocks come back soon, of transfers that were ended here."""
+        return bool(self._ending)
 
     def begin(self, sequence: Sequence) -> None:
         """Ask for a transfer for a sequence that has just got its slot and blocks, if it is to be sent."""
@@ -75,12 +81,15 @@ class SentSequences:
     def stop(self, sequence: Sequence) -> None:
         """End the transfer of a sequence that leaves its slot before its token came, if it has one."""
         number, sequence.transfer = sequence.transfer, None
-        if number is not None and self.carrier is not None:
+        if number is not None and number in self._held and self.carrier is not None:
             self.carrier.stop(number)
+            if number in self._held:
+                self._ending.add(number)
 
     def release(self, number: int) -> None:
         """Take a transfer that is over off its blocks; a sequence that still runs is sent no longer."""
         sequence = self._held.pop(number)
+        self._ending.discard(number)
         if sequence.slot >= 0 and sequence.transfer == number:
             self._table.keep(sequence.slot)
         self._loans.release(sent_key(number))

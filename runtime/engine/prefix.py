@@ -5,6 +5,7 @@ Owns the chained digests of a sequence (parent's digest, the block's tokens, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,15 @@ from ..messages import Int32Array, StepPlan
 from .kv_blocks import KvBlockPool, chain_digest
 from .sequence import Sequence
 from .slots import SlotTable
+
+PrefixKey = Callable[[int], str | None]
+"""Maps a prompt's length to what else its KV depends on (see ``ModelSpec.prefix_cache_key``)."""
+
+
+def no_prefix_key(prompt_length: int) -> str | None:
+    """Return that nothing depends on a prompt's length."""
+    del prompt_length
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ On a request's way: after admission, before the executor.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from itertools import islice
 
 import numpy as np
@@ -42,7 +42,7 @@ from .kv_sending import KvSending, SentSequences
 from .loans import Loans
 from .outputs import SchedulerLoad, StepOutputs
 from .policies import POLICIES
-from .prefix import publish_full_blocks
+from .prefix import PrefixKey, no_prefix_key, publish_full_blocks
 from .queues import RunningOrder, WaitingQueue
 from .request_limits import check_request, check_single
 from .sequence import Sequence, SequenceState, make_sequences
@@ -51,14 +51,6 @@ from .step_budget import StepBudget
 from .step_builder import StepBuilder
 
 _STORY_EVENTS = 20_000
-
-PrefixKey = Callable[[int], str | None]
-"""Maps a prompt's length to what else its KV depends on (see ``ModelSpec.prefix_cache_key``)."""
-
-
-def _no_prefix_key(prompt_length: int) -> str | None:
-    del prompt_length
-    return None
 
 
 class Scheduler:
@@ -70,7 +62,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: SchedulerConfig, *, prefix_key: PrefixKey = _no_prefix_key, sending: KvSending | None = None
+        self, config: SchedulerConfig, *, prefix_key: PrefixKey = no_prefix_key, sending: KvSending | None = None
     ) -> None:
         self.config = config
         self.pool = KvBlockPool(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching)
@@ -331,6 +323,10 @@ class Scheduler:
         if needed <= 0:
             return
         while (blocks := self.pool.allocate(needed, Owner(sequence.sequence_id))) is None:
+            if self._sent.gives_back:
+                # Preempting one that was sent frees nothing at once: more of them would go for nothing.
+                table.planned[slot] = 0
+                return
             victim = self._running.last
             self._preempt(builder, victim)
             if victim is sequence:

@@ -110,7 +110,8 @@ class SplitWorld:
 
     def tick(self) -> None:
         """Let one thing happen, whatever the seed wants."""
-        act = self.draw.choice([self.step_prefill, self.step_decode, self.step_decode, self.move, self.move])
+        acts = [self.step_prefill, self.step_decode, self.move, self.move, self.move]
+        act = self.draw.choice(acts)
         act()
         self.prefill.scheduler.check_integrity()
         self.decode.scheduler.check_integrity()

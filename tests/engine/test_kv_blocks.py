@@ -87,6 +87,68 @@ def test_roots_differ_by_every_extra_key() -> None:
     assert len(roots) == 8
 
 
+def test_changes_of_the_cache_are_told_once_and_first_all_of_it() -> None:
+    pool = KvBlockPool(3)
+    digests = [chain_digest(root_digest(None), name) for name in (b"a", b"b", b"c")]
+    blocks = pool.allocate(3, ONE)
+    assert blocks is not None
+    pool.publish(blocks[0], digests[0])
+    assert pool.take_changes() == ([digests[0]], [], True)
+    assert pool.take_changes() == ([], [], False)
+    pool.publish(blocks[1], digests[1])
+    pool.publish(blocks[2], digests[2])
+    pool.release(blocks, ONE)
+    # The last of the prefix goes first; it was stored and given up since the last time.
+    assert pool.allocate(1, TWO) == [blocks[2]]
+    assert pool.take_changes() == ([digests[1]], [digests[2]], False)
+    pool.publish(blocks[2], digests[2])
+    pool.reset_prefix_cache()
+    changes = pool.take_changes()
+    assert changes.stored == [digests[2]] and set(changes.removed) == set(digests[:2]) and not changes.reset
+    assert pool.cached_digests() == [digests[2]]
+
+
+def test_more_changes_than_blocks_are_told_as_all_that_is_there() -> None:
+    pool = KvBlockPool(2)
+    pool.take_changes()
+    for number in range(5):
+        blocks = pool.allocate(1, ONE)
+        assert blocks is not None
+        pool.publish(blocks[0], str(number).encode())
+        pool.release(blocks, ONE)
+    changes = pool.take_changes()
+    assert changes.reset and set(changes.stored) == {b"3", b"4"} and not changes.removed
+    assert not pool.take_changes().reset
+
+
+def test_settled_blocks_are_those_that_no_step_on_its_way_was_given() -> None:
+    pool = KvBlockPool(4)
+    pool.step = 3
+    first, second = pool.allocate(1, ONE), pool.allocate(2, TWO)
+    assert first is not None and second is not None
+    pool.release(first, ONE)
+    pool.publish(second[0], b"cached")
+    pool.step = 5
+    pool.release(second, TWO)
+    # One was never used, one is of step 3; one more is free and one cached, both of step 5.
+    assert pool.allocate_settled(3, ONE, settled_step=4) is None
+    blocks = pool.allocate_settled(2, ONE, settled_step=4)
+    assert blocks is not None and set(blocks) == {3, *first}
+    assert pool.allocate_settled(2, TWO, settled_step=5) is not None and pool.cached == 0
+    pool.check_integrity()
+
+
+def test_settled_cached_blocks_are_taken_when_free_ones_are_not_settled() -> None:
+    pool = KvBlockPool(2)
+    blocks = pool.allocate(2, ONE)
+    assert blocks is not None
+    pool.publish(blocks[0], b"cached")
+    pool.release(blocks[:1], ONE)
+    pool.step = 1
+    pool.release(blocks[1:], ONE)
+    assert pool.allocate_settled(1, TWO, settled_step=0) == [blocks[0]]
+
+
 class PoolWalk(RuleBasedStateMachine):
     """Random calls against a model that is a plain list of who holds what."""
 

@@ -55,7 +55,7 @@ class OracleExecutor:
         self.computed_tokens = 0
         self.closed = False
 
-    def submit(self, plan: StepPlan) -> ReadyStep | LateStep:
+    def submit(self, plan: StepPlan) -> ReadyStep:
         return ReadyStep(self.compute(plan))
 
     def compute(self, plan: StepPlan) -> StepResult:
@@ -133,7 +133,7 @@ class LateOracleExecutor(OracleExecutor):
             step.done = self.compute(step.plan)
 
 
-class LateStep:
+class LateStep(ReadyStep):
     """A step of a ``LateOracleExecutor``."""
 
     def __init__(self, executor: LateOracleExecutor, plan: StepPlan) -> None:
