@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
 
+from ...comm.kv.transfer import Ending
 from ...sdk.errors import (
     DeadlineExceeded,
     EngineUnavailable,
@@ -269,6 +270,7 @@ class EngineLoop:
             key=submit.key,
             engine_id=f"{news.session.number}/{submit.request.request_id}",
             deadline_s=self._clock() + submit.timeout_s,
+            trace_id=submit.trace_id,
         )
         if live.engine_id in self._live:
             raise InvalidRequest(
@@ -331,6 +333,9 @@ class EngineLoop:
         if live is not None and self._hand_offs.is_over(live, ended):
             self._drop(live)
             live.news.others.append(HandOffEnded(key=live.key, report=ended.report))
+            committed = ended.report.ending == Ending.COMMITTED
+            level = logging.DEBUG if committed else logging.INFO
+            logger.log(level, "hand-off of %s ended: %s, trace %s", live.engine_id, ended.report.ending, live.trace_id)
 
     def _end_overdue(self) -> None:
         """End requests whose time is over, also when their gateway forgot to, or cannot."""

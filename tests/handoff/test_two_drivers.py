@@ -25,7 +25,7 @@ from slipstream.tests.engine.builders import request
 from slipstream.tests.gateway.server_process import make_model
 from slipstream.tests.handoff.driver_processes import Driver, drivers
 from slipstream.tests.handoff.split_ways import Way, all_free, load_of, send_from, until, wait_at
-from slipstream.tests.text.tiny_tokenizers import byte_level
+from slipstream.tests.text.tiny_tokenizers import byte_level, id_of
 
 PATIENCE_S = 120.0
 PROMPTS = [[3 + (7 * row + index) % 150 for index in range(length)] for row, length in enumerate((3, 20, 65, 130))]
@@ -104,7 +104,7 @@ def requests(name: str, **more: Any) -> list[EngineRequest]:
             max_tokens=40,
             temperature=0.9,
             cache_salt=name,
-            stop_ids=(byte_level().token_to_id("<|im_end|>"),),
+            stop_ids=(id_of(byte_level(), "<|im_end|>"),),
             structured_outputs=constraint,
         ),
     ]
@@ -207,11 +207,11 @@ def test_aborts_and_going_on_leave_nothing_behind(replicas: dict[str, Driver]) -
                     await two.to_decode.go_on(one.request_id)
                 elif turn == 2:
                     await two.to_decode.go_on(one.request_id)
-            for (waits, sent), one in zip(ways[1:], expected[1:], strict=True):
-                assert (await waits).tokens == one.tokens[0]
+            for (waits, sent), alone in zip(ways[1:], expected[1:], strict=True):
+                assert (await waits).tokens == alone.tokens[0]
                 if not sent.cancelled() and not sent.cancelling():
                     ended = await sent
-                    assert ended.report is not None and ended.tokens in ([], one.tokens[0][:1])
+                    assert ended.report is not None and ended.tokens in ([], alone.tokens[0][:1])
             await ways[0][1]
 
     run(test())
@@ -221,7 +221,8 @@ def test_whoever_is_killed_takes_no_blocks_of_others_along(model: Path) -> None:
     async def test(prefill: Driver, decode: Driver, other: Driver) -> None:
         long = [3 + index % 150 for index in range(230)]
         wanted = [request(f"k{row}", [row, *long], seed=row, max_tokens=8, temperature=0.5) for row in range(12)]
-        async with meet(prefill, decode) as two, other.client() as to_other:
+        async with prefill.client() as to_prefill, decode.client() as to_decode, other.client() as to_other:
+            two = Pair(prefill, decode, to_prefill, to_decode)
             # The one that decodes is killed while KV comes.
             waits = [wait_at(to_other, one, one.request_id) for one in wanted]
             sent = [send_from(two.to_prefill, one, other.send_to(one.request_id)) for one in wanted]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.messages import EngineRequest, FinishReason
 from slipstream.runtime.rpc.engine_client import (
     BlockChanges,
@@ -301,6 +302,32 @@ def test_a_sender_that_is_gone_costs_a_lease_and_the_request_goes_on_here() -> N
             await until(lambda: not two.decode.scheduler.loans)
             await two.to_decode.go_on("r")
             assert (await waits).tokens == expected_tokens(PROMPT, 7, 12)
+
+    run(test())
+
+
+def test_steps_that_hang_at_both_ends_cost_no_lease() -> None:
+    """Heartbeats come from the desk's own thread, and it waits for no step."""
+
+    async def test() -> None:
+        async with pair() as two:
+            # A request of each side's own, whose steps wait for the gate from now on.
+            own = [follow(each.generate(ask("own"), timeout_s=PATIENCE_S)) for each in (two.to_prefill, two.to_decode)]
+            two.bench.net.hold()
+            waits, sent = wait_there(two, ask()), send_there(two, ask())
+            await granted(two)
+            two.prefill.gate.close()
+            two.decode.gate.close()
+            begun_s = monotonic_clock()
+            await until(lambda: monotonic_clock() > begun_s + 3 * QUICK.lease_s)
+            assert two.decode.scheduler.loans and two.prefill.scheduler.loans, "a lease ran out while steps hung"
+            for gate in (two.prefill.gate, two.decode.gate):
+                gate.open()
+            two.bench.net.let_flow()
+            assert (await waits).tokens == expected_tokens(PROMPT, 7, 12)
+            ended = await sent
+            assert ended.report is not None and ended.report.ending == "committed"
+            assert [each.error for each in await asyncio.gather(*own)] == [None, None]
 
     run(test())
 
