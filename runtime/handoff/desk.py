@@ -208,6 +208,10 @@ class HandOffDesk:
         """Take in a message of a replica that this one sends to, likewise."""
         self._post(lambda now_s: self._sending.hear(now_s, message, peer))
 
+    def sender_gone(self, replica: str) -> None:
+        """Forget a replica that sent to this one; if it is there after all it is met anew."""
+        self._mail.put(lambda now_s: self._receiving.gone(replica))
+
     def receiver_refused(self, replica: str) -> None:
         """Note that a replica takes no KV of ours: waiting for its answer is of no use."""
         self._mail.put(lambda now_s: self._sending.refused(replica))

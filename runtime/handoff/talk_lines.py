@@ -23,7 +23,8 @@ from .rank_orders import KvTarget, RankEnd
 
 logger = logging.getLogger(__name__)
 
-_MAX_REPLICAS = 1024
+_MAX_REPLICAS = 512
+"""In each direction: fewer than a receiver remembers (``TransferLimits.max_peers``), so that none is ever refused."""
 _MAX_LOST = 8
 """Times that a caller may fail in a row: some ten seconds. Whoever sends to the replica again calls it again."""
 
@@ -145,10 +146,13 @@ class TalkLines:
                 raise KvMismatch(f"a later life of {theirs.replica!r} has called already, or this replica ends")
             self._calling[theirs.replica] = _Calling(theirs, line)
             self._calling.move_to_end(theirs.replica)
-            forgotten = self._calling.popitem(last=False)[1] if len(self._calling) > _MAX_REPLICAS else None
-        for old in (known, forgotten):
+            gone = dict([self._calling.popitem(last=False)]) if len(self._calling) > _MAX_REPLICAS else {}
+        for old in (known, *gone.values()):
             if old is not None and old.line is not None:
                 old.line.close()
+        for replica in gone:
+            assert self._events is not None, "somebody listens before lines are opened"
+            self._events.sender_gone(replica)
 
     def hear(self, line: KvLine, message: FromSender) -> None:
         """Take a message of a replica that sends to this one."""
