@@ -245,3 +245,12 @@ class EngineOptions:
             even_chunks=self.even_chunks and self.pipeline_parallel_size > 1,
             attention_ratio=attention_ratio,
         )
+
+
+def prefix_cache_key(prompt_length: int, rope_threshold: int | None) -> str | None:
+    """Return what the KV of a prompt depends on besides its tokens, None when on nothing.
+
+    With dynamic rope the keys of a prompt longer than the threshold are rotated by an angle that depends on the
+    prompt's length: only prompts of equal length may share blocks. Engines and those who look for their blocks agree.
+    """
+    return None if rope_threshold is None or prompt_length <= rope_threshold else f"rope-length-{prompt_length}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...placement.model_facts import ModelFacts
+from ..config import prefix_cache_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,15 +149,8 @@ class ModelSpec:
         return self.max_position_embeddings
 
     def prefix_cache_key(self, prompt_length: int) -> str | None:
-        """Return what a cached block's keys depend on besides its tokens, None when on nothing.
-
-        With dynamic rope the keys of a prompt longer than the threshold are rotated by an angle that depends
-        on the prompt's length: only prompts of equal length may share blocks.
-        """
-        threshold = self.rope.prompt_length_threshold
-        if threshold is None or prompt_length <= threshold:
-            return None
-        return f"rope-length-{prompt_length}"
+        """Return what a cached block's keys depend on besides its tokens, None when on nothing."""
+        return prefix_cache_key(prompt_length, self.rope.prompt_length_threshold)
 
     def facts(self) -> ModelFacts:
         """Return the sizes that placement works with."""

@@ -54,11 +54,13 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
     "chat": _VALUES | {"api_client", "ending"},
-    "demo": _VALUES | {"api_client", "load_test", "ending"},
+    "demo": _VALUES | {"api_client", "load_test", "ending", "local_cluster"},
     # How commands end at a signal.
     "ending": _VALUES,
     # Starts our own server as a process and hands out its address; it imports none of it.
     "local_server": _VALUES | {"ending"},
+    # The same for a deployment on a Ray of its own.
+    "local_cluster": _VALUES | {"ending"},
     # Commands about links between nodes; the command line registers them.
     "link_commands": _VALUES | {"controller", "cluster", "operations"},
     # The ways in.
@@ -66,7 +68,7 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": _VALUES
     | _BELOW_SHELLS
     | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster", "profiler"}
-    | {"link_commands", "operations"},
+    | {"link_commands", "operations", "local_cluster"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
