@@ -66,7 +66,12 @@ class DeskFailed:
     error: Exception
 
 
-DeskEvent = Arrived | SendEnded | DeskFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeskChanged:
+    """Transfers have begun or are over, their blocks given back: the load is another."""
+
+
+DeskEvent = Arrived | SendEnded | DeskChanged | DeskFailed
 
 _Mail = Callable[[float], None]
 
@@ -102,15 +107,16 @@ class HandOffDesk:
         count = ranks.offer.layout.ranks
         self._sending = SendingHalf(me, ranks=count, release=loans.release_sent, limits=limits)
         self._receiving = ReceivingHalf(ranks=count, loans=loans, vocab_size=vocab_size, limits=limits)
-        self._tell: Callable[[DeskEvent], None] = _nobody
+        self._tell: Callable[[DeskEvent], object] = _nobody
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._tick_due_s = 0.0
+        self._told = (0, 0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slipstream-hand-off", daemon=True)
         ranks.listen(self._heard_rank)
         lines.listen(self)
 
-    def begin(self, tell: Callable[[DeskEvent], None]) -> None:
+    def begin(self, tell: Callable[[DeskEvent], object]) -> None:
         """Start the desk's thread; ``tell`` is called from it, and from the engine's, and must not wait."""
         self._tell = tell
         self._thread.start()
@@ -202,6 +208,10 @@ class HandOffDesk:
         """Take in a message of a replica that this one sends to, likewise."""
         self._post(lambda now_s: self._sending.hear(now_s, message, peer))
 
+    def sender_gone(self, replica: str) -> None:
+        """Forget a replica that sent to this one; if it is there after all it is met anew."""
+        self._mail.put(lambda now_s: self._receiving.gone(replica))
+
     def receiver_refused(self, replica: str) -> None:
         """Note that a replica takes no KV of ours: waiting for its answer is of no use."""
         self._mail.put(lambda now_s: self._sending.refused(replica))
@@ -264,8 +274,12 @@ class HandOffDesk:
                 todo += [act for action in actions for act in self._outward(now_s, action)]
             while actions_in := self._receiving.take_actions():
                 todo += [act for action in actions_in for act in self._inward(action)]
+            moving = len(self._sending), len(self._receiving)
         for act in todo:
             act()
+        if moving != self._told:
+            self._told = moving
+            self._tell(DeskChanged())
 
     def _outward(self, now_s: float, action: Tell | OpenSending | Close | Ended) -> list[Callable[[], object]]:
         """Return what a sending end's action comes down to."""

@@ -20,6 +20,10 @@ class LineEvents(Protocol):
         """A life of a replica that this one sends to says something."""
         ...
 
+    def sender_gone(self, replica: str) -> None:
+        """A replica that sent to this one has been silent for longer than others, of which there are many."""
+        ...
+
     def receiver_refused(self, replica: str) -> None:
         """A replica that this one would send to has KV of another kind, or wants none of ours."""
         ...

@@ -127,6 +127,10 @@ class ReceivingHalf:
         """Note that a connection from a life of a replica broke."""
         self._machine.peer_lost(peer)
 
+    def gone(self, replica: str) -> None:
+        """Forget a replica that is not heard of any more."""
+        self._machine.peer_gone(replica)
+
     def tick(self, now_s: float) -> None:
         """Let time pass."""
         self._machine.tick(now_s)

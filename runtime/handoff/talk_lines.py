@@ -23,16 +23,22 @@ from .rank_orders import KvTarget, RankEnd
 
 logger = logging.getLogger(__name__)
 
-_MAX_REPLICAS = 1024
+_MAX_REPLICAS = 512
+"""In each direction: fewer than a receiver remembers (``TransferLimits.max_peers``), so that none is ever refused."""
+_MAX_LOST = 8
+"""Times that a caller may fail in a row: some ten seconds. Whoever sends to the replica again calls it again."""
 
 
 @dataclass(slots=True)
 class _Called:
-    """A replica that this one sends to. ``facts``: of the life that was met last."""
+    """A replica that this one sends to. ``facts``: of the life that was met last; ``lost``: times in a row that no life
+    could be met.
+    """
 
     address: str
     caller: KvCaller | None = None
     facts: KvFacts | None = None
+    lost: int = 0
 
 
 @dataclass(slots=True)
@@ -140,10 +146,13 @@ class TalkLines:
                 raise KvMismatch(f"a later life of {theirs.replica!r} has called already, or this replica ends")
             self._calling[theirs.replica] = _Calling(theirs, line)
             self._calling.move_to_end(theirs.replica)
-            forgotten = self._calling.popitem(last=False)[1] if len(self._calling) > _MAX_REPLICAS else None
-        for old in (known, forgotten):
+            gone = dict([self._calling.popitem(last=False)]) if len(self._calling) > _MAX_REPLICAS else {}
+        for old in (known, *gone.values()):
             if old is not None and old.line is not None:
                 old.line.close()
+        for replica in gone:
+            assert self._events is not None, "somebody listens before lines are opened"
+            self._events.sender_gone(replica)
 
     def hear(self, line: KvLine, message: FromSender) -> None:
         """Take a message of a replica that sends to this one."""
@@ -168,19 +177,25 @@ class TalkLines:
                 f"{theirs.replica!r} takes KV by {', '.join(offered) or 'nothing'}, and this replica sends by "
                 f"{', '.join(self._kinds)}: shm is for replicas on one host"
             )
-        called.facts = theirs
+        called.facts, called.lost = theirs, 0
 
     def heard(self, called: _Called, message: FromReceiver) -> None:
         """Take a message of a replica that this one sends to."""
         assert self._events is not None and called.facts is not None, "who speaks was met"
         self._events.heard_receiver(message, called.facts.peer)
 
-    def lost(self, replica: str, error: Exception) -> None:
+    def lost(self, replica: str, called: _Called, error: Exception) -> None:
         """Note that there is no line to a replica, for now."""
         logger.warning("there is no line to replica %s: %s", replica, error)
         if isinstance(error, KvMismatch):
             assert self._events is not None, "somebody listens before lines are opened"
             self._events.receiver_refused(replica)
+        called.lost += 1
+        if called.lost >= _MAX_LOST and called.caller is not None:
+            with self._lock:
+                if self._called.get(replica) is called:
+                    del self._called[replica]
+            called.caller.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -220,4 +235,4 @@ class _Ear:
 
     def lost(self, error: Exception) -> None:
         """Note that the connection broke, or could not be made."""
-        self._lines.lost(self._replica, error)
+        self._lines.lost(self._replica, self._called, error)

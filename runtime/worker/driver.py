@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
 
+from ...comm.kv.transfer import Ending
 from ...sdk.errors import (
     DeadlineExceeded,
     EngineUnavailable,
@@ -31,7 +32,7 @@ from ..clock import Clock
 from ..engine.engine import Engine
 from ..engine.outputs import StepOutputs
 from ..engine.sequence import Sequence, SequenceState
-from ..handoff.desk import DeskFailed, HandOffDesk
+from ..handoff.desk import DeskChanged, DeskFailed, HandOffDesk
 from ..handoff.receiving import Arrived
 from ..handoff.sending import SendEnded
 from ..rpc.engine_client import EngineFacts, EngineLoadReport
@@ -204,6 +205,9 @@ class EngineLoop:
                 self._arrived(post)
             case SendEnded():
                 self._send_ended(post)
+            case DeskChanged():
+                # It woke this thread, which tells the load.
+                pass
             case DeskFailed(error=error):
                 raise error
             case _:
@@ -266,6 +270,7 @@ class EngineLoop:
             key=submit.key,
             engine_id=f"{news.session.number}/{submit.request.request_id}",
             deadline_s=self._clock() + submit.timeout_s,
+            trace_id=submit.trace_id,
         )
         if live.engine_id in self._live:
             raise InvalidRequest(
@@ -328,6 +333,9 @@ class EngineLoop:
         if live is not None and self._hand_offs.is_over(live, ended):
             self._drop(live)
             live.news.others.append(HandOffEnded(key=live.key, report=ended.report))
+            committed = ended.report.ending == Ending.COMMITTED
+            level = logging.DEBUG if committed else logging.INFO
+            logger.log(level, "hand-off of %s ended: %s, trace %s", live.engine_id, ended.report.ending, live.trace_id)
 
     def _end_overdue(self) -> None:
         """End requests whose time is over, also when their gateway forgot to, or cannot."""
@@ -389,7 +397,8 @@ class EngineLoop:
         moving = load.awaiting or load.sending or load.receiving
         idle, now_s = not (self._engine.has_work or self._live or moving), self._clock()
         self._tell_blocks(self._blocks.changes(now=idle) if self._sessions else [])
-        tell_all = now_s >= self._load_due_s or (idle and load != self._latest)
+        # Steps bring news of the load with them; where there are none, every change is told.
+        tell_all = now_s >= self._load_due_s or (not self._engine.has_work and load != self._latest)
         if tell_all:
             self._load_due_s = now_s + self._limits.load_period_s
         with self._lock:

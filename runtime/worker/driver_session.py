@@ -112,6 +112,7 @@ class LiveRequest:
     It has no sequences while its constraint is being compiled, and while it waits for its KV under ``ticket``:
     ``waiting`` is what it would submit then. ``sent_on``: its KV goes to another replica, and ``handed`` says that its
     token was drawn and went with it. ``last``: the newest token of one that is sent on, with its scores.
+    ``trace_id``: of the request in all processes.
     Units: deadline_s, seconds on the engine's clock
     """
 
@@ -119,6 +120,7 @@ class LiveRequest:
     key: int
     engine_id: str
     deadline_s: float
+    trace_id: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     open_samples: int = 0
     ticket: str = ""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from slipstream.runtime.rpc.client import GrpcEngineClient
-from slipstream.runtime.rpc.engine_client import EngineFacts, SendTo
+from slipstream.runtime.rpc.engine_client import SendTo
 from slipstream.tests.handoff.split_ways import PATIENCE_S
 
 SECRET = "a secret of these tests"
@@ -30,60 +30,62 @@ SIZES = (
 
 @dataclass
 class Driver:
-    """A driver process, and a client of it."""
+    """A driver process that is ready; ``client`` is a new client of it for each event loop."""
 
     name: str
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[str]
     address: str
-    client: GrpcEngineClient
-    facts: EngineFacts
 
     def send_to(self, ticket: str) -> SendTo:
         """Return where a request waits under a ticket."""
         return SendTo(replica=self.name, address=self.address, ticket=ticket)
 
-
-@asynccontextmanager
-async def driver(
-    model: Path, name: str, role: str, *options: str, transport: str = "tcp", socket: str | None = None
-) -> AsyncIterator[Driver]:
-    """Start a driver, and wait until it is ready; it is killed at the end."""
-    with tempfile.TemporaryDirectory(prefix="slip") as folder:
-        arguments = [str(model), "--socket", socket or str(Path(folder) / "engine.sock"), *SIZES, *options]
-        arguments += ["--replica", name, "--role", role, "--kv-transport", transport, "--kv-transfer-timeout", "4"]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "slipstream.runtime.worker.main", *arguments),
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "SLIPSTREAM_SECRET": SECRET},
-        )
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[GrpcEngineClient]:
+        """Meet the driver."""
+        client = GrpcEngineClient(self.address)
+        await client.connect(timeout_s=PATIENCE_S)
         try:
-            assert process.stdout is not None
-            line = await asyncio.wait_for(process.stdout.readline(), PATIENCE_S)
-            assert line, "the driver ended before it was ready"
-            address = json.loads(line)["address"]
-            client = GrpcEngineClient(address)
-            facts = await client.connect(timeout_s=PATIENCE_S)
-            try:
-                yield Driver(name, process, address, client, facts)
-            finally:
-                await client.close()
+            yield client
         finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            await client.close()
+
+    def exit_status(self) -> int:
+        """Wait until the process has ended."""
+        return self.process.wait(PATIENCE_S)
 
 
-@asynccontextmanager
-async def drivers(
-    model: Path, *wanted: tuple[str, str, tuple[str, ...]], transport: str = "tcp"
-) -> AsyncIterator[list[Driver]]:
-    """Start several drivers at once: (name, role, options) of each."""
-    async with AsyncExitStack() as stack:
-        yield list(
-            await asyncio.gather(
-                *(
-                    stack.enter_async_context(driver(model, name, role, *options, transport=transport))
-                    for name, role, options in wanted
-                )
-            )
-        )
+@contextmanager
+def drivers(model: Path, *wanted: tuple[str, ...]) -> Iterator[list[Driver]]:
+    """Start drivers, (name, role, transport, more options) of each, all at once; they are killed at the end."""
+    with tempfile.TemporaryDirectory(prefix="slip") as folder, ExitStack() as stack:
+        started = [(each[0], stack.enter_context(_process(model, folder, *each))) for each in wanted]
+        yield [Driver(name, process, _address(process)) for name, process in started]
+
+
+@contextmanager
+def _process(
+    model: Path, folder: str, name: str, role: str, transport: str, *options: str
+) -> Iterator[subprocess.Popen[str]]:
+    socket = str(Path(folder) / f"{name}.sock")
+    arguments = [str(model), "--socket", socket, *SIZES, "--kv-transfer-timeout", "4", *options]
+    arguments += ["--replica", name, "--role", role, "--kv-transport", transport]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "slipstream.runtime.worker.main", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SLIPSTREAM_SECRET": SECRET},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    """Wait until a driver is ready; one that ends before says so in its log."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, "the driver ended before it was ready"
+    return str(json.loads(line)["address"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.messages import EngineRequest, FinishReason
 from slipstream.runtime.rpc.engine_client import (
     BlockChanges,
-    EngineClient,
-    EngineLoadReport,
-    HandOffReport,
-    RequestEvent,
 )
 from slipstream.runtime.rpc.in_process import InProcessEngineClient
-from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest, SlipstreamError
+from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest
 from slipstream.tests.contracts.engine_client import Answer, same
 from slipstream.tests.engine.builders import request
 from slipstream.tests.fakes.gated_executor import score
 from slipstream.tests.fakes.memory_ranks import TOKEN_BYTES
 from slipstream.tests.fakes.oracle_executor import expected_tokens
 from slipstream.tests.fakes.split_bench import QUICK, Replica, SplitBench, split_bench
+from slipstream.tests.handoff.split_ways import Way, all_free, follow, load_of, send_from, until, wait_at
 
 PATIENCE_S = 20.0
 PROMPT = [(3 * place) % 90 for place in range(41)]
@@ -67,66 +65,12 @@ async def pair(**options: Any) -> AsyncIterator[Pair]:
             await client.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so; the time that may take is the test's."""
-    while not condition():
-        await asyncio.sleep(0.005)
-
-
-def load_of(client: EngineClient) -> EngineLoadReport:
-    load = client.load()
-    assert load is not None
-    return load
-
-
-async def all_free(client: EngineClient) -> None:
-    """Wait until a replica says that it holds nothing."""
-
-    def free() -> bool:
-        load = load_of(client)
-        busy = load.running + load.waiting + load.awaiting + load.sending + load.receiving
-        return not busy and load.blocks_available == load.blocks_total
-
-    await until(free)
-
-
-@dataclass
-class Way:
-    """One side of a split request, read to its end by a task."""
-
-    answer: Answer
-    report: HandOffReport | None = None
-    error: SlipstreamError | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.answer.tokens[0]
-
-
-def follow(
-    stream: AsyncIterator[RequestEvent], *, watch: Callable[[Way], None] = lambda way: None
-) -> asyncio.Task[Way]:
-    """Read a request's news to their end, whatever that is."""
-
-    async def read() -> Way:
-        way = Way(Answer())
-        try:
-            async for event in stream:
-                way.answer.add(event)
-                way.report = event.hand_off or way.report
-        except SlipstreamError as error:
-            way.error = error
-        return way
-
-    return asyncio.create_task(read())
-
-
 def wait_there(two: Pair, wanted: EngineRequest, ticket: str = "t", timeout_s: float = PATIENCE_S) -> asyncio.Task[Way]:
-    return follow(two.to_decode.generate(wanted, timeout_s=timeout_s, ticket=ticket))
+    return wait_at(two.to_decode, wanted, ticket, timeout_s=timeout_s)
 
 
 def send_there(two: Pair, wanted: EngineRequest, ticket: str = "t", timeout_s: float = PATIENCE_S) -> asyncio.Task[Way]:
-    return follow(two.to_prefill.generate(wanted, timeout_s=timeout_s, send_to=two.decode.send_to(ticket)))
+    return send_from(two.to_prefill, wanted, two.decode.send_to(ticket), timeout_s=timeout_s)
 
 
 async def split(two: Pair, wanted: EngineRequest, ticket: str = "t") -> tuple[Way, Way]:
@@ -358,6 +302,32 @@ def test_a_sender_that_is_gone_costs_a_lease_and_the_request_goes_on_here() -> N
             await until(lambda: not two.decode.scheduler.loans)
             await two.to_decode.go_on("r")
             assert (await waits).tokens == expected_tokens(PROMPT, 7, 12)
+
+    run(test())
+
+
+def test_steps_that_hang_at_both_ends_cost_no_lease() -> None:
+    """Heartbeats come from the desk's own thread, and it waits for no step."""
+
+    async def test() -> None:
+        async with pair() as two:
+            # A request of each side's own, whose steps wait for the gate from now on.
+            own = [follow(each.generate(ask("own"), timeout_s=PATIENCE_S)) for each in (two.to_prefill, two.to_decode)]
+            two.bench.net.hold()
+            waits, sent = wait_there(two, ask()), send_there(two, ask())
+            await granted(two)
+            two.prefill.gate.close()
+            two.decode.gate.close()
+            begun_s = monotonic_clock()
+            await until(lambda: monotonic_clock() > begun_s + 3 * QUICK.lease_s)
+            assert two.decode.scheduler.loans and two.prefill.scheduler.loans, "a lease ran out while steps hung"
+            for gate in (two.prefill.gate, two.decode.gate):
+                gate.open()
+            two.bench.net.let_flow()
+            assert (await waits).tokens == expected_tokens(PROMPT, 7, 12)
+            ended = await sent
+            assert ended.report is not None and ended.report.ending == "committed"
+            assert [each.error for each in await asyncio.gather(*own)] == [None, None]
 
     run(test())
 

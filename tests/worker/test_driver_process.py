@@ -250,6 +250,13 @@ def test_no_driver_outlives_its_parent() -> None:
         (["model", "--rank", "1", "--replica", "a", "--address", "::1"], "belong together"),
         (["model", "--rank=-1", "--replica", "a", "--address", "::1", "--ranks-on-host", "1"], "counts from 0"),
         (["--null", "--rank=1", "--replica", "a", "--address", "::1", "--ranks-on-host", "1"], "one rank"),
+        (["--socket", "/tmp/s", "model", "--replica", "a"], "belong together"),
+        (["--socket", "/tmp/s", "model", "--role", "prefill"], "--replica is missing"),
+        (["--socket", "/tmp/s", "model", "--role", "cook", "--replica", "a"], "--role"),
+        (["--socket", "/tmp/s", "model", "--role=decode", "--replica=a", "--kv-transport=none"], "--kv-transport"),
+        (["--socket", "/tmp/s", "--null", "--kv-transport=tcp", "--replica=a"], "--null has no KV"),
+        (["--socket", "/tmp/s", "model", "--replica=a", "--role=mixed", "--kv-transfer-timeout=0"], "transfer-timeout"),
+        (["--socket", "/tmp/s", "model", "--replica=a", "--kv-transport=tcp"], "SLIPSTREAM_SECRET"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options: list[str], said: str) -> None:
