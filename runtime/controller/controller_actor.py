@@ -15,6 +15,7 @@ from ..clock import monotonic_clock
 from ..reconcile.desired import Limits
 from ..reconcile.round import Assign, Policy
 from ..rpc.secret import checked_secret
+from ..rpc.tls import tls_from
 from .cluster import Cluster, StaleController
 from .controller import Controller
 from .ledger import Deployment, Ledger
@@ -59,7 +60,7 @@ class ControllerActor:
         policy = Policy(assign=assign, limits=settings.limits)
         cluster: Cluster = self._cluster
         if settings.watch_address:
-            port = ViewPort(settings.watch_address, secret=checked_secret(settings.secret))
+            port = ViewPort(settings.watch_address, secret=checked_secret(settings.secret), tls=tls_from(os.environ))
             port.publish(self._cluster.ledger.view())
             cluster = WatchedCluster(cluster, port)
         self._controller = Controller(cluster, policy, clock=monotonic_clock, period_s=_ROUND_PERIOD_S)

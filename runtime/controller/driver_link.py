@@ -19,6 +19,7 @@ from ...sdk.params import SamplingParams
 from ..messages import EngineRequest
 from ..rpc.client import GrpcEngineClient
 from ..rpc.engine_client import EngineFacts
+from ..rpc.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,15 @@ class DriverReport:
 
 
 class DriverLink:
-    """A session with one driver, kept until it is lost or left. ``secret``: what the two have to share over TCP."""
+    """A session with one driver, kept until it is lost or left.
 
-    def __init__(self, address: str, *, secret: bytes | None = None) -> None:
+    ``secret``: what the two have to share over TCP; ``tls``: this side's certificates there.
+    """
+
+    def __init__(self, address: str, *, secret: bytes | None = None, tls: Tls | None = None) -> None:
         self._address = address
         self._secret = secret
+        self._tls = tls
         self._proven = False
         self._drain_asked = False
         self._problem = ""
@@ -91,7 +96,7 @@ class DriverLink:
     async def _keep(self) -> None:
         """Meet the driver, again when the session is lost, and let it prove itself once."""
         while not self._stopping.is_set():
-            client = GrpcEngineClient(self._address, secret=self._secret)
+            client = GrpcEngineClient(self._address, secret=self._secret, tls=self._tls)
             try:
                 facts = await client.connect(timeout_s=_CONNECT_TIMEOUT_S)
                 self._client = client

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..driver_command import driver_environment
 from ..reconcile.observed import DriverSeen, RankState
 from ..rpc.secret import secret_from
+from ..rpc.tls import tls_from
 from .driver_link import DriverLink
 from .launch import RankOrder
 from .process_log import LogPage
@@ -95,7 +96,7 @@ class RankKeeper:
         if self._link is None:
             # The driver's own: in its launch, or in the environment that it has from this process.
             environment = {**os.environ, **self._order.launch.environment}
-            self._link = DriverLink(process.address, secret=secret_from(environment))
+            self._link = DriverLink(process.address, secret=secret_from(environment), tls=tls_from(environment))
         known = self._link.report()
         if not known.answers:
             return None

@@ -15,6 +15,7 @@ from ...sdk.errors import ConfigError
 from ..reconcile.actions import StartGang, StopRank, Unroute
 from ..reconcile.observed import Observed
 from ..reconcile.views import View
+from ..rpc.tls import Tls
 from ..rpc.view_server import ViewServer
 from ..rpc.view_source import ViewBoard
 from ..rpc.wire import one_host_of
@@ -27,16 +28,18 @@ _CLOSE_TIMEOUT_S = 10.0
 
 
 class ViewPort:
-    """Serves views at one address until it is closed. ``secret``: what watchers over TCP have to know.
+    """Serves views at one address until it is closed. ``secret``: what watchers over TCP have to know, ``tls``:
+    certificates for them.
 
     Raises: ConfigError naming ``address`` when it can be no server's
     """
 
-    def __init__(self, address: str, *, secret: bytes | None = None) -> None:
+    def __init__(self, address: str, *, secret: bytes | None = None, tls: Tls | None = None) -> None:
         # Found wrong here rather than on the thread, where nobody would be told.
         one_host_of(address)
         self._wanted = address
         self._secret = secret
+        self._tls = tls
         self._loop = asyncio.new_event_loop()
         self._board = ViewBoard()
         self._address = ""
@@ -78,7 +81,7 @@ class ViewPort:
 
     async def _serve(self) -> None:
         while not self._closing.is_set():
-            server = ViewServer(self._board, self._wanted, secret=self._secret)
+            server = ViewServer(self._board, self._wanted, secret=self._secret, tls=self._tls)
             try:
                 self._address = await server.start()
             except ConfigError as error:

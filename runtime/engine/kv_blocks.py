@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NewType
+from itertools import islice
+from typing import NamedTuple, NewType
 
 Owner = NewType("Owner", int)
-"""Who holds a block: a sequence id (positive), or one of the constants below."""
+"""Who holds a block: a sequence id (positive), the prefix cache, or a loan (below it)."""
 
 PREFIX_CACHE = Owner(-1)
 
@@ -53,6 +55,14 @@ class PrefixCacheStats:
     evictions: int
 
 
+class CacheChanges(NamedTuple):
+    """Digests that the prefix cache has got and given up. ``reset``: forget all that was known before."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+    reset: bool
+
+
 class KvBlockPool:
     """A fixed number of KV blocks with owner sets and a content-addressed prefix cache.
 
@@ -71,6 +81,11 @@ class KvBlockPool:
         # Blocks that the prefix cache alone owns, least recently used first.
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._hits = self._misses = self._evictions = 0
+        self.step = 0
+        """The newest step that can have to do with a block which is given back now; the scheduler counts it up."""
+        self._left_at = [0] * num_blocks
+        # Whether a digest was stored or removed last, since somebody asked; None while nobody does, or for too long.
+        self._changes: dict[bytes, bool] | None = None
 
     @property
     def available(self) -> int:
@@ -102,6 +117,30 @@ class KvBlockPool:
             blocks.append(block)
         return blocks
 
+    def allocate_settled(self, count: int, owner: Owner, *, settled_step: int) -> list[int] | None:
+        """As ``allocate``, for an owner whose blocks are written by somebody else than a step: only blocks that were
+        given back before ``settled_step``, the newest step that is over, or in it.
+
+        Steps run in order, so a step may have a block that one before it still reads or writes; a transfer may not.
+        """
+        free = self._first_settled(self._free, count, settled_step)
+        cached = self._first_settled(self._evictable, count - free, settled_step)
+        if free + cached < count:
+            return None
+        blocks = [self._free.popleft() for _ in range(free)] + [self._evict_oldest() for _ in range(cached)]
+        for block in blocks:
+            self._owners[block].add(owner)
+        return blocks
+
+    def _first_settled(self, blocks: Iterable[int], at_most: int, settled_step: int) -> int:
+        # In the order in which they were given back, nearly: those that stand behind a younger one wait with it.
+        settled = 0
+        for block in islice(blocks, at_most):
+            if self._left_at[block] > settled_step:
+                break
+            settled += 1
+        return settled
+
     def share(self, blocks: SequenceOf[int], owner: Owner) -> None:
         """Add an owner to blocks that are held already (by a sequence, a transfer or the prefix cache)."""
         for block in blocks:
@@ -121,6 +160,7 @@ class KvBlockPool:
             owners = self._owners[block]
             assert owner in owners, f"owner {owner} does not hold block {block}"
             owners.remove(owner)
+            self._left_at[block] = self.step
             if not owners:
                 self._free.append(block)
             elif len(owners) == 1 and PREFIX_CACHE in owners:
@@ -137,6 +177,7 @@ class KvBlockPool:
         self._owners[block].add(PREFIX_CACHE)
         self._digest_of[block] = digest
         self._block_of[digest] = block
+        self._note_change(digest, stored=True)
 
     def lookup(self, digest: bytes) -> int | None:
         """Return the block that holds this content, or None."""
@@ -157,10 +198,34 @@ class KvBlockPool:
 
     def _evict_oldest(self) -> int:
         block, _ = self._evictable.popitem(last=False)
-        del self._block_of[self._digest_of.pop(block)]
+        digest = self._digest_of.pop(block)
+        del self._block_of[digest]
         self._owners[block].discard(PREFIX_CACHE)
         self._evictions += 1
+        self._note_change(digest, stored=False)
         return block
+
+    def cached_digests(self) -> list[bytes]:
+        """Return the digests of all blocks that the prefix cache owns."""
+        return list(self._block_of)
+
+    def take_changes(self) -> CacheChanges:
+        """Return what the prefix cache has got and given up since the last time; all of it the first time, and when
+        more has changed since than it is worth to remember.
+        """
+        changes, self._changes = self._changes, {}
+        if changes is None:
+            return CacheChanges(stored=self.cached_digests(), removed=[], reset=True)
+        stored = [digest for digest, is_stored in changes.items() if is_stored]
+        return CacheChanges(stored, [digest for digest, is_stored in changes.items() if not is_stored], reset=False)
+
+    def _note_change(self, digest: bytes, *, stored: bool) -> None:
+        if self._changes is None:
+            return
+        self._changes[digest] = stored
+        # More digests than blocks: all that is cached is the shorter answer.
+        if len(self._changes) > 2 * self.num_blocks:
+            self._changes = None
 
     def check_integrity(self) -> None:
         """Assert the invariants that tie owner sets, free list and prefix cache together."""

@@ -22,13 +22,26 @@ class StepOutputs:
     prompt_logprobs: list[tuple[Sequence, int, tuple[TokenLogprobs, ...]]] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
 
+    def add_before(self, earlier: StepOutputs) -> None:
+        """Put what an earlier event meant for sequences before this."""
+        shift = len(earlier.sequences)
+        self.logprobs = {**earlier.logprobs, **{shift + place: entry for place, entry in self.logprobs.items()}}
+        self.sequences[:0] = earlier.sequences
+        self.token_ids[:0] = earlier.token_ids
+        self.prompt_logprobs[:0] = earlier.prompt_logprobs
+        self.finished[:0] = earlier.finished
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLoad:
-    """How busy the scheduler is: sequences by state, and blocks."""
+    """How busy the scheduler is: sequences by state, and blocks.
+
+    ``queued_tokens``: known tokens of all sequences whose KV is still to be computed, the next one of each excluded.
+    """
 
     running: int
     waiting: int
     blocks_total: int
     blocks_available: int
     preemptions: int
+    queued_tokens: int = 0

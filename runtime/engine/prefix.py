@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..messages import Int32Array
+import numpy as np
+
+from ..messages import Int32Array, StepPlan
 from .kv_blocks import KvBlockPool, chain_digest
 from .sequence import Sequence
+from .slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,3 +60,18 @@ def find_cached_prefix(sequence: Sequence, pool: KvBlockPool, block_size: int) -
             break
         blocks.append(block)
     return reuse_up_to(known - 1, blocks, block_size)
+
+
+def publish_full_blocks(plan: StepPlan, table: SlotTable, pool: KvBlockPool) -> None:
+    """Let the prefix cache have the blocks that a step filled with known tokens."""
+    block_size = table.block_size
+    current = table.still_there(plan)
+    slots = plan.slots[current]
+    full = np.minimum(plan.starts[current] + plan.counts[current], table.known[slots]) // block_size
+    newly = full > table.published[slots]
+    for slot, count in zip(slots[newly].tolist(), full[newly].tolist(), strict=True):
+        sequence: Sequence = table.sequences[slot]
+        extend_digests(sequence, table.tokens[slot], block_size, count)
+        for index in range(int(table.published[slot]), count):
+            pool.publish(sequence.blocks[index], sequence.digests[index])
+        table.published[slot] = count

@@ -25,6 +25,8 @@ class WaitingQueue:
         self._policy = policy
         self._heap: list[tuple[OrderKey, Sequence]] = []
         self._live = 0
+        self.tokens = 0
+        """Known tokens of those that wait, as many as they were when they came."""
 
     def __len__(self) -> int:
         return self._live
@@ -33,6 +35,8 @@ class WaitingQueue:
         """Add a sequence."""
         heapq.heappush(self._heap, (self._policy.order_key(sequence), sequence))
         self._live += 1
+        sequence.queued = len(sequence.tokens)
+        self.tokens += sequence.queued
 
     def peek(self) -> Sequence | None:
         """Return the sequence that goes next, or None."""
@@ -42,12 +46,14 @@ class WaitingQueue:
 
     def pop(self) -> None:
         """Take out the sequence that ``peek`` returned."""
-        heapq.heappop(self._heap)
+        _, sequence = heapq.heappop(self._heap)
         self._live -= 1
+        self.tokens -= sequence.queued
 
-    def forget(self) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """Note that one of the waiting sequences has left the state WAITING by another way than ``pop``."""
         self._live -= 1
+        self.tokens -= sequence.queued
         if len(self._heap) > 2 * self._live + _MIN_STALE:
             self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
             heapq.heapify(self._heap)

@@ -8,13 +8,16 @@ the policy would serve last gives its blocks back and is recomputed later.
 Synchronous and pure: results and time come in as arguments, plans go out. A step may be planned before the result
 of the one before is known: the token it lacks is then ``pending``, and the executor, which works in order, has it.
 
+Blocks may be on loan: to transfers that carry a sequence's KV away (``kv_sending``), and to those that bring what
+another replica has computed, until a sequence adopts it (``kv_lending``).
+
 On a request's way: after admission, before the executor.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import islice
 
 import numpy as np
@@ -29,12 +32,19 @@ from ..messages import (
     SequenceId,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
-from .kv_blocks import PREFIX_CACHE, KvBlockPool, Owner, root_digest
+from .admission import Admission
+from .integrity import check_owners
+from .kv_blocks import KvBlockPool, Owner, root_digest
+from .kv_lending import KvLending
+from .kv_sending import KvSending, SentSequences
+from .loans import Loans
 from .outputs import SchedulerLoad, StepOutputs
 from .policies import POLICIES
-from .prefix import Reuse, extend_digests, find_cached_prefix, reuse_up_to
+from .prefix import publish_full_blocks
 from .queues import RunningOrder, WaitingQueue
+from .request_limits import check_request, check_single
 from .sequence import Sequence, SequenceState, make_sequences
 from .slots import SlotTable
 from .step_budget import StepBudget
@@ -54,10 +64,14 @@ def _no_prefix_key(prompt_length: int) -> str | None:
 class Scheduler:
     """Owns every live sequence of an engine, the slot table and the block pool.
 
+    ``sending`` carries KV to other replicas; ``attach`` names it where it needs the scheduler first.
+
     Raises: InvalidRequest for what can never fit, Overloaded when the queue is full.
     """
 
-    def __init__(self, config: SchedulerConfig, *, prefix_key: PrefixKey = _no_prefix_key) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, prefix_key: PrefixKey = _no_prefix_key, sending: KvSending | None = None
+    ) -> None:
         self.config = config
         self.pool = KvBlockPool(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching)
         self.table = SlotTable(
@@ -66,55 +80,72 @@ class Scheduler:
         self._budget = StepBudget(config, self.table)
         policy = POLICIES[config.scheduling_policy]()
         self._prefix_key = prefix_key
+        self.loans = Loans(self.pool)
+        self._sent = SentSequences(sending, self.loans, self.table)
+        self._lending = KvLending(config, self.pool, self.loans, self._root)
+        # What adopting brought since the last step's result.
+        self._adoptions = StepOutputs()
         self._requests: dict[str, list[Sequence]] = {}
         self._sequences: dict[SequenceId, Sequence] = {}
         self._waiting = WaitingQueue(policy)
         self._held: dict[SequenceId, list[Sequence]] = {}
         self._running = RunningOrder(policy)
+        self._admission = Admission(
+            config,
+            pool=self.pool,
+            table=self.table,
+            budget=self._budget,
+            waiting=self._waiting,
+            running=self._running,
+            loans=self.loans,
+            lending=self._lending,
+            sent=self._sent,
+            log=self._log,
+        )
         self._next_sequence_id = 1
         self._next_arrival = 0
         self._step = 0
+        self._settled_step = 0
         self._preemptions = 0
         self._story: deque[tuple[int, str, str]] = deque(maxlen=_STORY_EVENTS)
 
     # ------------------------------------------------------------------ requests in, requests out
 
-    def submit(self, request: EngineRequest) -> list[Sequence]:
-        """Queue a request, after refusing what can never be served; return its sequences."""
+    def submit(self, request: EngineRequest, *, send: object | None = None) -> list[Sequence]:
+        """Queue a request, after refusing what can never be served; return its sequences, finished ones included.
+
+        ``send``: its KV goes to another replica while it is computed, see ``KvSending``; it has one sample then.
+        """
         self.check_fits(request)
+        if send is not None:
+            check_single(request)
         if len(self._waiting) >= self.config.max_queued_requests:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already (max_queued_requests)")
-        length = len(request.prompt_token_ids)
         sequences = make_sequences(
             request,
             first_id=self._next_sequence_id,
             arrival=self._next_arrival,
-            root=root_digest(request.cache_salt, self._prefix_key(length)),
+            root=self._root(request),
+            send=send,
         )
         self._next_sequence_id += len(sequences)
         self._next_arrival += 1
-        self._requests[request.request_id] = list(sequences)
-        self._sequences.update((sequence.sequence_id, sequence) for sequence in sequences)
-        self._enqueue(sequences[0], "submitted")
-        if len(sequences) > 1:
-            self._held[sequences[0].sequence_id] = sequences[1:]
+        first, *others = live = [sequence for sequence in sequences if sequence.state is not SequenceState.FINISHED]
+        self._requests[request.request_id] = live
+        self._sequences.update((sequence.sequence_id, sequence) for sequence in live)
+        self._enqueue(first, "submitted")
+        if others:
+            self._held[first.sequence_id] = others
         return sequences
 
     def check_fits(self, request: EngineRequest) -> None:
         """Raise InvalidRequest for a request that could never be served."""
-        config, length = self.config, len(request.prompt_token_ids)
         if request.request_id in self._requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
-        if length == 0:
-            raise InvalidRequest("prompt", "holds no tokens")
-        if length + request.max_tokens > config.max_model_len:
-            raise InvalidRequest(
-                "prompt" if length >= config.max_model_len else "max_tokens",
-                f"{length} prompt tokens and {request.max_tokens} new ones are more than "
-                f"max_model_len={config.max_model_len}",
-            )
-        if request.params.n > config.max_num_seqs:
-            raise InvalidRequest("n", f"{request.params.n} samples are more than max_num_seqs={config.max_num_seqs}")
+        check_request(request, self.config)
+
+    def _root(self, request: EngineRequest) -> bytes:
+        return root_digest(request.cache_salt, self._prefix_key(len(request.prompt_token_ids)))
 
     def abort(self, request_id: str) -> bool:
         """End a request's remaining sequences now; return whether there were any."""
@@ -130,6 +161,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any sequence has not ended, or there is news of one."""
+        return self.has_sequences or bool(self._adoptions.sequences)
+
+    @property
+    def has_sequences(self) -> bool:
         """Whether any sequence has not ended."""
         return bool(self._sequences)
 
@@ -146,23 +182,98 @@ class Scheduler:
     @property
     def load(self) -> SchedulerLoad:
         """Return how busy the scheduler is."""
+        table, order = self.table, self._running.slots
+        # Not the one token that those which decode lack: it is there in a step, however many they are.
+        lacking = table.known[order] + table.pending[order] - table.computed[order] - 1
         return SchedulerLoad(
             running=len(self._running),
-            waiting=len(self._waiting) + sum(len(held) for held in self._held.values()),
+            waiting=len(self._waiting) + len(self._lending.adopted) + sum(len(held) for held in self._held.values()),
             blocks_total=self.pool.num_blocks,
             blocks_available=self.pool.available,
             preemptions=self._preemptions,
+            queued_tokens=self._waiting.tokens + int(lacking.clip(min=0).sum()),
         )
 
     def story(self, request_id: str) -> list[tuple[int, str]]:
         """Return what happened to a request as (step, event), as far back as the log reaches."""
         return [(step, event) for step, who, event in self._story if who == request_id]
 
+    # ------------------------------------------------------------------ KV that comes and goes
+
+    def attach(self, sending: KvSending) -> None:
+        """Name who carries KV to other replicas."""
+        self._sent.carrier = sending
+
+    def release_sent(self, number: int) -> None:
+        """Take a transfer that was sent off its blocks: nobody reads them any longer."""
+        self._sent.release(number)
+
+    def fits_loan(self, request: EngineRequest) -> bool:
+        """Return whether the KV of a request with one sample fits when nothing else is here."""
+        return self._lending.fits(request)
+
+    def lend(self, request: EngineRequest, key: Hashable) -> tuple[list[int], int] | None:
+        """Lend blocks for the known tokens of a request with one sample to a transfer that brings their KV.
+
+        Returns the blocks, and how many tokens are in them already (full cached blocks, never the last token's). None,
+        and nothing changes, when there are not enough besides what running and interrupted sequences need, or steps on
+        their way may still touch them: ask again. The loan ends with ``return_loan``, adopted or not.
+        """
+        spare = len(self._running) + len(self._lending.adopted)
+        first = self._waiting.peek()
+        if first is not None and first.preemptions:
+            spare += -(-(len(first.tokens) + 1) // self.config.block_size)
+        # With no step on its way nothing is unsettled, whatever was planned last.
+        settled = self._settled_step if self._settled_step < self._step else self.pool.step
+        return self._lending.lend(request, key, spare=spare, settled_step=settled)
+
+    def return_loan(self, key: Hashable) -> None:
+        """Take a transfer that came in off its blocks: nobody writes into them any longer; once a loan.
+
+        Those of a sequence that has adopted them stay that one's.
+        """
+        self._lending.give_back(key)
+
+    def adopt(
+        self, request: EngineRequest, key: Hashable, token: int, logprobs: TokenLogprobs | None = None
+    ) -> list[Sequence]:
+        """Go on with a request whose KV has come, after the token that its sender drew; return its one sequence.
+
+        The token comes out with the next ``StepOutputs``, before any that is drawn here, and so does the sequence's
+        ending where that token is its last. Until it gets a slot, before all that wait, it keeps its blocks.
+        Raises: InvalidRequest for a name in use; the loan is as it was
+        """
+        self.check_fits(request)
+        sequence = self._lending.adopt(
+            key, token, sequence_id=SequenceId(self._next_sequence_id), arrival=self._next_arrival
+        )
+        self._next_sequence_id += 1
+        self._next_arrival += 1
+        self._requests[sequence.request_id] = [sequence]
+        self._sequences[sequence.sequence_id] = sequence
+        self._log(sequence, f"adopted with {len(sequence.tokens)} tokens")
+        if logprobs is not None:
+            self._adoptions.logprobs[len(self._adoptions.sequences)] = logprobs
+        self._adoptions.sequences.append(sequence)
+        self._adoptions.token_ids.append(token)
+        stopped = token in request.stop_ids
+        if stopped or len(sequence.tokens) >= sequence.max_length:
+            self._end(self._adoptions, sequence, token if stopped else None)
+        return [sequence]
+
+    def take_adoptions(self, outputs: StepOutputs) -> None:
+        """Put what adopting brought since the last time before what a step did."""
+        if self._adoptions.sequences:
+            adoptions, self._adoptions = self._adoptions, StepOutputs()
+            outputs.add_before(adoptions)
+
     # ------------------------------------------------------------------ planning a step
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """Plan the next step, or return None when nothing can be computed before a result comes in."""
         builder = StepBuilder(self.table)
+        # Whatever is given back from here on, this step may still touch.
+        self.pool.step = self._step + 1
         order, table = self._running.slots, self.table
         target = table.known[order] + table.pending[order]
         lacking = np.where(target < table.max_length[order], target - table.computed[order], 0)
@@ -174,7 +285,7 @@ class Scheduler:
             self._plan_decodes(builder, decodes)
             self._plan_chunks(builder, order[lacking > 1])
         if not builder.preempted:
-            self._admit_waiting(builder, now_s)
+            self._admit(builder, now_s)
         plan = builder.finish(self._step + 1, self._running.slots)
         if plan is not None:
             self._step = plan.step
@@ -225,6 +336,7 @@ class Scheduler:
             if victim is sequence:
                 return
         sequence.blocks.extend(blocks)
+        self._sent.add_blocks(sequence, blocks)
         builder.add_blocks(slot, table.append_blocks(slot, blocks), blocks)
 
     def _preempt(self, builder: StepBuilder, sequence: Sequence) -> None:
@@ -232,6 +344,7 @@ class Scheduler:
         self._preemptions += 1
         sequence.preemptions += 1
         sequence.pending = int(self.table.pending[sequence.slot])
+        self._sent.stop(sequence)
         sequence.tokens = self._leave_slot(sequence)
         self._enqueue(sequence, "preempted")
 
@@ -244,67 +357,17 @@ class Scheduler:
         sequence.blocks = []
         return tokens
 
-    # ------------------------------------------------------------------ admission
-
-    def _admit_waiting(self, builder: StepBuilder, now_s: float) -> None:
-        while self.table.free_slots and (sequence := self._waiting.peek()) is not None:
-            # A token of a preempted sequence is still on its way; it is needed to recompute.
-            if sequence.pending or self._budget.is_full() or not self._admit(builder, sequence):
+    def _admit(self, builder: StepBuilder, now_s: float) -> None:
+        while not self._admission.start_adopted(builder, now_s):
+            if self._running:
                 return
-            self._waiting.pop()
-            sequence.state = SequenceState.RUNNING
-            if sequence.first_scheduled_time_s is None:
-                sequence.first_scheduled_time_s = now_s
-
-    def _admit(self, builder: StepBuilder, sequence: Sequence) -> bool:
-        """Start a waiting sequence if the step has room and its blocks are there; return whether it runs."""
-        owner, block_size = Owner(sequence.sequence_id), self.config.block_size
-        known = len(sequence.tokens)
-        reuse = self._find_reuse(sequence)
-        count = self._budget.chunk(reuse.computed, known - reuse.computed)
-        if not count:
-            return False
-        held = [*reuse.shared, reuse.partial] if reuse.partial is not None else list(reuse.shared)
-        self.pool.share(held, owner)
-        total = -(-(known + 1) // block_size) - len(reuse.shared)
-        needed = -(-(reuse.computed + count) // block_size) - len(reuse.shared)
-        # Room for all that is known, not for the first chunk only: otherwise prompts would crowd in and push one
-        # another out again. A sequence alone always gets in.
-        fresh = self.pool.allocate(needed, owner) if total <= self.pool.available or not self._running else None
-        if fresh is None:
-            self.pool.release(held, owner)
-            return False
-        if reuse.partial is not None:
-            builder.copy(reuse.partial, fresh[0])
-            self.pool.release([reuse.partial], owner)
-        self._occupy(builder, sequence, [*reuse.shared, *fresh], reuse.computed)
-        self.table.planned[sequence.slot] = count
-        return True
-
-    def _find_reuse(self, sequence: Sequence) -> Reuse:
-        if sequence.prompt_logprobs_due:
-            return Reuse()
-        first, block_size = sequence.first_sample, self.config.block_size
-        limit = sequence.prompt_length - 1
-        fresh = len(sequence.tokens) == sequence.prompt_length
-        if fresh and first is not None and first.slot >= 0 and int(self.table.computed[first.slot]) >= limit:
-            return reuse_up_to(limit, first.blocks, block_size)
-        if not self.config.enable_prefix_caching:
-            return Reuse()
-        return find_cached_prefix(sequence, self.pool, block_size)
-
-    def _occupy(self, builder: StepBuilder, sequence: Sequence, blocks: list[int], computed: int) -> None:
-        slot = self.table.occupy(sequence, computed=computed, step=self._step + 1)
-        self.table.append_blocks(slot, blocks)
-        self.table.published[slot] = computed // self.config.block_size
-        sequence.slot, sequence.blocks = slot, blocks
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = computed
-            full = computed // self.config.block_size
-            self.pool.count_lookups(hits=full, misses=len(sequence.tokens) // self.config.block_size - full)
-        self._running.add(sequence)
-        builder.admit(slot, sequence)
-        self._log(sequence, f"admitted with {computed} tokens reused")
+            # Nobody will give a block back: the one that came last begins again when there is room.
+            sequence = self._lending.adopted[-1]
+            self._lending.drop(sequence)
+            self._preemptions += 1
+            sequence.preemptions += 1
+            self._enqueue(sequence, "preempted before it ran")
+        self._admission.start_waiting(builder, now_s)
 
     def _release_held(self) -> None:
         """Queue the other samples of requests whose first sample has computed the prompt, or has left."""
@@ -322,6 +385,7 @@ class Scheduler:
         """Take in a step's result: append the drawn tokens, end what has ended, publish full blocks."""
         outputs = StepOutputs()
         table = self.table
+        self._settled_step = plan.step
         self._fail_invalid(plan, result, outputs)
         rows = np.flatnonzero(plan.samples)
         current = table.still_there(plan)[rows]
@@ -340,7 +404,8 @@ class Scheduler:
             if place < len(rows) and rows[place] == row:
                 outputs.logprobs[first + place] = logprobs
         self._take_prompt_logprobs(plan, result, outputs)
-        self._publish_full_blocks(plan)
+        if self.config.enable_prefix_caching:
+            publish_full_blocks(plan, table, self.pool)
         stopped = (table.stop_ids[slots] == drawn[:, None]).any(axis=1)
         ended = stopped | (table.known[slots] >= table.max_length[slots])
         for index in np.flatnonzero(ended).tolist():
@@ -390,28 +455,19 @@ class Scheduler:
             if int(plan.starts[row]) + len(entries) >= sequence.prompt_length - 1:
                 sequence.prompt_logprobs_due = False
 
-    def _publish_full_blocks(self, plan: StepPlan) -> None:
-        """Let the prefix cache have the blocks that this step filled with known tokens."""
-        if not self.config.enable_prefix_caching:
-            return
-        table, block_size = self.table, self.config.block_size
-        current = table.still_there(plan)
-        slots = plan.slots[current]
-        full = np.minimum(plan.starts[current] + plan.counts[current], table.known[slots]) // block_size
-        newly = full > table.published[slots]
-        for slot, count in zip(slots[newly].tolist(), full[newly].tolist(), strict=True):
-            sequence: Sequence = table.sequences[slot]
-            extend_digests(sequence, table.tokens[slot], block_size, count)
-            for index in range(int(table.published[slot]), count):
-                self.pool.publish(sequence.blocks[index], sequence.digests[index])
-            table.published[slot] = count
-
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         was, sequence.state = sequence.state, SequenceState.FINISHED
-        if was is SequenceState.RUNNING:
-            sequence.tokens = self._leave_slot(sequence)
-        elif was is SequenceState.WAITING:
-            self._waiting.forget()
+        match was:
+            case SequenceState.RUNNING:
+                if reason not in (FinishReason.LENGTH, FinishReason.STOP):
+                    self._sent.stop(sequence)
+                sequence.tokens = self._leave_slot(sequence)
+            case SequenceState.WAITING:
+                self._waiting.forget(sequence)
+            case SequenceState.ADOPTED:
+                self._lending.drop(sequence)
+            case _:
+                pass
         sequence.finish_reason = reason
         sequence.pending = 0
         del self._sequences[sequence.sequence_id]
@@ -431,23 +487,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that every sequence is in one place, and that the blocks' owners are the sequences that hold them."""
-        self.pool.check_integrity()
         held = [sequence for group in self._held.values() for sequence in group]
         places = [*self._waiting.live(), *self._running.live(), *(s for s in held if s.state is SequenceState.HELD)]
+        places += self._lending.adopted
         assert len(places) == len(set(map(id, places))) == len(self._sequences), "a sequence is lost, or in two places"
         assert len(self._waiting) == len(self._waiting.live()), "the queue's length is wrong"
-        holders: dict[int, set[Owner]] = {}
-        for sequence in places:
-            running = sequence.state is SequenceState.RUNNING
-            assert running == (sequence.slot >= 0), f"{sequence} has the wrong slot"
-            assert running or not sequence.blocks, f"{sequence} holds blocks"
-            if running:
-                self.table.check_slot(sequence)
-            for block in sequence.blocks:
-                holders.setdefault(block, set()).add(Owner(sequence.sequence_id))
-        for block in range(self.pool.num_blocks):
-            expected = holders.get(block, set())
-            assert self.pool.owners(block) - {PREFIX_CACHE} == expected, f"block {block}: owners are not its sequences"
+        check_owners(self.pool, self.loans, self.table, places)
 
     def _log(self, sequence: Sequence, event: str) -> None:
         self._story.append((self._step, sequence.request_id, f"sample {sequence.index} {event}"))

@@ -6,7 +6,7 @@ sequence runs. State changes are made by the scheduler alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -23,6 +23,8 @@ class SequenceState(Enum):
     HELD = "held"
     """Waits for its request's first sample to compute the prompt that they share."""
     WAITING = "waiting"
+    ADOPTED = "adopted"
+    """Has its blocks, which another replica has filled, and waits for a slot."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -61,6 +63,12 @@ class Sequence:
     first_scheduled_time_s: float | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    queued: int = 0
+    """What it counts for in ``SchedulerLoad.queued_tokens`` while it waits."""
+    send: object | None = None
+    """What ``KvSending`` makes of a sequence whose KV goes to another replica; None of all others."""
+    transfer: int | None = None
+    """The number of the transfer that its KV goes by; still known when its token has ended it."""
 
     @property
     def request_id(self) -> str:
@@ -76,32 +84,44 @@ class Sequence:
         return f"Sequence({self.sequence_id}, {self.request_id!r}[{self.index}], {self.state.value}, slot {self.slot})"
 
 
-def make_sequences(request: EngineRequest, *, first_id: int, arrival: int, root: bytes) -> list[Sequence]:
-    """Make the ``n`` sequences of a request; all but the first are held until the shared prompt is computed."""
+def make_sequences(
+    request: EngineRequest, *, first_id: int, arrival: int, root: bytes, send: object | None = None
+) -> list[Sequence]:
+    """Make the ``n`` sequences of a request, those that are over included; all but the first that is not are held until
+    the shared prompt is computed.
+    """
     prompt = np.ascontiguousarray(request.prompt_token_ids, dtype=np.int32)
-    first = Sequence(
-        sequence_id=SequenceId(first_id),
-        request=request,
-        index=0,
-        arrival=arrival,
-        tokens=prompt,
-        prompt_length=len(prompt),
-        max_length=len(prompt) + request.max_tokens,
-        root=root,
-        # Nothing precedes a prompt's first token: it has no log-probability.
-        prompt_logprobs_due=request.params.prompt_logprobs is not None and len(prompt) > 1,
-    )
-    others = [
-        replace(
-            first,
+    sequences = [
+        Sequence(
             sequence_id=SequenceId(first_id + index),
+            request=request,
             index=index,
+            arrival=arrival,
+            tokens=_known_tokens(prompt, request, index),
+            prompt_length=len(prompt),
+            max_length=len(prompt) + request.max_tokens,
             state=SequenceState.HELD,
-            blocks=[],
-            digests=[],
-            first_sample=first,
-            prompt_logprobs_due=False,
+            root=root,
+            send=send,
         )
-        for index in range(1, request.params.n)
+        for index in range(request.params.n)
     ]
-    return [first, *others]
+    live = []
+    for sequence in sequences:
+        if request.generated and request.generated[sequence.index] is None:
+            sequence.state, sequence.finish_reason = SequenceState.FINISHED, FinishReason.ABORT
+        else:
+            live.append(sequence)
+    first, others = live[0], live[1:]
+    first.state = SequenceState.WAITING
+    # Nothing precedes a prompt's first token: it has no log-probability.
+    first.prompt_logprobs_due = request.params.prompt_logprobs is not None and len(prompt) > 1
+    for sequence in others:
+        sequence.first_sample = first
+    return sequences
+
+
+def _known_tokens(prompt: Int32Array, request: EngineRequest, index: int) -> Int32Array:
+    """Return a sample's tokens, those included that another replica has drawn."""
+    drawn = request.generated[index] if request.generated else None
+    return prompt if drawn is None or not len(drawn) else np.concatenate((prompt, drawn), dtype=np.int32)

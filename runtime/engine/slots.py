@@ -22,6 +22,7 @@ from .sequence import Sequence
 
 _NO_SEQUENCE = -1
 _NO_TOKEN = -1
+_NO_TRANSFER = -1
 
 
 class SlotTable:
@@ -45,6 +46,9 @@ class SlotTable:
         self.prompt_length, self.max_length = (np.zeros(max_slots, dtype=np.int32) for _ in range(2))
         self.num_blocks, self.published = (np.zeros(max_slots, dtype=np.int32) for _ in range(2))
         self.planned = np.zeros(max_slots, dtype=np.int32)
+        self.transfer = np.full(max_slots, _NO_TRANSFER, dtype=np.int64)
+        self.sending = 0
+        """How many slots have a transfer."""
         self.sequences: NDArray[np.object_] = np.full(max_slots, None, dtype=object)
         # The lowest free slot is taken first, so that occupied rows stay dense.
         self._free = list(range(max_slots))
@@ -67,8 +71,16 @@ class SlotTable:
         self._set_stop_ids(slot, sequence.request.stop_ids)
         return slot
 
+    def send(self, slot: int, transfer: int) -> None:
+        """Note that what a slot computes goes to another replica, under this number."""
+        self.transfer[slot] = transfer
+        self.sending += 1
+
     def vacate(self, slot: int) -> Int32Array:
         """Free a slot and return its known tokens."""
+        if self.transfer[slot] != _NO_TRANSFER:
+            self.transfer[slot] = _NO_TRANSFER
+            self.sending -= 1
         tokens: Int32Array = self.tokens[slot, : self.known[slot]].copy()
         self.sequence_id[slot] = _NO_SEQUENCE
         self.sequences[slot] = None

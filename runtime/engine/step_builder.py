@@ -8,6 +8,9 @@ from ..messages import AdmittedSequence, Int32Array, StepPlan
 from .sequence import Sequence
 from .slots import SlotTable
 
+_NO_ROWS = np.empty(0, dtype=np.int32)
+_NO_TRANSFERS = np.empty(0, dtype=np.int64)
+
 
 class StepBuilder:
     """The step that is being planned: admissions, new blocks and copies; the counts stand in the slot table."""
@@ -53,6 +56,10 @@ class StepBuilder:
         kept = table.planned[block_slots] > 0
         table.computed[slots] = ends
         table.pending[slots] += samples
+        sending_rows, transfers = _NO_ROWS, _NO_TRANSFERS
+        if table.sending:
+            sending_rows = np.flatnonzero(table.transfer[slots] >= 0).astype(np.int32)
+            transfers = table.transfer[slots[sending_rows]]
         plan = StepPlan(
             step=step,
             admitted=tuple(self._admit_message(slot, sequence) for slot, sequence in self._admitted),
@@ -66,6 +73,8 @@ class StepBuilder:
             block_slots=block_slots[kept],
             block_indices=np.array(self._block_indices, dtype=np.int32)[kept],
             block_ids=np.array(self._block_ids, dtype=np.int32)[kept],
+            sending_rows=sending_rows,
+            sending_transfers=transfers,
         )
         table.planned[slots] = 0
         return plan

@@ -45,7 +45,7 @@ async def chat(call: Call) -> Whole | Streamed:
         raise InvalidRequest("messages", f"at most {settings.limits.max_messages}, got {len(body.messages)}")
     samples = body.n or 1
     check_sequences(1, samples, settings)
-    model = call.gateway.replicas.take(sequences=samples)
+    model = call.gateway.replicas.current()
     params = chat_params(body, model.defaults)
     wanted = answer_format(body)
     tools = settle_tools(body, settings, model.tokenizer, wanted)

@@ -25,12 +25,13 @@ from ...sdk.errors import ConfigError
 from ..clock import monotonic_clock, wall_clock
 from ..rpc.client import GrpcEngineClient
 from ..rpc.secret import secret_from
+from ..rpc.tls import tls_from
 from ..rpc.view_watch import ViewWatch
 from .auth import read_api_keys
 from .gateway import make_gateway
 from .model_files import ModelFiles
 from .process import GatewayProcess, bound, event_loop, prepare_process, shown_address
-from .replica_set import ReplicaSet
+from .replica_set import SPLIT_FROM_TOKENS, ReplicaSet
 from .settings import TOOL_CALL_PARSERS, GatewaySettings, RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -55,20 +56,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 async def _serve(options: argparse.Namespace, settings: GatewaySettings, listening: socket.socket) -> int:
-    secret = secret_from(os.environ)
+    secret, tls = secret_from(os.environ), tls_from(os.environ)
     if secret is None:
         logger.warning("%s is not set: whoever answers at a replica's address is taken for it", SECRET_VARIABLE)
     replicas = ReplicaSet(
-        ViewWatch(options.watch, clock=monotonic_clock, jitter=_jitter, secret=secret),
+        ViewWatch(options.watch, clock=monotonic_clock, jitter=_jitter, secret=secret, tls=tls),
         # One more than clients may have: the readiness probe must not be refused by them.
         make_client=lambda address: GrpcEngineClient(
-            address, secret=secret, max_live_requests=settings.limits.max_concurrent_requests + 1
+            address, secret=secret, tls=tls, max_live_requests=settings.limits.max_concurrent_requests + 1
         ),
         read_model=ModelFiles(tokenizer=options.tokenizer).read,
         clock=monotonic_clock,
         jitter=_jitter,
         seed=options.seed,
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
+        split_from_tokens=options.split_from_tokens,
+        # Several gateways that all drew alike would all find the same replicas.
+        salt=random.getrandbits(64),
     )
     gateway = make_gateway(settings, replicas, clock=monotonic_clock, wall_clock=wall_clock)
 
@@ -148,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-timeout-s", type=float, default=limits.request_timeout_s, metavar="S")
     add("--drain-timeout-s", type=float, default=60.0, metavar="S", help="to finish what runs before the end")
     add("--tool-call-parser", choices=TOOL_CALL_PARSERS, default="auto")
+    add(
+        "--split-from-tokens",
+        type=int,
+        default=SPLIT_FROM_TOKENS,
+        metavar="N",
+        help="shorter prompts, or with less that is not cached, are not split over prefill and decode replicas",
+    )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
     add("--seed", type=int, help="makes requests without a seed repeat from run to run")

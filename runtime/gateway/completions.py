@@ -34,7 +34,7 @@ async def complete(call: Call) -> Whole | Streamed:
     samples = body.n or 1
     check_sequences(len(prompts), samples, call.gateway.settings)
     call.gateway.admission.grow(call.ticket, len(prompts))
-    model = call.gateway.replicas.take(sequences=len(prompts) * samples)
+    model = call.gateway.replicas.current()
     params = completion_params(body, model.defaults)
     if (wanted := answer_format(body)) is not None:
         params = replace(params, structured_outputs=wanted.constraint)

@@ -40,11 +40,15 @@ class RequestFrame:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", record.request_id.encode()),
+                    (b"traceparent", record.trace.traceparent.encode()),
+                ]
             await send(message)
 
         try:
-            self._check_key(scope)
+            record.caller = self._caller(scope)
             await self._app(scope, receive, framed_send)
         except asyncio.CancelledError:
             record.outcome = "cancelled"
@@ -60,10 +64,12 @@ class RequestFrame:
         finally:
             self._note(scope, record, status)
 
-    def _check_key(self, scope: Scope) -> None:
-        if scope["path"] not in _NO_KEY_NEEDED:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-            self._gateway.keys.check(given)
+    def _caller(self, scope: Scope) -> str:
+        """Check a request's key, and return what stands for it."""
+        if scope["path"] in _NO_KEY_NEEDED:
+            return ""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        return self._gateway.keys.check(given)
 
     def _note(self, scope: Scope, record: RequestRecord, status: int) -> None:
         elapsed_s = self._gateway.clock() - record.arrival_s
@@ -76,6 +82,7 @@ class RequestFrame:
         level = logging.DEBUG if endpoint in _OPERATIONS else logging.INFO
         fields = {
             "request_id": record.request_id,
+            "trace_id": record.trace_id,
             "method": scope["method"],
             "path": scope["path"][:200],
             "status": status,

@@ -8,7 +8,6 @@ and nothing else it sends over the stream's direct line where that is open, and 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from ...sdk.results import CompletionOutput, Logprob, RequestOutput
 from ..collector import RequestCollector
 from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent
+from .attempts import Attempts
 from .direct_line import DirectLine
 from .errors import Draining
 from .gateway import Gateway
 from .record import RequestRecord
 from .replica import ServedModel
 from .response_format import AnswerFormat
-
-logger = logging.getLogger(__name__)
 
 _QUEUED_PIECES = 64
 
@@ -53,8 +51,8 @@ class PromptRun:
     """One prompt on its way."""
 
     __slots__ = (
-        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_moved", "_record",
-        "_request", "output",
+        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_record", "_request",
+        "output",
     )  # fmt: skip
 
     def __init__(
@@ -71,7 +69,6 @@ class PromptRun:
     ) -> None:
         self._gateway = gateway
         self._model = model
-        self._moved = False
         self._request = request
         self._record = record
         self._index = index
@@ -85,35 +82,33 @@ class PromptRun:
         self.output = self._collector.output
 
     async def pieces(self, *, timeout_s: float) -> AsyncGenerator[Piece]:
-        """Run to the end and yield what comes; a replica that does not take the request is left for another, once.
+        """Run to the end and yield what comes; what a lost replica was to bring, another one does.
 
         Raises: what ``EngineClient.generate`` raises; EngineError when the engine gave a sample up, InvalidRequest when
         it gave up for what the answer is held to
         """
-        ends_s = self._gateway.clock() + timeout_s
         ended = False
         self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
+        attempts = Attempts(
+            self._gateway,
+            self._model,
+            self._request,
+            self._record,
+            delivered=[sample.token_ids for sample in self.output.outputs],
+            ends_s=self._gateway.clock() + timeout_s,
+            take_token=None if self._line is None else self._take_token,
+        )
         try:
-            events: AsyncGenerator[RequestEvent] | None = self._events(timeout_s)
-            while events is not None:
-                heard = False
-                try:
-                    async with aclosing(events):
-                        async for event in events:
-                            heard = True
-                            self._note(event)
-                            for sample in event.samples:
-                                if (piece := self._take(sample)) is None:
-                                    continue
-                                if sample.finish_reason is None and piece.finish_reason is not None:
-                                    await self._model.client.abort_sample(self._request.request_id, sample.index)
-                                yield piece
-                    events = None
-                except EngineUnavailable as error:
-                    # What has been heard of cannot begin again: its tokens may have been passed on.
-                    events = None if heard else self._events_elsewhere(error, ends_s)
-                    if events is None:
-                        raise
+            async with aclosing(attempts.news()) as news:
+                async for number, event in news:
+                    self._model = attempts.model(number) or self._model
+                    self._note(event)
+                    for sample in event.samples:
+                        if (piece := self._take(attempts, number, sample)) is None:
+                            continue
+                        if sample.finish_reason is None and piece.finish_reason is not None:
+                            await attempts.abort_sample(number, sample.index)
+                        yield piece
             if not self.output.finished:
                 raise EngineUnavailable("the engine's answer ended before the request did")
             ended = True
@@ -127,27 +122,6 @@ class PromptRun:
             self._record.output_tokens += sum(len(sample.token_ids) for sample in self.output.outputs)
             if not ended:
                 self._gateway.metrics.aborted.inc()
-
-    def _events(self, timeout_s: float) -> AsyncGenerator[RequestEvent]:
-        take_token = None if self._line is None else self._take_token
-        generating = self._model.client.generate(self._request, timeout_s=timeout_s, take_token=take_token)
-        return cast("AsyncGenerator[RequestEvent]", generating)
-
-    def _events_elsewhere(self, error: EngineUnavailable, ends_s: float) -> AsyncGenerator[RequestEvent] | None:
-        """Go to another replica with a request that the first refused or lost unheard; None if it has to end.
-
-        The seed is the request's own, so the tokens are those that the first would have drawn.
-        """
-        left_s = ends_s - self._gateway.clock()
-        if self._moved or left_s <= 0:
-            return None
-        other = self._gateway.replicas.other(self._model, sequences=self._request.params.n)
-        if other is None:
-            return None
-        logger.info("sent to another replica: %s", error, extra={"request_id": self._record.request_id})
-        self._gateway.metrics.moved.inc()
-        self._moved, self._model = True, other
-        return self._events(left_s)
 
     def _take_token(self, index: int, token_id: int) -> bool:
         """Send a token's text over the direct line; return False, and do nothing, when that is not open."""
@@ -167,15 +141,24 @@ class PromptRun:
         if event.queue_s is not None:
             self._gateway.metrics.queue_s.observe(event.queue_s)
 
-    def _take(self, event: SampleEvent) -> Piece | None:
-        """Take a sample's news in; None when it has ended already, by a stop string that the engine did not know."""
+    def _take(self, attempts: Attempts, number: int, event: SampleEvent) -> Piece | None:
+        """Take a sample's news in; None when they are no news.
+
+        They are none when another attempt has brought them, or when the sample has ended already, by a stop string that
+        the engine did not know.
+        """
         sample = self.output.outputs[event.index]
-        if sample.finished:
+        if sample.finished or (skip := attempts.taken(number, event)) is None:
+            return None
+        if event.finish_reason is FinishReason.ABORT:
+            attempts.given_up(number)
             return None
         now_s = self._gateway.clock()
         first = len(sample.token_ids)
         text = ""
         for place, token_id in enumerate(event.token_ids):
+            if place < skip:
+                continue
             logprobs = event.logprobs[place] if event.logprobs else None
             text += self._collector.add_token(event.index, token_id, logprobs, now_s=now_s)
             if self._collector.found_stop_string(event.index):
@@ -185,6 +168,10 @@ class PromptRun:
             if event.finish_reason is not None:
                 self._refuse_broken_end(event.finish_reason)
                 text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s)
+        if sample.finish_reason is not None:
+            attempts.over(number, event.index)
+        elif len(sample.token_ids) == first:
+            return None
         self._measure(event.index, len(sample.token_ids) - first, now_s)
         return self._piece(event.index, sample, text, first)
 
@@ -194,8 +181,6 @@ class PromptRun:
             raise EngineError("the model's logits were not numbers: no token can be drawn from them")
         if reason is FinishReason.GRAMMAR:
             raise InvalidRequest("structured_outputs", "became too complex to follow along this answer: simplify them")
-        if reason is FinishReason.ABORT:
-            raise EngineUnavailable("the engine gave the request up: it is stopping")
 
     def _piece(self, index: int, sample: CompletionOutput, text: str, first: int) -> Piece:
         return Piece(

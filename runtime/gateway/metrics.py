@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..messages import StageTime
-from ..rpc.engine_client import EngineLoadReport
+from ..rpc.engine_client import EngineLoadReport, HandOffReport
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -32,8 +32,12 @@ class _Gauges(Collector):
         load: Callable[[], EngineLoadReport | None],
         in_flight: Callable[[], int],
         states: Callable[[], Mapping[str, int]],
+        waiting: Callable[[], int],
+        open_breakers: Callable[[], int],
     ) -> None:
         self._load = load
+        self._waiting = waiting
+        self._open_breakers = open_breakers
         self._in_flight = in_flight
         self._states = states
 
@@ -42,6 +46,10 @@ class _Gauges(Collector):
         yield GaugeMetricFamily("slipstream_engine_up", "whether an engine is attached", value=int(load is not None))
         text = "prompts that the gateway has let in and that have not ended"
         yield GaugeMetricFamily("slipstream_gateway_in_flight", text, value=self._in_flight())
+        text = "requests that wait for their API key's turn"
+        yield GaugeMetricFamily("slipstream_gateway_waiting", text, value=self._waiting())
+        text = "pairs of replicas over which no request is split for now, because that failed"
+        yield GaugeMetricFamily("slipstream_open_breakers", text, value=self._open_breakers())
         if states := self._states():
             family = GaugeMetricFamily(
                 "slipstream_replicas", "replicas by how this gateway sees them", labels=["state"]
@@ -60,6 +68,10 @@ class _Gauges(Collector):
             ("preemptions", load.preemptions, "sequences preempted since the engine started"),
             ("prefix_hits", load.prefix_hits, "prompt blocks found in the prefix cache since the engine started"),
             ("prefix_misses", load.prefix_misses, "prompt blocks not found there since the engine started"),
+            ("queued_tokens", load.queued_tokens, "known tokens whose KV is still to be computed"),
+            ("kv_awaiting", load.awaiting, "requests that wait for KV of another replica"),
+            ("kv_sending", load.sending, "transfers of KV on their way out"),
+            ("kv_receiving", load.receiving, "transfers of KV on their way in"),
             ("engine_draining", int(load.draining), "whether the engine takes no more requests"),
         ):
             yield GaugeMetricFamily(f"slipstream_{name}", text, value=value)
@@ -107,6 +119,42 @@ class TokenTally(Collector):
         yield HistogramMetricFamily("slipstream_inter_token_seconds", text, buckets=buckets, sum_value=self._gaps_s)
 
 
+class HandOffTally(Collector):
+    """What became of hand-offs between replicas, and what they moved."""
+
+    def __init__(self) -> None:
+        self._endings: dict[str, int] = {}
+        self._bytes = 0
+        self._wire_s = 0.0
+        self._hidden_s = 0.0
+        self._wait_s = 0.0
+
+    def add(self, report: HandOffReport | None) -> None:
+        """Count one that ended; None: nothing was heard of how."""
+        ending = "lost" if report is None else report.ending
+        self._endings[ending] = self._endings.get(ending, 0) + 1
+        if report is not None:
+            self._bytes += report.bytes_moved
+            self._wire_s += report.wire_s
+            self._hidden_s += report.hidden_s
+            self._wait_s += report.wait_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Return all in Prometheus' form."""
+        ended = CounterMetricFamily("slipstream_hand_offs", "hand-offs of KV by ending", labels=["ending"])
+        for ending, count in self._endings.items():
+            ended.add_metric([ending], count)
+        yield ended
+        text = "KV that went from one replica to another"
+        yield CounterMetricFamily("slipstream_kv_bytes_moved", text, value=self._bytes)
+        for name, text, value in (
+            ("wire", "in which KV was on its way", self._wire_s),
+            ("hidden", "of those on the wire, while its prompt was still computed", self._hidden_s),
+            ("wait", "from the prompt's last step to the end of its hand-off", self._wait_s),
+        ):
+            yield CounterMetricFamily(f"slipstream_kv_{name}_seconds", text, value=value)
+
+
 class GatewayMetrics:
     """The gateway's own counters and histograms; gauges come from ``load``, ``in_flight`` and ``states``."""
 
@@ -116,9 +164,11 @@ class GatewayMetrics:
         load: Callable[[], EngineLoadReport | None],
         in_flight: Callable[[], int],
         states: Callable[[], Mapping[str, int]] = dict,
+        waiting: Callable[[], int] = int,
+        open_breakers: Callable[[], int] = int,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Gauges(load, in_flight, states))
+        self._registry.register(_Gauges(load, in_flight, states, waiting, open_breakers))
         self._requests = Counter(
             "slipstream_requests", "HTTP requests by endpoint and outcome", ["endpoint", "outcome"],
             registry=self._registry,
@@ -133,7 +183,10 @@ class GatewayMetrics:
         self.queue_s = self._histogram("queue", "from arrival at the engine to the first step", _TTFT_BUCKETS_S)
         self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests that the engine took")
         self.aborted = self._counter("aborted", "prompts given up before their end: client gone, error or stop")
-        self.moved = self._counter("moved", "prompts that one replica did not take and another one was given")
+        self.moved = self._counter("requests_moved", "prompts that one replica did not take or lost, and another has")
+        self.gone_on = self._counter("gone_on", "prompts that the replica that waited for their KV computed itself")
+        self.hand_offs = HandOffTally()
+        self._registry.register(self.hand_offs)
         self.engine_starts = self._counter("engine_starts", "engine processes that became ready")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -89,7 +89,7 @@ class GatewayProcess:
             drained = await self._drain()
         finally:
             announcing.cancel()
-            self._gateway.admission.draining = True
+            self._gateway.admission.close()
             await self._backend.stop(timeout_s=0.0 if self._told_again.is_set() else LAST_BYTES_S)
             server.should_exit = True
             server.force_exit = self._told_again.is_set()
@@ -109,7 +109,7 @@ class GatewayProcess:
     async def _drain(self) -> bool:
         """Let what runs finish and refuse what comes; return whether everything has finished."""
         admission = self._gateway.admission
-        admission.draining = True
+        admission.close()
         logger.info("stopping: %d prompts may still finish", admission.in_flight)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_timeout_s):

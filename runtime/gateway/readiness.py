@@ -11,11 +11,16 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
+import numpy as np
+
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ...sdk.params import SamplingParams
 from ..clock import Clock
 from ..rpc.engine_client import RequestEvent
 from .replica import Replicas, ServedModel
+from .routes import Ask, Whole
+
+_PROBE = Ask(prompt=np.zeros(1, dtype=np.int32), max_tokens=1, may_split=False)
 
 
 class Readiness:
@@ -44,11 +49,17 @@ class Readiness:
             if self._holds():
                 return None
             try:
-                # As a request does: the next probe goes to another replica when this one hangs.
-                model = self._replicas.take(sequences=1)
+                current = self._replicas.current()
             except EngineUnavailable as error:
                 return str(error)
-            return await self._probe(model)
+            # As a request does: the next probe goes to another replica when this one hangs.
+            route = self._replicas.route(_PROBE, current)
+            if not isinstance(route, Whole):
+                return "no replica takes requests now"
+            try:
+                return await self._probe(self._replicas.reach(route.replica))
+            finally:
+                self._replicas.ended(route)
 
     def _holds(self) -> bool:
         """Whether an engine that is still there has generated a token a moment ago."""

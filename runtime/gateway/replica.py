@@ -7,6 +7,7 @@ those of a cluster. It must not know HTTP, nor how engines' processes are starte
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,8 +15,9 @@ from typing import Protocol
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..models.generation_defaults import GenerationDefaults
 from ..prompts import RequestFactory, Seeds
-from ..rpc.engine_client import EngineClient, EngineFacts, EngineLoadReport
+from ..rpc.engine_client import EngineClient, EngineFacts, EngineLoadReport, HandOffReport
 from ..text.tokenizer import Tokenizer
+from .routes import Ask, Route, Split, Whole
 
 
 class WatchedClient(EngineClient, Protocol):
@@ -59,10 +61,11 @@ class ServedModel:
 
     def answers_like(self, other: ServedModel) -> bool:
         """Whether a request that was made for one means the same to the other."""
-        return self._kind == other._kind
+        return self.kind == other.kind
 
     @property
-    def _kind(self) -> tuple[object, ...]:
+    def kind(self) -> tuple[object, ...]:
+        """What those that answer alike have in common."""
         facts = self.facts
         return (self.generation, facts.model, facts.vocab_size, facts.max_model_len, facts.eos_token_ids, facts.dtype)
 
@@ -91,26 +94,45 @@ def served_model(
 
 
 class Replicas(Protocol):
-    """The engines that serve now, as requests see them."""
+    """The engines that serve now, as requests see them. Each has a name, which routes are made of."""
 
     @property
     def attached(self) -> bool:
-        """Whether an engine is there."""
+        """Whether an engine is there that takes whole requests."""
         ...
 
     def current(self) -> ServedModel:
-        """Return an engine that serves now, to look at. Raises: EngineUnavailable (retryable) while there is none"""
-        ...
-
-    def take(self, *, sequences: int) -> ServedModel:
-        """Return the engine for a request of about so many sequences; all of the request is sent there.
+        """Return an engine that serves now: requests are made for its model.
 
         Raises: EngineUnavailable (retryable) while there is none
         """
         ...
 
-    def other(self, model: ServedModel, *, sequences: int) -> ServedModel | None:
-        """Return another engine for a request that was made for one that did not take it, None without one."""
+    def route(self, ask: Ask, model: ServedModel) -> Route | None:
+        """Return where a request goes that was made for this model, None while nobody can have it.
+
+        Whoever asks says ``ended`` of every route.
+        """
+        ...
+
+    def reach(self, name: str) -> ServedModel:
+        """Return an engine of a route that was just given. Raises: EngineUnavailable (retryable) when it is gone"""
+        ...
+
+    def where(self, name: str) -> tuple[str, str]:
+        """Return by what name and at what address other replicas find one."""
+        ...
+
+    def note_hand_off(self, route: Split, report: HandOffReport | None) -> None:
+        """Learn from how a hand-off ended; None: nothing was heard of it."""
+        ...
+
+    def ended(self, route: Route) -> None:
+        """Note that a request is over at its replicas. Idempotent."""
+        ...
+
+    async def wait_changed(self) -> None:
+        """Wait until an engine comes that was not there."""
         ...
 
     def has(self, epoch: str) -> bool:
@@ -125,6 +147,31 @@ class Replicas(Protocol):
         """Return how many replicas are in each state, for metrics."""
         ...
 
+    @property
+    def open_breakers(self) -> int:
+        """Pairs of replicas that no request is split over now, because that failed."""
+        ...
+
+
+class Arrivals:
+    """Tells those that wait for an engine that one has come."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Future[None] | None = None
+
+    def tell(self) -> None:
+        """One has come."""
+        if self._next is not None and not self._next.done():
+            self._next.set_result(None)
+        self._next = None
+
+    async def wait(self) -> None:
+        """Wait for the next."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        # Many wait for the same: one that leaves does not end it for the others.
+        await asyncio.shield(self._next)
+
 
 class Replica:
     """The one engine of a gateway that has its own driver; it comes and goes as the driver's process does."""
@@ -133,6 +180,7 @@ class Replica:
         self._text = text
         self._seeds = Seeds(seed)
         self._model: ServedModel | None = None
+        self._arrivals = Arrivals()
 
     @property
     def attached(self) -> bool:
@@ -145,15 +193,32 @@ class Replica:
             raise EngineUnavailable("the engine is not running: it is starting, or starting again after a failure")
         return self._model
 
-    def take(self, *, sequences: int) -> ServedModel:
-        """Return the engine that serves now, whatever the request."""
-        del sequences
+    def route(self, ask: Ask, model: ServedModel) -> Route | None:
+        """Return the way to the engine that serves now, whose name is that of its incarnation."""
+        now = self._model
+        if now is None or now.facts.epoch in ask.exclude or not now.answers_like(model):
+            return None
+        return Whole(replica=now.facts.epoch)
+
+    def reach(self, name: str) -> ServedModel:
+        """Return the engine that serves now, if it is the one that was meant."""
+        if not self.has(name):
+            raise EngineUnavailable("the engine is gone")
         return self.current()
 
-    def other(self, model: ServedModel, *, sequences: int) -> ServedModel | None:
-        """Return None: there is one engine."""
-        del model, sequences
-        return None
+    def where(self, name: str) -> tuple[str, str]:
+        """Return nothing of use: nobody else is there."""
+        return name, ""
+
+    def note_hand_off(self, route: Split, report: HandOffReport | None) -> None:
+        """Do nothing: nothing is split."""
+
+    def ended(self, route: Route) -> None:
+        """Do nothing: nothing is chosen."""
+
+    async def wait_changed(self) -> None:
+        """Wait until the next engine is attached."""
+        await self._arrivals.wait()
 
     def has(self, epoch: str) -> bool:
         """Return whether an engine of this incarnation serves now."""
@@ -162,6 +227,7 @@ class Replica:
     def attach(self, client: EngineClient, facts: EngineFacts) -> None:
         """Serve with an engine that has been met."""
         self._model = served_model(client, facts, self._text, seeds=self._seeds)
+        self._arrivals.tell()
 
     def detach(self) -> None:
         """Stop serving: the engine is lost."""
@@ -174,3 +240,8 @@ class Replica:
     def states(self) -> Mapping[str, int]:
         """Return nothing: whether the one engine is there is a metric of its own."""
         return {}
+
+    @property
+    def open_breakers(self) -> int:
+        """None: nothing is split."""
+        return 0

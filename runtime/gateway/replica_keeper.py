@@ -55,7 +55,8 @@ class ReplicaKeeper:
     """Keeps a session with one replica, for as long as it is in the view and something runs on it.
 
     ``read_model`` returns the text side of a model and its generation; ``on_ready`` is called for each incarnation that
-    is met. Units: linger_s, how long after it left the view a request that was just given to it may still be sent
+    is met, ``on_change`` when a session has begun or ended. Units: linger_s, how long after it left the view a request
+    that was just given to it may still be sent
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class ReplicaKeeper:
         jitter: Jitter,
         linger_s: float,
         on_ready: Callable[[], None],
+        on_change: Callable[[ReplicaKeeper], None],
     ) -> None:
         self.name = f"{replica.replica} at {replica.address}"
         self.model: ServedModel | None = None
-        self._replica = replica
+        self.replica = replica
         self._make_client = make_client
         self._read_model = read_model
         self._seeds = seeds
@@ -82,6 +84,7 @@ class ReplicaKeeper:
         )
         self._linger_s = linger_s
         self._on_ready = on_ready
+        self._on_change = on_change
         self._left = asyncio.Event()
         self._left_s = 0.0
         self._client: ReplicaClient | None = None
@@ -117,7 +120,9 @@ class ReplicaKeeper:
     async def close(self) -> None:
         """Leave the replica at once: what runs on it ends with an error."""
         self.leave()
-        self.model = None
+        if self.model is not None:
+            self.model = None
+            self._on_change(self)
         if self._client is not None:
             await self._client.close()
 
@@ -143,7 +148,7 @@ class ReplicaKeeper:
             await self._unless_left(asyncio.sleep(pause_s))
 
     async def _meet(self) -> None:
-        replica = self._replica
+        replica = self.replica
         client = self._client = self._make_client(replica.address)
         facts = await client.connect(timeout_s=_CONNECT_TIMEOUT_S)
         if facts.replica and facts.replica != replica.replica:
@@ -153,6 +158,7 @@ class ReplicaKeeper:
         self.model = served_model(client, facts, text, seeds=self._seeds, generation=generation)
         self._note(ReplicaState.CONNECTING, "")
         logger.info("replica %s is there: %s on %s, %s", self.name, facts.model, facts.device, facts.dtype)
+        self._on_change(self)
         if facts.epoch != self._epoch:
             self._epoch = facts.epoch
             self._on_ready()
@@ -181,7 +187,9 @@ class ReplicaKeeper:
             lost.cancel()
 
     async def _let_go(self) -> None:
-        self.model = None
+        if self.model is not None:
+            self.model = None
+            self._on_change(self)
         client, self._client = self._client, None
         if client is not None:
             await client.close()

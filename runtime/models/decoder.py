@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden size, N selected tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
 from .weights import Progress, read_parameters
+
+LayerDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +92,26 @@ class Decoder:
         return run_plain(self.forward_parts(batch, cache))
 
     def forward_parts(
-        self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None, *, sharded_norm: bool = False
+        self,
+        batch: ForwardBatch,
+        cache: KvCache,
+        hidden_TH: Tensor | None = None,
+        *,
+        sharded_norm: bool = False,
+        layer_done: LayerDone | None = None,
     ) -> Parts:
         """Run this stage's layers over the batch and write its keys and values to ``cache``.
 
         ``hidden_TH`` comes from the stage before; the first one embeds the batch's tokens. The last stage returns
         normalized hidden states, every other what goes to the next. ``sharded_norm``: keep the residual in shares, one
-        on each tensor-parallel rank.
+        on each tensor-parallel rank. ``layer_done`` is told of each layer, as this rank counts them, whose keys and
+        values are in the cache (on a GPU: will be, once what was queued so far has run).
 
         Shapes: hidden_TH [tokens, ``received_size``]; returns [tokens, hidden size], or what the next stage receives,
         of the weights' type
         """
         inputs = yield from self.open_parts(batch, cache, hidden_TH)
-        return (yield from self.layer_parts(inputs, cache, sharded_norm=sharded_norm))
+        return (yield from self.layer_parts(inputs, cache, sharded_norm=sharded_norm, layer_done=layer_done))
 
     def open_parts(self, batch: ForwardBatch, cache: KvCache, hidden_TH: Tensor | None = None) -> Steps[PassInputs]:
         """Prepare a pass: what its layers have in common, and the cache. As ``forward_parts``."""
@@ -112,7 +122,9 @@ class Decoder:
             hidden_TH = yield from self._embed(batch.token_ids_T)
         return PassInputs(hidden_TH=hidden_TH, attention=inputs)
 
-    def layer_parts(self, inputs: PassInputs, cache: KvCache, *, sharded_norm: bool = False) -> Parts:
+    def layer_parts(
+        self, inputs: PassInputs, cache: KvCache, *, sharded_norm: bool = False, layer_done: LayerDone | None = None
+    ) -> Parts:
         """Run this stage's layers over what ``open_parts`` has returned. As ``forward_parts``."""
         epsilon, tp = self.spec.rms_norm_eps, self._groups.tp
         residual, residual_TH = open_residual(
@@ -121,6 +133,8 @@ class Decoder:
         normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
             attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs.attention)), tp)
+            if layer_done is not None:
+                layer_done(index)
             normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
             added = yield from layer.mlp.parts(normed_TH)
             next_norm_H, next_ladder = self._after(index)

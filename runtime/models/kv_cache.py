@@ -61,6 +61,13 @@ class KvCache:
         """
         copy_blocks(self.layers, sources, targets)
 
+    def clear_from(self, block: int, position: int) -> None:
+        """Set a block to zero from one of its positions on, in every layer: what an earlier owner left there may not
+        even be a number.
+        """
+        for layer in self.layers:
+            layer[:, block, :, position:] = 0
+
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -20,6 +20,7 @@ from .engine_client import EngineFacts
 from .errors import SecretRefused
 from .session import Command, Submit
 from .session_client import DEFAULT_MAX_LIVE_REQUESTS, SessionClient
+from .tls import CA_VARIABLE, Tls, open_channel
 from .wire import CLIENT_OPTIONS, FACTS, SERVICE, SESSION, is_socket, target_of
 
 _MAX_UNSENT_BYTES = 64 << 20
@@ -31,14 +32,21 @@ class GrpcEngineClient(SessionClient):
     """The ``EngineClient`` of the driver at ``address``, a socket's path or ``host:port``.
 
     ``secret``: what both sides have to know where they meet over TCP; ``connect`` raises SecretRefused otherwise.
+    ``tls``: certificates for TCP.
     Raises: ConfigError naming ``address``
     """
 
     def __init__(
-        self, address: str, *, secret: bytes | None = None, max_live_requests: int = DEFAULT_MAX_LIVE_REQUESTS
+        self,
+        address: str,
+        *,
+        secret: bytes | None = None,
+        tls: Tls | None = None,
+        max_live_requests: int = DEFAULT_MAX_LIVE_REQUESTS,
     ) -> None:
         super().__init__(max_live_requests=max_live_requests)
         self._target = target_of(address)
+        self._tls = tls
         self._secret = None if is_socket(self._target) else secret
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
@@ -47,7 +55,7 @@ class GrpcEngineClient(SessionClient):
         self._something_unsent = asyncio.Event()
 
     async def _connect(self) -> EngineFacts:
-        self._channel = grpc.aio.insecure_channel(self._target, options=CLIENT_OPTIONS)
+        self._channel = open_channel(self._target, CLIENT_OPTIONS, self._tls)
         ask: Any = self._channel.unary_unary(f"/{SERVICE}/{FACTS}")
         open_session: Any = self._channel.stream_stream(f"/{SERVICE}/{SESSION}")
         try:
@@ -63,6 +71,12 @@ class GrpcEngineClient(SessionClient):
             raise EngineUnavailable(f"the replica cannot be understood: {error}") from error
         self._task = asyncio.create_task(self._run(call), name="engine session")
         return facts
+
+    def _silence_hint(self) -> str:
+        # A connection whose certificates are refused is tried again like one to a driver that is not up yet.
+        if self._tls is None or is_socket(self._target):
+            return ""
+        return f"; calls are encrypted here: it needs a certificate that {CA_VARIABLE} has signed, for its host's name"
 
     def _send(self, command: Command) -> None:
         data = encode_command(command)

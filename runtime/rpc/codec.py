@@ -8,6 +8,7 @@ The events of a replica are in ``codec_events``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,13 @@ from google.protobuf.message import DecodeError
 from ...sdk.errors import InvalidRequest
 from ...sdk.params import MAX_LOGIT_BIAS, MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from ...sdk.structured import StructuredOutputsParams
-from ..messages import EngineRequest
+from ..messages import EngineRequest, Int32Array
+from .engine_client import SendTo
 from .generated import engine_pb2 as pb
-from .session import Abort, AbortSample, Command, Drain, Submit
+from .session import Abort, AbortSample, Command, Drain, GoOn, Submit
+from .submit_rules import MAX_PROMPT_TOKENS, check_submit
 
 MAX_MESSAGE_BYTES = 16 << 20
-MAX_PROMPT_TOKENS = 2 << 20
 MAX_STOP_IDS = 2 * MAX_STOP_TOKEN_IDS
 MAX_REQUEST_ID_CHARS = 256
 MAX_CACHE_SALT_CHARS = 4096
@@ -39,6 +41,8 @@ def encode_command(command: Command) -> bytes:
             message = pb.ClientMessage(abort=pb.Abort(key=key))
         case AbortSample(key=key, index=index):
             message = pb.ClientMessage(abort_sample=pb.AbortSample(key=key, index=index))
+        case GoOn(key=key):
+            message = pb.ClientMessage(go_on=pb.GoOn(key=key))
         case Drain():
             message = pb.ClientMessage(drain=pb.Drain())
     return message.SerializeToString()
@@ -65,6 +69,8 @@ def decode_command(data: bytes) -> Command:
             if index >= MAX_N:
                 raise InvalidRequest("index", f"must be less than {MAX_N}, got {index}")
             return AbortSample(key=_key(message.abort_sample.key), index=index)
+        case "go_on":
+            return GoOn(key=_key(message.go_on.key))
         case "drain":
             return Drain()
         case _:
@@ -88,6 +94,7 @@ def _key(key: int) -> int:
 def _submit_to_wire(submit: Submit) -> pb.Submit:
     request = submit.request
     _check_lengths(len(request.prompt_token_ids), len(request.stop_ids), request.request_id, request.cache_salt)
+    check_submit(submit)
     if not -(2**31) <= request.priority <= _INT32_MAX:
         raise InvalidRequest("priority", f"must be an integer of 32 bits, got {request.priority}")
     try:
@@ -102,6 +109,10 @@ def _submit_to_wire(submit: Submit) -> pb.Submit:
             priority=request.priority,
             cache_salt=request.cache_salt,
             timeout_s=submit.timeout_s,
+            generated=[_generated_to_wire(tokens) for tokens in request.generated],
+            send_to=None if submit.send_to is None else _send_to_to_wire(submit.send_to),
+            ticket=submit.ticket,
+            trace_id=submit.trace_id,
         )
     except UnicodeEncodeError as error:
         raise InvalidRequest("request", f"holds text that is not Unicode: {error.reason}") from error
@@ -110,9 +121,18 @@ def _submit_to_wire(submit: Submit) -> pb.Submit:
 def _submit_from_wire(message: pb.Submit) -> Submit:
     key = _key(message.key)
     try:
-        return Submit(key=key, request=_request_from_wire(message), timeout_s=_timeout(message.timeout_s))
+        submit = Submit(
+            key=key,
+            request=_request_from_wire(message),
+            timeout_s=_timeout(message.timeout_s),
+            send_to=_send_to_from_wire(message.send_to) if message.HasField("send_to") else None,
+            ticket=message.ticket,
+            trace_id=message.trace_id,
+        )
+        check_submit(submit)
     except InvalidRequest as error:
         raise BadSubmit(key, error) from error
+    return submit
 
 
 def _request_from_wire(message: pb.Submit) -> EngineRequest:
@@ -123,12 +143,9 @@ def _request_from_wire(message: pb.Submit) -> EngineRequest:
     stop_ids = tuple(message.stop_ids)
     if stop_ids and min(stop_ids) < 0:
         raise InvalidRequest("stop_ids", f"must not be negative, got {min(stop_ids)}")
-    prompt = np.array(message.prompt_token_ids, dtype=np.int32)
-    if len(prompt) and int(prompt.min()) < 0:
-        raise InvalidRequest("prompt_token_ids", f"must not be negative, got {int(prompt.min())}")
     return EngineRequest(
         request_id=message.request_id,
-        prompt_token_ids=prompt,
+        prompt_token_ids=_tokens("prompt_token_ids", message.prompt_token_ids),
         params=_params_from_wire(message.params),
         seed=message.seed,
         stop_ids=stop_ids,
@@ -137,7 +154,15 @@ def _request_from_wire(message: pb.Submit) -> EngineRequest:
         arrival_time_s=0.0,
         priority=message.priority,
         cache_salt=salt,
+        generated=_generated_from_wire(message),
     )
+
+
+def _tokens(field: str, column: Sequence[int]) -> Int32Array:
+    tokens = np.array(column, dtype=np.int32)
+    if len(tokens) and int(tokens.min()) < 0:
+        raise InvalidRequest(field, f"must not be negative, got {int(tokens.min())}")
+    return tokens
 
 
 def _check_lengths(prompt_tokens: int, stop_ids: int, request_id: str, salt: str | None) -> None:
@@ -149,6 +174,35 @@ def _check_lengths(prompt_tokens: int, stop_ids: int, request_id: str, salt: str
         raise InvalidRequest("request_id", f"must have 1 to {MAX_REQUEST_ID_CHARS} characters, got {len(request_id)}")
     if salt is not None and len(salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequest("cache_salt", f"{len(salt)} characters are more than {MAX_CACHE_SALT_CHARS}")
+
+
+# ------------------------------------------------------------------ requests that go on elsewhere
+
+
+def _generated_to_wire(tokens: Int32Array | None) -> pb.Generated:
+    return pb.Generated(over=True) if tokens is None else pb.Generated(token_ids=tokens.tolist())
+
+
+def _generated_from_wire(message: pb.Submit) -> tuple[Int32Array | None, ...]:
+    # Before anything is made of them: there may be any number.
+    if len(message.generated) > MAX_N:
+        raise InvalidRequest("generated", f"{len(message.generated)} samples are more than {MAX_N}")
+    if any(sample.over and sample.token_ids for sample in message.generated):
+        raise InvalidRequest("generated", "has tokens of a sample that is over")
+    if sum(len(sample.token_ids) for sample in message.generated) > MAX_PROMPT_TOKENS:
+        raise InvalidRequest("generated", f"has more than {MAX_PROMPT_TOKENS} tokens")
+    return tuple(None if sample.over else _tokens("generated", sample.token_ids) for sample in message.generated)
+
+
+def _send_to_to_wire(send_to: SendTo) -> pb.SendTo:
+    return pb.SendTo(replica=send_to.replica, address=send_to.address, ticket=send_to.ticket)
+
+
+def _send_to_from_wire(message: pb.SendTo) -> SendTo:
+    return SendTo(replica=message.replica, address=message.address, ticket=message.ticket)
+
+
+# ------------------------------------------------------------------ parameters
 
 
 def _timeout(timeout_s: float) -> float:

@@ -14,12 +14,32 @@ from google.protobuf.message import DecodeError, Message
 
 from ...sdk.errors import InvalidRequest
 from ...sdk.params import MAX_LOGPROBS, MAX_N
-from ..messages import FinishReason, StageTime, TokenLogprobs
+from ..messages import FinishReason, TokenLogprobs
 from .codec import MAX_MESSAGE_BYTES
-from .engine_client import EngineFacts, EngineLoadReport, PromptScores
+from .codec_load import (
+    changes_from_wire,
+    changes_to_wire,
+    hand_off_from_wire,
+    hand_off_to_wire,
+    load_from_wire,
+    load_to_wire,
+)
+from .engine_client import EngineFacts, PromptScores
 from .errors import error_from_wire, error_to_wire
 from .generated import engine_pb2 as pb
-from .session import PROTOCOL_VERSION, Closed, Drained, Ending, Event, Load, Opened, Rejected, StepNews
+from .session import (
+    PROTOCOL_VERSION,
+    BlocksChanged,
+    Closed,
+    Drained,
+    Ending,
+    Event,
+    HandOffEnded,
+    Load,
+    Opened,
+    Rejected,
+    StepNews,
+)
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -30,6 +50,9 @@ _REASONS = {
 }
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 
+MAX_BLOCK_SIZE = 1 << 16
+_ROLES = ("prefill", "decode", "mixed")
+
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
@@ -39,11 +62,15 @@ def encode_event(event: Event) -> bytes:
         case StepNews():
             message = pb.ServerMessage(step=_news_to_wire(event))
         case Opened(epoch=epoch, load=load):
-            message = pb.ServerMessage(opened=pb.Opened(epoch=epoch, load=_load_to_wire(load)))
+            message = pb.ServerMessage(opened=pb.Opened(epoch=epoch, load=load_to_wire(load)))
         case Rejected(key=key, error=error):
             message = pb.ServerMessage(rejected=pb.Rejected(key=key, error=error_to_wire(error)))
         case Load(load=load):
-            message = pb.ServerMessage(load=_load_to_wire(load))
+            message = pb.ServerMessage(load=load_to_wire(load))
+        case HandOffEnded(key=key, report=report):
+            message = pb.ServerMessage(hand_off_ended=pb.HandOffEnded(key=key, report=hand_off_to_wire(report)))
+        case BlocksChanged(changes=changes):
+            message = pb.ServerMessage(blocks_changed=changes_to_wire(changes))
         case Drained():
             message = pb.ServerMessage(drained=pb.Drained())
         case Closed(error=error):
@@ -58,11 +85,16 @@ def decode_event(data: bytes) -> Event:
         case "step":
             return _news_from_wire(message.step)
         case "opened":
-            return Opened(epoch=message.opened.epoch, load=_load_from_wire(message.opened.load))
+            return Opened(epoch=message.opened.epoch, load=load_from_wire(message.opened.load))
         case "rejected":
             return Rejected(key=message.rejected.key, error=error_from_wire(message.rejected.error))
         case "load":
-            return Load(load=_load_from_wire(message.load))
+            return Load(load=load_from_wire(message.load))
+        case "hand_off_ended":
+            ended = message.hand_off_ended
+            return HandOffEnded(key=ended.key, report=hand_off_from_wire(ended.report))
+        case "blocks_changed":
+            return BlocksChanged(changes=changes_from_wire(message.blocks_changed))
         case "drained":
             return Drained()
         case "closed":
@@ -84,6 +116,11 @@ def encode_facts(facts: EngineFacts) -> bytes:
         dtype=facts.dtype,
         device=facts.device,
         replica=facts.replica,
+        role=facts.role,
+        block_size=facts.block_size,
+        rope_threshold=facts.rope_threshold,
+        sends_kv=facts.sends_kv,
+        receives_kv=facts.receives_kv,
     ).SerializeToString()
 
 
@@ -93,6 +130,10 @@ def decode_facts(data: bytes) -> EngineFacts:
     if message.protocol_version != PROTOCOL_VERSION:
         problem = f"the replica speaks version {message.protocol_version}, this gateway {PROTOCOL_VERSION}"
         raise InvalidRequest("protocol_version", problem)
+    if message.role not in _ROLES:
+        raise InvalidRequest("role", f"must be one of {', '.join(_ROLES)}, got {message.role[:64]!r}")
+    if message.block_size > MAX_BLOCK_SIZE:
+        raise InvalidRequest("block_size", f"must be at most {MAX_BLOCK_SIZE}, got {message.block_size}")
     return EngineFacts(
         epoch=message.epoch,
         model=message.model,
@@ -103,6 +144,11 @@ def decode_facts(data: bytes) -> EngineFacts:
         dtype=message.dtype,
         device=message.device,
         replica=message.replica,
+        role=message.role,
+        block_size=message.block_size,
+        rope_threshold=message.rope_threshold if message.HasField("rope_threshold") else None,
+        sends_kv=message.sends_kv,
+        receives_kv=message.receives_kv,
     )
 
 
@@ -124,7 +170,7 @@ def _news_to_wire(news: StepNews) -> pb.StepNews:
         sample_indices=news.indices,
         token_ids=news.token_ids,
         endings=[_ending_to_wire(ending) for ending in news.endings],
-        load=_load_to_wire(news.load),
+        load=load_to_wire(news.load),
     )
     if news.logprobs:
         message.logprobs.CopyFrom(_columns([news.logprobs.get(place) for place in range(len(news.keys))]))
@@ -151,7 +197,7 @@ def _news_from_wire(message: pb.StepNews) -> StepNews:
         logprobs={place: entry for place, entry in enumerate(entries) if entry is not None},
         prompt_scores=[(part.key, _scores_from_wire(part)) for part in message.prompt_scores],
         endings=[_ending_from_wire(ending) for ending in message.endings],
-        load=_load_from_wire(message.load),
+        load=load_from_wire(message.load),
     )
 
 
@@ -215,54 +261,4 @@ def _ending_from_wire(message: pb.Ending) -> Ending:
         cached_tokens=message.cached_tokens,
         preemptions=message.preemptions,
         queue_s=message.queue_s if message.HasField("queue_s") else None,
-    )
-
-
-def _load_to_wire(load: EngineLoadReport) -> pb.Load:
-    return pb.Load(
-        running=load.running,
-        waiting=load.waiting,
-        queue_room=load.queue_room,
-        blocks_total=load.blocks_total,
-        blocks_available=load.blocks_available,
-        preemptions=load.preemptions,
-        prefix_hits=load.prefix_hits,
-        prefix_misses=load.prefix_misses,
-        draining=load.draining,
-        stages=[_stage_time_to_wire(time) for time in load.stages],
-    )
-
-
-def _load_from_wire(message: pb.Load) -> EngineLoadReport:
-    return EngineLoadReport(
-        running=message.running,
-        waiting=message.waiting,
-        queue_room=message.queue_room,
-        blocks_total=message.blocks_total,
-        blocks_available=message.blocks_available,
-        preemptions=message.preemptions,
-        prefix_hits=message.prefix_hits,
-        prefix_misses=message.prefix_misses,
-        draining=message.draining,
-        stages=tuple(_stage_time_from_wire(time) for time in message.stages),
-    )
-
-
-def _stage_time_to_wire(time: StageTime) -> pb.StageTime:
-    return pb.StageTime(
-        stage=time.stage,
-        busy_s=time.busy_s,
-        waiting_s=time.waiting_s,
-        wire_s=time.wire_s,
-        wire_hidden_s=time.wire_hidden_s,
-    )
-
-
-def _stage_time_from_wire(message: pb.StageTime) -> StageTime:
-    return StageTime(
-        stage=message.stage,
-        busy_s=message.busy_s,
-        waiting_s=message.waiting_s,
-        wire_s=message.wire_s,
-        wire_hidden_s=message.wire_hidden_s,
     )

@@ -11,6 +11,7 @@ Overloaded            OVERLOADED           RESOURCE_EXHAUSTED
 DeadlineExceeded      DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 EngineUnavailable     UNAVAILABLE          UNAVAILABLE
 SecretRefused                              UNAUTHENTICATED
+KvMismatch                                 FAILED_PRECONDITION
 EngineError           ENGINE_ERROR         INTERNAL          also whatever else is ours
 """
 
@@ -20,6 +21,7 @@ from typing import ClassVar
 
 import grpc
 
+from ...comm.errors import KvMismatch
 from ...sdk.errors import (
     Blame,
     DeadlineExceeded,
@@ -65,8 +67,10 @@ _STATUS: dict[type[SlipstreamError], grpc.StatusCode] = {
 }
 
 
-def status_of(error: SlipstreamError) -> grpc.StatusCode:
+def status_of(error: SlipstreamError | KvMismatch) -> grpc.StatusCode:
     """Return the gRPC status that says what an error says."""
+    if isinstance(error, KvMismatch):
+        return grpc.StatusCode.FAILED_PRECONDITION
     return _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
 
 

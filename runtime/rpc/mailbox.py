@@ -8,34 +8,48 @@ from __future__ import annotations
 
 import asyncio
 
+from ...comm.kv.transfer import Ending
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..messages import EngineRequest, TokenLogprobs
-from .engine_client import PromptScores, RequestEvent, SampleEvent, TakeToken
-from .session import Ending
+from .engine_client import HandOffReport, PromptScores, RequestEvent, SampleEvent, TakeToken
+from .session import Ending as SampleEnding
 
 
 class Mailbox:
     """News of one request that nobody has read yet.
 
+    ``sent_on``: its computed prompt goes to another replica, so that at most one token comes here. ``awaits``: it waits
+    for what another replica sends.
     Raises: EngineUnavailable from ``add_*`` when the peer sends what cannot be
     """
 
     # Slots, as in all that each token touches: a thousand streams are more than a processor's cache holds.
     __slots__ = (
-        "_endings", "_error", "_logprobs", "_loop", "_scores", "_take_token", "_tokens", "_tokens_left", "_waiter",
-        "key", "open_samples", "request",
+        "_endings", "_error", "_hand_off", "_logprobs", "_loop", "_scores", "_sent_on", "_take_token", "_tokens",
+        "_tokens_left", "_waiter", "awaits", "key", "open_samples", "request",
     )  # fmt: skip
 
-    def __init__(self, key: int, request: EngineRequest, *, take_token: TakeToken | None = None) -> None:
+    def __init__(
+        self,
+        key: int,
+        request: EngineRequest,
+        *,
+        take_token: TakeToken | None = None,
+        sent_on: bool = False,
+        awaits: bool = False,
+    ) -> None:
         self.key = key
+        self.awaits = awaits
+        self._sent_on = sent_on
         self._take_token = take_token
         self.request = request
-        self.open_samples = request.params.n
-        self._tokens_left = [request.max_tokens] * request.params.n
+        self._tokens_left = _tokens_left(request, sent_on=sent_on)
+        self.open_samples = sum(left >= 0 for left in self._tokens_left)
+        self._hand_off: HandOffReport | None = None
         self._tokens: dict[int, list[int]] = {}
         self._logprobs: dict[int, list[TokenLogprobs]] = {}
         self._scores: dict[int, TokenLogprobs] = {}
-        self._endings: dict[int, Ending] = {}
+        self._endings: dict[int, SampleEnding] = {}
         self._error: SlipstreamError | None = None
         # Kept: asking for it costs a system call.
         self._loop = asyncio.get_running_loop()
@@ -77,13 +91,24 @@ class Mailbox:
         self._scores.update(enumerate(scores.entries, start=scores.position))
         self._wake()
 
-    def add_ending(self, ending: Ending) -> None:
+    def add_ending(self, ending: SampleEnding) -> None:
         """Take in a sample's end."""
         if not self.is_open(ending.index):
             raise EngineUnavailable(f"the replica ended sample {ending.index} of {self._name} twice")
         self._tokens_left[ending.index] = -1
         self.open_samples -= 1
         self._endings[ending.index] = ending
+        self._wake()
+
+    def add_hand_off(self, report: HandOffReport) -> None:
+        """Take in what became of a prompt that was sent on: the request ends with it."""
+        if not self._sent_on or not self.open_samples:
+            raise EngineUnavailable(f"the replica told of a hand-off that {self._name} has not")
+        if report.ending == Ending.COMMITTED and self._tokens_left[0]:
+            raise EngineUnavailable(f"the replica handed {self._name} over without having told its token")
+        self._tokens_left[0] = -1
+        self.open_samples = 0
+        self._hand_off = report
         self._wake()
 
     def is_open(self, index: int) -> bool:
@@ -100,7 +125,7 @@ class Mailbox:
     async def next(self) -> RequestEvent | None:
         """Wait for news and return all there are as one event; None when every sample has ended and was read."""
         while True:
-            if self._tokens or self._endings or self._scores:
+            if self._tokens or self._endings or self._scores or self._hand_off is not None:
                 return self._take()
             if self._error is not None:
                 raise self._error
@@ -117,6 +142,7 @@ class Mailbox:
         logprobs, self._logprobs = self._logprobs, {}
         scores, self._scores = self._scores, {}
         endings, self._endings = self._endings, {}
+        hand_off, self._hand_off = self._hand_off, None
         samples = []
         for index in tokens if not endings else sorted({*tokens, *endings}):
             ending = endings.get(index)
@@ -137,6 +163,7 @@ class Mailbox:
             cached_tokens=sum(ending.cached_tokens for ending in ended),
             preemptions=sum(ending.preemptions for ending in ended),
             queue_s=min((ending.queue_s for ending in ended if ending.queue_s is not None), default=None),
+            hand_off=hand_off,
         )
 
     @property
@@ -146,6 +173,15 @@ class Mailbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _tokens_left(request: EngineRequest, *, sent_on: bool) -> list[int]:
+    """Return how many tokens may come for each sample, -1 of one that is over."""
+    if sent_on:
+        return [1]
+    if not request.generated:
+        return [request.max_tokens] * request.params.n
+    return [-1 if tokens is None else request.max_tokens - len(tokens) for tokens in request.generated]
 
 
 def _runs(scores: dict[int, TokenLogprobs]) -> tuple[PromptScores, ...]:

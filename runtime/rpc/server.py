@@ -1,4 +1,4 @@
-"""Serves an engine over gRPC: sessions, facts, standard health and reflection.
+"""Serves an engine over gRPC: sessions, facts, talk about KV, standard health and reflection.
 
 Owns the connection; requests, order and limits are the host's business. Nothing here runs on the step loop's thread.
 Messages are read from bytes by ``codec``, so that a malformed one ends its session by name and nothing else.
@@ -19,11 +19,14 @@ from .codec import BadSubmit, decode_command
 from .codec_events import encode_event, encode_facts
 from .door import Door
 from .errors import status_of
+from .kv_server import MAX_LINES, KvTalkMethods
+from .kv_talk import KvHost
 from .listening import listen
 from .session import Closed, EngineHost, HostSession
-from .wire import FACTS, SERVER_OPTIONS, SERVICE, SESSION, is_socket, target_of
+from .tls import Tls
+from .wire import FACTS, KV_SERVICE, SERVER_OPTIONS, SERVICE, SESSION, is_socket, target_of
 
-_MAX_CONCURRENT_CALLS = 256
+_MAX_CONCURRENT_CALLS = 256 + MAX_LINES
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -31,24 +34,37 @@ class EngineServer:
     """One gRPC server for one engine.
 
     ``address``: a socket's path, which only this user may then use, or ``host:port``; port 0 takes any free one.
-    ``secret``: what callers over TCP have to know.
+    ``secret``: what callers over TCP have to know. ``kv``: who takes KV from other replicas, if anybody does.
+    ``tls``: certificates, for callers over TCP.
     Units: write_timeout_s, how long a gateway may leave one message unread before its session ends
     Raises: ConfigError naming ``address``
     """
 
     def __init__(
-        self, host: EngineHost, address: str, *, secret: bytes | None = None, write_timeout_s: float = 30.0
+        self,
+        host: EngineHost,
+        address: str,
+        *,
+        secret: bytes | None = None,
+        write_timeout_s: float = 30.0,
+        kv: KvHost | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._host = host
+        self._tls = tls
         self._target = target_of(address)
         self._door = Door(None if is_socket(self._target) else secret)
         self._write_timeout_s = write_timeout_s
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CONCURRENT_CALLS)
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._methods(), *self._door.methods()))
+        offered = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if kv is not None:
+            self._server.add_generic_rpc_handlers((KvTalkMethods(kv, self._door).handlers(),))
+            offered.append(KV_SERVICE)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._door.is_open:
-            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+            reflection.enable_server_reflection(offered, self._server)
 
     def _methods(self) -> Any:
         handlers: dict[str, Any] = {
@@ -59,7 +75,7 @@ class EngineServer:
 
     async def start(self) -> str:
         """Listen, and return the address to connect to."""
-        shown = await listen(self._server, self._target)
+        shown = await listen(self._server, self._target, tls=self._tls)
         await self.set_serving(True)
         return shown
 

@@ -16,7 +16,7 @@ from ...sdk.errors import SlipstreamError
 from ..messages import EngineRequest, FinishReason, TokenLogprobs
 from .engine_client import BlockChanges, EngineFacts, EngineLoadReport, HandOffReport, PromptScores, SendTo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +157,14 @@ Event = Opened | StepNews | Rejected | HandOffEnded | BlocksChanged | Load | Dra
 
 def event_weight(event: Event) -> int:
     """Return how much memory an event takes, counted in numbers."""
-    return event.weight if isinstance(event, StepNews) else 1
+    match event:
+        case StepNews():
+            return event.weight
+        case BlocksChanged(changes=changes):
+            # A digest is as long as two numbers.
+            return 2 * (len(changes.stored) + len(changes.removed)) + 1
+        case _:
+            return 1
 
 
 class HostSession(Protocol):

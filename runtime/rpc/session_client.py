@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from ...sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest, Overloaded, SlipstreamError
 from ..messages import EngineRequest
-from .engine_client import EngineFacts, EngineLoadReport, RequestEvent, TakeToken
+from .blocks_news import BlocksNews
+from .engine_client import BlockChanges, EngineFacts, EngineLoadReport, RequestEvent, SendTo, TakeToken
 from .mailbox import Mailbox
 from .session import (
     Abort,
     AbortSample,
+    BlocksChanged,
     Closed,
     Command,
     Drain,
     Drained,
     Event,
+    GoOn,
+    HandOffEnded,
     Load,
     Opened,
     Rejected,
     StepNews,
     Submit,
 )
+from .submit_rules import check_submit
 
 DEFAULT_MAX_LIVE_REQUESTS = 16_384
 
@@ -44,6 +49,7 @@ class SessionClient(ABC):
         self._keys: dict[str, int] = {}
         self._next_key = 1
         self._load: EngineLoadReport | None = None
+        self._blocks = BlocksNews()
         self._drained = asyncio.Event()
         self._lost = asyncio.Event()
         self._opened: asyncio.Future[Opened] | None = None
@@ -61,6 +67,10 @@ class SessionClient(ABC):
     async def _disconnect(self) -> None:
         """Leave the replica and free what ``_connect`` took. Idempotent."""
 
+    def _silence_hint(self) -> str:
+        """Return what to add where a replica does not answer."""
+        return ""
+
     # ------------------------------------------------------------------ the contract
 
     async def connect(self, *, timeout_s: float) -> EngineFacts:
@@ -77,7 +87,9 @@ class SessionClient(ABC):
             self._fail_all(EngineUnavailable("the connection was not made"))
             await self._disconnect()
             if isinstance(error, TimeoutError):
-                raise EngineUnavailable(f"the replica did not answer within {timeout_s} s") from error
+                raise EngineUnavailable(
+                    f"the replica did not answer within {timeout_s} s{self._silence_hint()}"
+                ) from error
             raise
         if opened.epoch != facts.epoch:
             await self._disconnect()
@@ -85,10 +97,25 @@ class SessionClient(ABC):
         return facts
 
     async def generate(
-        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+        self,
+        request: EngineRequest,
+        *,
+        timeout_s: float,
+        take_token: TakeToken | None = None,
+        send_to: SendTo | None = None,
+        ticket: str = "",
+        trace_id: str = "",
     ) -> AsyncGenerator[RequestEvent]:
         """Submit a request and yield its news; see ``EngineClient.generate``."""
-        box = self._open_box(request, timeout_s, take_token)
+        submit = Submit(
+            key=self._next_key,
+            request=request,
+            timeout_s=timeout_s,
+            send_to=send_to,
+            ticket=ticket,
+            trace_id=trace_id,
+        )
+        box = self._open_box(submit, take_token)
         overdue = DeadlineExceeded(f"request {request.request_id!r} did not end within {timeout_s} s")
         timer = asyncio.get_running_loop().call_later(timeout_s, self._end_box, box, overdue)
         try:
@@ -103,6 +130,17 @@ class SessionClient(ABC):
         key = self._keys.get(request_id)
         if key is not None and self._boxes[key].is_open(index):
             self._send(AbortSample(key=key, index=index))
+
+    async def go_on(self, request_id: str) -> None:
+        """Have a request that waits for KV computed there instead. Idempotent; too late, it does nothing."""
+        key = self._keys.get(request_id)
+        if key is not None and (box := self._boxes[key]).awaits:
+            box.awaits = False
+            self._send(GoOn(key=key))
+
+    def watch_blocks(self, told: Callable[[BlockChanges], None]) -> None:
+        """Tell somebody what the replica's prefix cache holds, first all of it, then every change. Call it once."""
+        self._blocks.watch(told)
 
     @property
     def live_requests(self) -> int:
@@ -140,15 +178,23 @@ class SessionClient(ABC):
 
     # ------------------------------------------------------------------ requests
 
-    def _open_box(self, request: EngineRequest, timeout_s: float, take_token: TakeToken | None) -> Mailbox:
+    def _open_box(self, submit: Submit, take_token: TakeToken | None) -> Mailbox:
+        request = submit.request
+        check_submit(submit)
         if self._failure is not None:
             raise self._failure
         if request.request_id in self._keys:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         if len(self._boxes) >= self._max_live_requests:
             raise Overloaded(f"{len(self._boxes)} requests are on their way to the replica already")
-        box = Mailbox(self._next_key, request, take_token=take_token)
-        self._send(Submit(key=box.key, request=request, timeout_s=timeout_s))
+        box = Mailbox(
+            submit.key,
+            request,
+            take_token=take_token,
+            sent_on=submit.send_to is not None,
+            awaits=bool(submit.ticket),
+        )
+        self._send(submit)
         self._next_key += 1
         self._boxes[box.key] = box
         self._keys[request.request_id] = box.key
@@ -180,6 +226,12 @@ class SessionClient(ABC):
                 if (box := self._box(event.key)) is not None:
                     self._forget(box)
                     box.fail(event.error)
+            case HandOffEnded():
+                if (box := self._box(event.key)) is not None:
+                    box.add_hand_off(event.report)
+                    self._forget(box)
+            case BlocksChanged():
+                self._blocks.take(event.changes)
             case Opened():
                 self._load = event.load
                 if self._opened is None or self._opened.done():

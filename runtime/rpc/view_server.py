@@ -17,6 +17,7 @@ from .codec_views import decode_watch, encode_view
 from .door import Door
 from .errors import status_of
 from .listening import listen
+from .tls import Tls
 from .view_source import ViewBoard
 from .wire import CLUSTER_SERVICE, SERVER_OPTIONS, WATCH, is_socket, one_host_of
 
@@ -30,8 +31,9 @@ class ViewServer:
     """One gRPC server for one board, made on the event loop that it runs on.
 
     ``address``: ``host:port``, where port 0 takes any free one, or a socket's path. ``secret``: what callers over TCP
-    have to know. Units: heartbeat_s, how long a watcher hears nothing at most; write_timeout_s, how long it may leave
-    one view unread before its watch ends
+    have to know; ``tls``: certificates, for those.
+    Units: heartbeat_s, how long a watcher hears nothing at most; write_timeout_s, how long it may leave one view unread
+    before its watch ends
     Raises: ConfigError naming ``address``
     """
 
@@ -41,12 +43,14 @@ class ViewServer:
         address: str,
         *,
         secret: bytes | None = None,
+        tls: Tls | None = None,
         max_watchers: int = 256,
         heartbeat_s: float = 5.0,
         write_timeout_s: float = 10.0,
     ) -> None:
         self._target = one_host_of(address)
         self._board = board
+        self._tls = tls
         self._door = Door(None if is_socket(self._target) else secret)
         self._max_watchers = max_watchers
         self._heartbeat_s = heartbeat_s
@@ -66,7 +70,7 @@ class ViewServer:
 
     async def start(self) -> str:
         """Listen, and return the address to connect to. Raises: ConfigError naming ``address``"""
-        return await listen(self._server, self._target)
+        return await listen(self._server, self._target, tls=self._tls)
 
     async def stop(self, *, grace_s: float = _LAST_BYTES_S) -> None:
         """End all watches and listen no more; ``grace_s``: how long watchers may take to hear of it."""

@@ -21,6 +21,7 @@ from .backoff import Backoff, Jitter
 from .codec_views import decode_view, encode_watch
 from .door import visit
 from .errors import SecretRefused, WatchLost
+from .tls import Tls, open_channel
 from .wire import CLUSTER_SERVICE, WATCH, WATCH_OPTIONS, is_socket, target_of
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ViewWatch:
         clock: Clock,
         jitter: Jitter,
         secret: bytes | None = None,
+        tls: Tls | None = None,
         answer_timeout_s: float = 5.0,
         silence_s: float = 16.0,
         first_pause_s: float = 0.2,
@@ -51,6 +53,7 @@ class ViewWatch:
         self._targets = [target_of(address) for address in addresses]
         self._clock = clock
         self._secret = secret
+        self._tls = tls
         self._answer_timeout_s = answer_timeout_s
         self._silence_s = silence_s
         self._backoff = Backoff(
@@ -83,7 +86,7 @@ class ViewWatch:
 
     async def _watch(self, target: str) -> AsyncGenerator[View]:
         """Yield what is new from one server until it is lost. Raises: WatchLost; SecretRefused"""
-        async with grpc.aio.insecure_channel(target, options=WATCH_OPTIONS) as channel:
+        async with open_channel(target, WATCH_OPTIONS, self._tls) as channel:
             call = await self._open(channel, None if is_socket(target) else self._secret)
             try:
                 while True:

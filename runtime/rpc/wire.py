@@ -9,6 +9,8 @@ from .codec_views import MAX_VIEW_BYTES
 SERVICE = "slipstream.v1.Engine"
 FACTS = "Facts"
 SESSION = "Session"
+KV_SERVICE = "slipstream.v1.KvTalk"
+TALK = "Talk"
 CLUSTER_SERVICE = "slipstream.v1.Cluster"
 WATCH = "Watch"
 SECRET_SERVICE = "slipstream.v1.Secret"

@@ -33,6 +33,7 @@ from .sampler import SampledRows, Sampler, prompt_token_logprobs
 from .sequence_ranks import SequenceRanks
 from .stage_link import StageLink
 from .step_forward import StepForward, StepRows
+from .step_kv import StepKv
 from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
@@ -90,14 +91,16 @@ class ModelExecutor:
         groups: MeshGroups = ALONE,
         balance: ExpertBalance | None = None,
         sequences: SequenceRanks | None = None,
+        kv: StepKv | None = None,
     ) -> None:
         """Take a loaded model, its ``layers`` over ``cache``, and the ``step_thread`` that has loaded it; ``close``
-        ends the thread and the groups.
+        ends the thread and the groups. ``kv`` sends KV on while it is computed; None where none is.
         """
         self._model = model
         self._groups = groups
         self._cache = cache
         self._layers = layers
+        self._kv = kv
         self._sequences = sequences or SequenceRanks(groups.sp, block_size=block_size)
         self._device = device
         self._sampler = Sampler(max_slots)
@@ -139,6 +142,8 @@ class ModelExecutor:
         for admitted in plan.admitted:
             self._admit(admitted)
         self._block_table[plan.block_slots, plan.block_indices] = plan.block_ids
+        if plan.admitted:
+            self._clear_entered(plan)
         rows = _lay_out(plan)
         if not self._groups.place.is_last_stage:
             self._pass_on(plan, rows)
@@ -213,6 +218,21 @@ class ModelExecutor:
         if admitted.wants_prompt_logprobs and admitted.params.prompt_logprobs is not None:
             self._prompt_logprobs[slot] = admitted.params.prompt_logprobs
 
+    def _clear_entered(self, plan: StepPlan) -> None:
+        """Clear what stands behind the first position of sequences that enter a block in its middle.
+
+        Nobody else does (``build_forward_batch`` clears blocks that are entered at their beginning): where another
+        replica has filled the block up to here, the rest of it is whatever an earlier owner left.
+        """
+        block_size = self._cache.block_size
+        entered = np.isin(plan.slots, [admitted.slot for admitted in plan.admitted])
+        slots, starts = plan.slots[entered], plan.starts[entered]
+        blocks = self._block_table[slots, starts // block_size]
+        # What was copied is a block that another sequence entered, and cleared.
+        inside = (starts % block_size > 0) & ~np.isin(blocks, plan.copy_targets)
+        for block, start in zip(blocks[inside].tolist(), starts[inside].tolist(), strict=True):
+            self._cache.clear_from(block, start % block_size)
+
     def _forward(self, plan: StepPlan, rows: _Rows, division: StepDivision | None) -> torch.Tensor:
         """Return the hidden states of the step's tokens; of a divided step, of this rank's."""
         token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
@@ -226,9 +246,25 @@ class ModelExecutor:
         hidden_TH = None
         if self._link is not None and not self._groups.place.is_first_stage:
             hidden_TH = self._link.receive_hidden(plan.num_tokens if division is None else division.num_tokens)
+        kv = self._kv if len(plan.sending_rows) else None
+        if kv is not None:
+            self._begin_sending(kv, plan)
         if division is not None:
-            return self._layers.run_divided(step_rows, hidden_TH, division)
-        return self._layers.run(step_rows, hidden_TH)
+            hidden_TH = self._layers.run_divided(step_rows, hidden_TH, division)
+        else:
+            hidden_TH = self._layers.run(step_rows, hidden_TH, layer_done=None if kv is None else kv.layer_done)
+        if kv is not None:
+            kv.end_step()
+        return hidden_TH
+
+    def _begin_sending(self, kv: StepKv, plan: StepPlan) -> None:
+        rows = plan.sending_rows
+        stops = (plan.starts + plan.counts)[rows].tolist()
+        blocks = [
+            self._block_table[slot, : -(-stop // self._cache.block_size)].tolist()
+            for slot, stop in zip(plan.slots[rows].tolist(), stops, strict=True)
+        ]
+        kv.begin_step(plan.sending_transfers.tolist(), blocks, stops)
 
     def _begin_masks(self, plan: StepPlan) -> Future[TokenMasks] | None:
         if not self._sequences.draws:

@@ -31,6 +31,7 @@ from ..rpc.engine_client import EngineFacts
 from ..rpc.in_process import InProcessEngineClient
 from ..rpc.secret import secret_from
 from ..rpc.server import EngineServer
+from ..rpc.tls import tls_from
 from .driver import DriverLimits, EngineLoop
 from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from .keeper_pipe import KeeperPipe
@@ -84,7 +85,7 @@ async def _serve(loop: EngineLoop, address: str, drain_timeout_s: float) -> int:
     signals = _Signals()
     own = InProcessEngineClient(loop)
     await own.connect(timeout_s=_MEET_TIMEOUT_S)
-    server = EngineServer(loop, address, secret=secret_from(os.environ))
+    server = EngineServer(loop, address, secret=secret_from(os.environ), tls=tls_from(os.environ))
     shown = await server.start()
     print(json.dumps({"ready": True, "address": shown}), flush=True)
     try:

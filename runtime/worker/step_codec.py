@@ -222,6 +222,9 @@ def _plan_to_wire(plan: StepPlan, rows: Rows, *, number: int, changes: dict[str,
         array = getattr(plan, name)
         if len(array):
             wire[name] = pack_array(name, array, np.int32)
+    if len(plan.sending_rows):
+        wire["sending_rows"] = pack_array("sending_rows", plan.sending_rows, np.int32)
+        wire["sending_transfers"] = pack_array("sending_transfers", plan.sending_transfers, np.int64)
     return wire
 
 
@@ -232,6 +235,8 @@ def _plan_from_wire(fields: Fields, rows: Rows) -> StepPlan:
     for names, columns in ((_BLOCKS, blocks), (_COPIES, copies)):
         if len({len(column) for column in columns}) > 1:
             raise StepCodecError(f"plan.{names[0]}", f"must be as long as {' and '.join(names[1:])}")
+    sending_rows = np.array(_row_set(fields, "sending_rows", len(rows.slots)), dtype=np.int32)
+    sending_transfers = fields.array("sending_transfers", np.int64, minimum=0, length=len(sending_rows))
     plan = StepPlan(
         step=fields.integer("step", 0, _INT64_MAX),
         admitted=tuple(_admitted_from_wire(f"plan.admitted[{i}]", wire) for i, wire in enumerate(admitted)),
@@ -245,6 +250,8 @@ def _plan_from_wire(fields: Fields, rows: Rows) -> StepPlan:
         block_ids=blocks[2],
         copy_sources=copies[0],
         copy_targets=copies[1],
+        sending_rows=sending_rows,
+        sending_transfers=sending_transfers,
     )
     fields.end()
     return plan

@@ -20,7 +20,7 @@ from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import Cuts, cut_rows
 from ...comm.sequence_split import StepDivision
 from ..messages import Int32Array
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, LayerDone
 from ..models.forward import ForwardBatch, build_divided_batch, build_forward_batch
 from ..models.kv_cache import KvCache
 from .recorded_steps import RecordedSteps
@@ -75,15 +75,18 @@ class StepForward:
         self._hidden_before_s = 0.0
         self._wire_before_s = 0.0
 
-    def run(self, rows: StepRows, hidden_TH: Tensor | None = None) -> Tensor:
+    def run(self, rows: StepRows, hidden_TH: Tensor | None = None, *, layer_done: LayerDone | None = None) -> Tensor:
         """Return the hidden states of all tokens; ``hidden_TH`` comes from the stage before.
+
+        ``layer_done`` is told of each layer once all tokens have passed its attention; a recorded step, which is over
+        in a moment, tells nothing.
 
         Shapes: hidden_TH, and what is returned, [tokens, hidden size]
         """
         if self._recorded is not None and self._recorded.take(rows.counts):
             return self._recorded.run(self._batch(rows))
         cuts = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
-        return self.run_cut(rows, hidden_TH, cuts, self._meter)
+        return self.run_cut(rows, hidden_TH, cuts, self._meter, layer_done)
 
     def run_divided(self, rows: StepRows, hidden_TH: Tensor | None, division: StepDivision) -> Tensor:
         """Return the hidden states of this rank's tokens of a divided step; ``rows`` is all of the step.
@@ -104,17 +107,24 @@ class StepForward:
         return run_plain(self._through(batch, hidden_TH), meter=self._ring_meter)
 
     def run_cut(
-        self, rows: StepRows, hidden_TH: Tensor | None, cuts: Cuts | None, meter: OverlapMeter | None
+        self,
+        rows: StepRows,
+        hidden_TH: Tensor | None,
+        cuts: Cuts | None,
+        meter: OverlapMeter | None,
+        layer_done: LayerDone | None = None,
     ) -> Tensor:
         """As ``run``, with the tokens cut after so many of them, or not at all."""
         if cuts is None:
-            return run_plain(self._parts(rows, hidden_TH), meter=meter)
+            return run_plain(self._parts(rows, hidden_TH, layer_done), meter=meter)
         pieces = cut_rows(rows.counts.tolist(), cuts)
         parts = []
         for begin, end, part in zip((0, *cuts), (*cuts, None), pieces, strict=True):
             tokens = slice(begin, end)
             part_rows = _part_of(rows, [(piece.row, piece.first, piece.tokens) for piece in part], tokens)
-            parts.append(self._parts(part_rows, None if hidden_TH is None else hidden_TH[tokens]))
+            # The last part is behind the others in every layer, so what it has passed they all have.
+            told = layer_done if end is None else None
+            parts.append(self._parts(part_rows, None if hidden_TH is None else hidden_TH[tokens], told))
         return torch.cat(run_interleaved(parts, meter=meter))
 
     def take_wire_s(self) -> tuple[float, float]:
@@ -127,12 +137,12 @@ class StepForward:
         self._wire_before_s, self._hidden_before_s = wire_s, hidden_s
         return taken
 
-    def _parts(self, rows: StepRows, hidden_TH: Tensor | None) -> Parts:
-        return self._through(self._batch(rows), hidden_TH)
+    def _parts(self, rows: StepRows, hidden_TH: Tensor | None, layer_done: LayerDone | None = None) -> Parts:
+        return self._through(self._batch(rows), hidden_TH, layer_done)
 
-    def _through(self, batch: ForwardBatch, hidden_TH: Tensor | None) -> Parts:
+    def _through(self, batch: ForwardBatch, hidden_TH: Tensor | None, layer_done: LayerDone | None = None) -> Parts:
         in_shares = self._shares_from is not None and batch.token_ids_T.shape[0] >= self._shares_from
-        return self._model.forward_parts(batch, self._cache, hidden_TH, sharded_norm=in_shares)
+        return self._model.forward_parts(batch, self._cache, hidden_TH, sharded_norm=in_shares, layer_done=layer_done)
 
     def _batch(self, rows: StepRows) -> ForwardBatch:
         return build_forward_batch(

@@ -21,7 +21,7 @@ TOP_MAY_IMPORT: dict[str, frozenset[str]] = {
 }
 """Folder → the other folders it may import."""
 
-_VALUES = frozenset({"messages", "config", "errors", "clock", "metrics", "driver_command"})
+_VALUES = frozenset({"messages", "config", "errors", "clock", "lock", "metrics", "driver_command"})
 
 _BELOW_SHELLS = frozenset({"engine", "models", "text", "rpc", "prompts", "collector", "reconcile"})
 

@@ -20,7 +20,7 @@ import pytest
 
 from slipstream.runtime.engine.sequence import sample_seed
 from slipstream.runtime.messages import EngineRequest, FinishReason, TokenLogprobs
-from slipstream.runtime.rpc.engine_client import EngineClient, RequestEvent
+from slipstream.runtime.rpc.engine_client import EngineClient, RequestEvent, SendTo
 from slipstream.runtime.rpc.session import EngineHost
 from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest, Overloaded
 from slipstream.tests.engine.builders import request
@@ -525,8 +525,11 @@ class EngineClientContract(ABC):
             async with self.serve(ScriptedHost(script)) as served:
                 client = served.make_client()
                 await client.connect(timeout_s=PATIENCE_S)
+                send_to = SendTo(replica="d-1", address="d:1", ticket="t") if script.sends_on else None
+                wanted = request("r", [1, 2], max_tokens=2)
                 with pytest.raises(EngineUnavailable):
-                    await answer(client, request("r", [1, 2], max_tokens=2))
+                    async for _ in client.generate(wanted, timeout_s=PATIENCE_S, send_to=send_to):
+                        pass
                 await client.close()
 
         self.run(test())

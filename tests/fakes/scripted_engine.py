@@ -1,24 +1,31 @@
 """An ``EngineClient`` without an engine: its tokens are a function of the request, and a test decides when they come.
 
 The answer to a prompt is the prompt's own tokens from the beginning again, shifted by the sample's index, so that a
-test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica.
+test can say what must come out. ``hold`` stops all answers until it is set; ``fail_after`` loses the replica, and
+``lose_ends`` does so when a sample's last token has come and its end has not.
 ``taken`` counts the tokens that ``take_token`` took.
+A request that is sent on goes to the one of ``peers`` that has its address; ``hand_off_ending`` says how that ends
+(None: badly, after its token came), and any ending but "committed" comes before a token.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 import numpy as np
 
 from slipstream.runtime.messages import EngineRequest, FinishReason, TokenLogprobs
 from slipstream.runtime.rpc.engine_client import (
+    BlockChanges,
     EngineFacts,
     EngineLoadReport,
+    HandOffReport,
     PromptScores,
     RequestEvent,
     SampleEvent,
+    SendTo,
     TakeToken,
 )
 from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, SlipstreamError
@@ -45,11 +52,18 @@ class ScriptedEngine:
         self.hold.set()
         self.hold_after = 0
         self.fail_after: int | None = None
+        self.lose_ends = False
         self.refusal: SlipstreamError | None = None
         self.finish_reason: FinishReason | None = None
         self.requests: list[EngineRequest] = []
         self.live: set[str] = set()
         self.aborted: list[str] = []
+        self.trace_ids: list[str] = []
+        self.peers: dict[str, ScriptedEngine] = {}
+        self.tickets: dict[str, str] = {}
+        self.going_on: dict[str, asyncio.Event] = {}
+        self.gone_on: list[str] = []
+        self.hand_off_ending: str | None = "committed"
         self.aborted_samples: list[tuple[str, int]] = []
         self.changed = asyncio.Condition()
 
@@ -57,16 +71,26 @@ class ScriptedEngine:
         return self.facts
 
     async def generate(
-        self, request: EngineRequest, *, timeout_s: float, take_token: TakeToken | None = None
+        self,
+        request: EngineRequest,
+        *,
+        timeout_s: float,
+        take_token: TakeToken | None = None,
+        send_to: SendTo | None = None,
+        ticket: str = "",
+        trace_id: str = "",
     ) -> AsyncGenerator[RequestEvent]:
         if self.refusal is not None:
             raise self.refusal
         self.requests.append(request)
+        self.trace_ids.append(trace_id)
         self.live.add(request.request_id)
         ended = False
         try:
             async with asyncio.timeout(timeout_s):
-                async for event in self._events(request):
+                if ticket:
+                    await self._kv_of(ticket, request)
+                async for event in self._sent(request, send_to) if send_to is not None else self._events(request):
                     if _taken(event, take_token):
                         self.taken += 1
                     else:
@@ -79,6 +103,41 @@ class ScriptedEngine:
             if not ended:
                 self.aborted.append(request.request_id)
 
+    async def _kv_of(self, ticket: str, request: EngineRequest) -> None:
+        """Wait for what another one sends, or for ``go_on``."""
+        self.tickets[ticket] = request.request_id
+        self.going_on.setdefault(request.request_id, asyncio.Event())
+        await self.going_on[request.request_id].wait()
+
+    async def _sent(self, request: EngineRequest, to: SendTo) -> AsyncGenerator[RequestEvent]:
+        """Draw the next token, and hand over to the engine at that address."""
+        if self.hold_after == 0:
+            await self.hold.wait()
+        if self.fail_after is not None and self.fail_after <= 0:
+            raise EngineUnavailable("the replica was lost")
+        if self.hand_off_ending is None or self.hand_off_ending == "committed":
+            given = len(request.generated[0]) if request.generated and request.generated[0] is not None else 0
+            token = self.answer(request, 0)[given]
+            last = given + 1 == len(self.answer(request, 0))
+            yield RequestEvent(request_id=request.request_id, samples=(self._sample(request, 0, [token], last=last),))
+            if last:
+                return
+        if self.fail_after is not None:
+            raise EngineUnavailable("the replica was lost")
+        ending = self.hand_off_ending or "bad_checksum"
+        if ending == "committed":
+            receiver = self.peers[to.address]
+            receiver.going_on[receiver.tickets[to.ticket]].set()
+        report = HandOffReport(ending=ending, bytes_moved=1000, prefill_s=2.0, wire_s=1.0, hidden_s=0.75, wait_s=0.25)
+        yield RequestEvent(request_id=request.request_id, hand_off=report)
+
+    async def go_on(self, request_id: str) -> None:
+        self.gone_on.append(request_id)
+        self.going_on.setdefault(request_id, asyncio.Event()).set()
+
+    def watch_blocks(self, told: Callable[[BlockChanges], None]) -> None:
+        self.told = told
+
     async def _events(self, request: EngineRequest) -> AsyncGenerator[RequestEvent]:
         if request.params.prompt_logprobs is not None:
             entries = tuple(self._logprobs(request, int(token)) for token in request.prompt_token_ids[1:])
@@ -86,7 +145,8 @@ class ScriptedEngine:
                 request_id=request.request_id, prompt_scores=(PromptScores(position=1, entries=entries),)
             )
         answers = [self.answer(request, index) for index in range(request.params.n)]
-        places = [0] * len(answers)
+        given = request.generated or tuple(np.empty(0, dtype=np.int32) for _ in answers)
+        places = [len(answer) if tokens is None else len(tokens) for tokens, answer in zip(given, answers, strict=True)]
         drawn = 0
         while any(place < len(answer) for place, answer in zip(places, answers, strict=True)):
             if drawn >= self.hold_after:
@@ -103,7 +163,12 @@ class ScriptedEngine:
                     places[index] += len(tokens)
                     drawn += len(tokens)
                     sample = self._sample(request, index, tokens, last=places[index] >= len(answer))
+                lost = self.lose_ends and sample.finish_reason is not None
+                if lost:
+                    sample = replace(sample, finish_reason=None, stop_token_id=None)
                 yield RequestEvent(request_id=request.request_id, samples=(sample,), cached_tokens=0, queue_s=0.0)
+                if lost:
+                    raise EngineUnavailable("the replica was lost")
                 if self.fail_after is not None and drawn >= self.fail_after:
                     raise EngineUnavailable("the replica was lost")
 

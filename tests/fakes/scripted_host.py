@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 
 from slipstream.runtime.messages import FinishReason
-from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport, PromptScores
+from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport, HandOffReport, PromptScores
 from slipstream.runtime.rpc.outbox import Outbox
-from slipstream.runtime.rpc.session import Closed, Command, Ending, Event, Opened, StepNews, Submit
+from slipstream.runtime.rpc.session import Closed, Command, Ending, Event, GoOn, HandOffEnded, Opened, StepNews, Submit
 from slipstream.sdk.errors import SlipstreamError
 from slipstream.tests.fakes.gated_executor import score
 
@@ -27,17 +27,22 @@ LOAD = EngineLoadReport(
 
 @dataclass(frozen=True)
 class Script:
-    """What comes after a submit."""
+    """What comes after a submit, after it goes on, and at the beginning."""
 
     name: str
     events: list[Event] = field(default_factory=list)
+    gone_on: list[Event] = field(default_factory=list)
+    opening: list[Event] = field(default_factory=list)
+    sends_on: bool = False
 
 
 class ScriptedHost:
-    """An ``EngineHost`` without an engine; without a script it never opens a session."""
+    """An ``EngineHost`` without an engine; without a script it never opens a session. Keeps what it was told."""
 
     def __init__(self, script: Script | None) -> None:
         self._script = script
+        self.commands: list[Command] = []
+        self.sessions: list[ScriptedSession] = []
 
     @property
     def facts(self) -> EngineFacts:
@@ -53,19 +58,28 @@ class ScriptedHost:
         )
 
     def open_session(self) -> ScriptedSession:
-        return ScriptedSession(self._script)
+        self.sessions.append(ScriptedSession(self._script, self.commands))
+        return self.sessions[-1]
 
 
 class ScriptedSession:
-    def __init__(self, script: Script | None) -> None:
+    def __init__(self, script: Script | None, commands: list[Command]) -> None:
         self._script = script
+        self._commands = commands
         self._outbox = Outbox(asyncio.get_running_loop(), max_weight=1000)
         if script is not None:
-            self._outbox.put([Opened(epoch="script", load=LOAD)])
+            self.say(Opened(epoch="script", load=LOAD), *script.opening)
+
+    def say(self, *events: Event) -> None:
+        """Send events that no command asked for."""
+        self._outbox.put(list(events))
 
     def send(self, command: Command) -> None:
+        self._commands.append(command)
         if isinstance(command, Submit) and self._script is not None:
-            self._outbox.put(self._script.events)
+            self.say(*self._script.events)
+        if isinstance(command, GoOn) and self._script is not None:
+            self.say(*self._script.gone_on)
 
     async def receive(self) -> list[Event]:
         return await self._outbox.get()
@@ -110,8 +124,12 @@ def ending(key: int, index: int) -> Ending:
     )
 
 
+def handed_over(key: int) -> HandOffEnded:
+    return HandOffEnded(key=key, report=HandOffReport(ending="committed", bytes_moved=4096, wire_s=0.5))
+
+
 def impossible_scripts() -> list[Script]:
-    """Return what no replica may send to a request of two prompt tokens and at most two new ones."""
+    """Return what no replica may send to a request of two prompt tokens and at most two new ones, or to one sent on."""
     scores = PromptScores(position=1, entries=(score(1, 1, 0), score(1, 2, 0)))
     return [
         Script("news-of-nobody", [news([(7, 0, 1)])]),
@@ -120,5 +138,9 @@ def impossible_scripts() -> list[Script]:
         Script("a-token-too-many", [news([(1, 0, 1)]), news([(1, 0, 2)]), news([(1, 0, 3)])]),
         Script("two-endings", [news([], endings=[ending(1, 3)])]),
         Script("scores-unasked", [news([], prompt_scores=[(1, scores)])]),
+        Script("a-hand-off-unasked", [HandOffEnded(key=1, report=HandOffReport(ending="no_room"))]),
+        Script("a-hand-off-of-nobody", [HandOffEnded(key=7, report=HandOffReport(ending="no_room"))], sends_on=True),
+        Script("handed-over-without-its-token", [handed_over(1)], sends_on=True),
+        Script("two-tokens-of-one-sent-on", [news([(1, 0, 1)]), news([(1, 0, 2)])], sends_on=True),
         Script("opened-twice", [Opened(epoch="script", load=LOAD)]),
     ]

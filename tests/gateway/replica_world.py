@@ -16,7 +16,7 @@ from slipstream.runtime.gateway.app import create_app
 from slipstream.runtime.gateway.gateway import Gateway, make_gateway
 from slipstream.runtime.gateway.replica import ModelText, model_text
 from slipstream.runtime.gateway.replica_set import ReplicaSet
-from slipstream.runtime.gateway.settings import GatewaySettings
+from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.messages import EngineRequest
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport
@@ -96,7 +96,7 @@ class Node:
 class World:
     """A cluster as one gateway sees it. Replica ``p-1`` is at ``host:1``."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, *, request_timeout_s: float) -> None:
         self._stack = stack
         self.board = ViewBoard()
         self.nodes: dict[str, Node] = {}
@@ -112,7 +112,11 @@ class World:
             linger_s=0.0,
             on_ready=self._note_ready,
         )
-        settings = GatewaySettings(served_model_names=("m",), ready_cache_s=0.001)
+        settings = GatewaySettings(
+            served_model_names=("m",),
+            ready_cache_s=0.001,
+            limits=RequestLimits(request_timeout_s=request_timeout_s),
+        )
         self.gateway: Gateway = make_gateway(
             settings, self.replicas, clock=monotonic_clock, wall_clock=lambda: 1_700_000_000.0
         )
@@ -198,10 +202,10 @@ def error_of(answer: httpx.Response) -> str:
 
 
 @asynccontextmanager
-async def cluster() -> AsyncIterator[World]:
+async def cluster(*, request_timeout_s: float = 600.0) -> AsyncIterator[World]:
     """A gateway that follows views; at the end nothing may run on any replica."""
     with ExitStack() as stack:
-        world = World(stack)
+        world = World(stack, request_timeout_s=request_timeout_s)
         following = asyncio.create_task(world.replicas.run())
         try:
             async with world.client:

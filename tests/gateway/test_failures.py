@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ async def test_a_client_that_leaves_aborts(prompt: Any, stream: bool, tokens_bef
 
 @asynchronous
 async def test_a_full_gateway_says_when_to_come_back() -> None:
-    async with serving(limits=RequestLimits(max_concurrent_requests=2)) as setup:
+    async with serving(limits=RequestLimits(max_concurrent_requests=2, max_waiting_requests=0)) as setup:
         setup.engine.hold.clear()
         running = [Connection(setup, {"prompt": "x"}) for _ in range(2)]
         await until(lambda: len(setup.engine.live) == 2)
@@ -115,7 +116,7 @@ async def test_a_draining_gateway_finishes_what_runs() -> None:
         setup.engine.hold.clear()
         running = Connection(setup, {"prompt": "x", "stream": True, "max_tokens": 3})
         await until(lambda: bool(setup.engine.live))
-        setup.gateway.admission.draining = True
+        setup.gateway.admission.close()
         answer = await setup.post("/v1/completions", {"prompt": "x"})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
         assert (await setup.client.get("/ready")).status_code == 503
@@ -133,7 +134,7 @@ async def test_what_a_stop_cuts_says_so() -> None:
         setup.engine.hold_after, setup.engine.fail_after = 1, 2
         running = Connection(setup, {"prompt": "x", "stream": True, "max_tokens": 9})
         await until(lambda: len(running.sent) > 1)
-        setup.gateway.admission.draining = True
+        setup.gateway.admission.close()
         setup.engine.hold.set()
         await running.task
         assert json.loads(parse_events(running.text)[-1])["error"]["code"] == "draining"
@@ -156,24 +157,65 @@ async def test_no_engine_yet() -> None:
 @asynchronous
 async def test_an_error_in_mid_stream_is_its_last_event(path: str) -> None:
     async with serving() as setup:
-        setup.engine.fail_after = 3
+        setup.engine.finish_reason = FinishReason.ERROR
         body = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
         answer = await setup.post(path, {**body, "stream": True, "max_tokens": 50})
         assert answer.status_code == 200
         *_, last = parse_events(answer.text)
-        assert json.loads(last)["error"]["code"] == "engine_unavailable"
+        assert json.loads(last)["error"]["code"] == "engine_error"
         whole = await setup.post(path, {**body, "max_tokens": 50})
-        assert whole.status_code == 503 and whole.json()["error"]["code"] == "engine_unavailable"
+        assert whole.status_code == 500 and whole.json()["error"]["code"] == "engine_error"
         assert_nothing_left(setup)
 
 
-@pytest.mark.parametrize(("reason", "status"), [(FinishReason.ERROR, 500), (FinishReason.ABORT, 503)])
+@pytest.mark.parametrize("how", ["lost", "given up"])
 @asynchronous
-async def test_a_sample_that_the_engine_gave_up_is_no_answer(reason: FinishReason, status: int) -> None:
+async def test_a_lost_engine_is_waited_for(how: str) -> None:
     async with serving() as setup:
-        setup.engine.finish_reason = reason
+        ids = setup.say("one engine begins, and the next one goes on")
+        if how == "lost":
+            setup.engine.fail_after = 5
+        else:
+            setup.engine.script, setup.engine.finish_reason = ids[:5], FinishReason.ABORT
+        max_tokens = 99 if how == "lost" else 5
+        body = {"prompt": "x", "max_tokens": max_tokens, "stream": True, "return_token_ids": True}
+        running = Connection(setup, body)
+        await until(lambda: bool(setup.engine.requests) and not setup.engine.live)
+        setup.replica.detach()
+        setup.engine.fail_after = setup.engine.finish_reason = None
+        setup.engine.script = [*ids, *setup.engine.facts.eos_token_ids]
+        setup.replica.attach(setup.engine, replace(setup.engine.facts, epoch="scripted-2"))
+        await running.task
+        *events, done = parse_events(running.text)
+        assert done == "[DONE]"
+        tokens = [token for event in events for token in json.loads(event)["choices"][0]["token_ids"]]
+        assert tokens == setup.engine.script[:max_tokens]
+        (generated,) = setup.engine.requests[-1].generated
+        assert generated is not None and generated.tolist() == ids[: 5 if how == "lost" else 4]
+        assert (await setup.client.get("/metrics")).text.count("slipstream_requests_moved_total 1.0") == 1
+        assert_nothing_left(setup)
+
+
+@asynchronous
+async def test_an_end_that_was_lost_is_known_from_the_tokens() -> None:
+    for max_tokens, reason in ((5, "length"), (99, "stop")):
+        async with serving() as setup:
+            ids = setup.say("done")
+            setup.engine.script = [*ids, *([ids[0]] * (5 - len(ids)))] if reason == "length" else setup.engine.script
+            setup.engine.lose_ends = True
+            body = {"prompt": "x", "max_tokens": max_tokens, "return_token_ids": True}
+            (choice,) = (await setup.completion(**body))["choices"]
+            assert choice["finish_reason"] == reason and len(setup.engine.requests) == 1
+            assert setup.engine.script is not None and choice["token_ids"] == setup.engine.script
+            assert_nothing_left(setup)
+
+
+@asynchronous
+async def test_a_sample_that_the_engine_gave_up_is_no_answer() -> None:
+    async with serving() as setup:
+        setup.engine.finish_reason = FinishReason.ERROR
         answer = await setup.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
-        assert answer.status_code == status and "choices" not in answer.json()
+        assert answer.status_code == 500 and "choices" not in answer.json()
 
 
 @pytest.mark.parametrize("stream", [False, True])

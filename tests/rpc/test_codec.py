@@ -8,26 +8,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipstream.comm.kv import transfer
 from slipstream.runtime.messages import EngineRequest, FinishReason, StageTime, TokenLogprobs
 from slipstream.runtime.rpc import codec, codec_events
-from slipstream.runtime.rpc.engine_client import EngineFacts, EngineLoadReport, PromptScores
+from slipstream.runtime.rpc.codec_load import MAX_BLOCKS_CHANGED
+from slipstream.runtime.rpc.engine_client import (
+    BlockChanges,
+    EngineFacts,
+    EngineLoadReport,
+    HandOffReport,
+    PromptScores,
+    SendTo,
+)
 from slipstream.runtime.rpc.generated import engine_pb2 as pb
 from slipstream.runtime.rpc.session import (
+    PROTOCOL_VERSION,
     Abort,
     AbortSample,
+    BlocksChanged,
     Closed,
     Drain,
     Drained,
     Ending,
+    GoOn,
+    HandOffEnded,
     Load,
     Opened,
     Rejected,
     StepNews,
     Submit,
 )
+from slipstream.runtime.rpc.submit_rules import MAX_PROMPT_TOKENS
 from slipstream.sdk.errors import (
     DeadlineExceeded,
     EngineError,
@@ -105,27 +120,49 @@ def params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+tickets = st.text("0123456789abcdefXYZ_-", min_size=1, max_size=64)
+
+
+@st.composite
+def generated(draw: st.DrawFn, n: int) -> tuple[Any, ...]:
+    sample = st.none() | st.lists(tokens, max_size=5).map(lambda ids: np.array(ids, dtype=np.int32))
+    samples = draw(st.lists(sample, min_size=n, max_size=n))
+    return () if all(each is None for each in samples) else tuple(samples)
+
+
 @st.composite
 def submits(draw: st.DrawFn) -> Submit:
+    given_params = draw(params())
     request = EngineRequest(
         request_id=draw(texts),
         prompt_token_ids=np.array(draw(st.lists(tokens, max_size=40)), dtype=np.int32),
-        params=draw(params()),
+        params=given_params,
         seed=draw(st.integers(0, 2**64 - 1)),
         stop_ids=tuple(draw(st.lists(tokens, max_size=5))),
-        max_tokens=draw(st.integers(1, INT32)),
+        max_tokens=draw(st.integers(6, INT32)),
         arrival_time_s=0.0,
         priority=draw(st.integers(-(2**31), INT32)),
         cache_salt=draw(st.none() | texts),
+        generated=draw(st.just(()) | generated(given_params.n)),
     )
-    timeout_s = draw(st.floats(0, codec.MAX_TIMEOUT_S, exclude_min=True))
-    return Submit(key=draw(keys), request=request, timeout_s=timeout_s)
+    splits: Any = st.just({})
+    if given_params.n == 1:
+        send_to = st.builds(SendTo, replica=texts, address=texts, ticket=tickets)
+        splits |= st.fixed_dictionaries({"send_to": send_to}) | st.fixed_dictionaries({"ticket": tickets})
+    return Submit(
+        key=draw(keys),
+        request=request,
+        timeout_s=draw(st.floats(0, codec.MAX_TIMEOUT_S, exclude_min=True)),
+        trace_id=draw(st.just("") | st.text("0123456789abcdef", min_size=32, max_size=32)),
+        **draw(splits),
+    )
 
 
 commands = (
     submits()
     | st.builds(Abort, key=keys)
     | st.builds(AbortSample, key=keys, index=st.integers(0, 127))
+    | st.builds(GoOn, key=keys)
     | st.just(Drain())
 )
 
@@ -158,13 +195,38 @@ def wire_submit() -> pb.ClientMessage:
     return pb.ClientMessage.FromString(codec.encode_command(Submit(key=5, request=plain(), timeout_s=1.0)))
 
 
+def sent(**changes: str) -> pb.SendTo:
+    return pb.SendTo(**{"replica": "d-1", "address": "host:1", "ticket": "t", **changes})
+
+
+def wide() -> pb.SamplingParams:
+    request = replace(plain(), params=SamplingParams(n=2))
+    message = pb.ClientMessage.FromString(codec.encode_command(Submit(key=5, request=request, timeout_s=1.0)))
+    return message.submit.params
+
+
 WRONG_SUBMITS: dict[str, list[dict[str, Any]]] = {
     "request_id": [{"request_id": ""}, {"request_id": 257 * "x"}],
     "prompt_token_ids": [{"prompt_token_ids": [-1]}, {"prompt_token_ids": [1, -(2**31)]}],
-    "prompt": [{"prompt_token_ids": (codec.MAX_PROMPT_TOKENS + 1) * [0]}],
+    "prompt": [{"prompt_token_ids": (MAX_PROMPT_TOKENS + 1) * [0]}],
     "stop_ids": [{"stop_ids": [-1]}, {"stop_ids": 257 * [1]}],
     "max_tokens": [{"max_tokens": 0}, {"max_tokens": 2**32 - 1}],
     "cache_salt": [{"cache_salt": 4097 * "x"}],
+    "generated": [
+        {"generated": 2 * [pb.Generated()]},
+        {"generated": 129 * [pb.Generated()]},
+        {"generated": [pb.Generated(over=True)]},
+        {"generated": [pb.Generated(over=True, token_ids=[1])]},
+        {"generated": [pb.Generated(token_ids=[1, -1])]},
+        {"generated": [pb.Generated(token_ids=16 * [1])]},
+        {"generated": [pb.Generated(token_ids=(MAX_PROMPT_TOKENS + 1) * [1])], "max_tokens": INT32},
+    ],
+    "send_to.replica": [{"send_to": sent(replica="")}, {"send_to": sent(replica=257 * "x")}],
+    "send_to.address": [{"send_to": sent(address="")}, {"send_to": sent(address=257 * "x")}],
+    "send_to.ticket": [{"send_to": sent(ticket=text)} for text in ("", "a b", "é", 65 * "x", "x\n")],
+    "ticket": [{"ticket": text} for text in ("a b", "é", 65 * "x", "x\n")] + [{"ticket": "x", "send_to": sent()}],
+    "n": [{"ticket": "x", "params": wide()}, {"send_to": sent(), "params": wide()}],
+    "trace_id": [{"trace_id": text} for text in ("0", 31 * "0", 33 * "0", 32 * "F", 32 * "g", 31 * "0" + "\n")],
     "timeout_s": [{"timeout_s": value} for value in (0.0, -1.0, math.nan, math.inf, 1e300)],
 }
 WRONG_PARAMS: dict[str, list[dict[str, Any]]] = {
@@ -198,6 +260,8 @@ def change(message: Any, changes: dict[str, Any]) -> None:
         if isinstance(value, list):
             del getattr(message, name)[:]
             getattr(message, name).extend(value)
+        elif isinstance(value, Message):
+            getattr(message, name).CopyFrom(value)
         else:
             setattr(message, name, value)
 
@@ -245,6 +309,7 @@ def test_wrong_constraints_name_the_field(field: str, constraint: pb.StructuredO
         ("message", pb.ClientMessage()),
         ("key", pb.ClientMessage(submit=pb.Submit())),
         ("key", pb.ClientMessage(abort=pb.Abort())),
+        ("key", pb.ClientMessage(go_on=pb.GoOn())),
         ("index", pb.ClientMessage(abort_sample=pb.AbortSample(key=1, index=2**32 - 1))),
     ],
 )
@@ -267,6 +332,7 @@ def test_a_message_too_large_is_not_even_read(decode: Any) -> None:
         ("request_id", replace(plain(), request_id="")),
         ("request", replace(plain(), request_id="\ud800")),
         ("stop_ids", replace(plain(), stop_ids=tuple(range(300)))),
+        ("generated", replace(plain(), generated=(None,))),
     ],
 )
 def test_what_cannot_travel_is_refused_before_it_is_sent(field: str, request_: EngineRequest) -> None:
@@ -287,6 +353,9 @@ loads = st.builds(
     **dict.fromkeys(("running", "waiting", "queue_room", "blocks_total", "blocks_available"), counts),
     **dict.fromkeys(("preemptions", "prefix_hits", "prefix_misses"), st.integers(0, 2**64 - 1)),
     stages=st.lists(stage_times, max_size=3).map(tuple),
+    **dict.fromkeys(("awaiting", "sending", "receiving"), counts),
+    **dict.fromkeys(("queued_tokens", "kv_bytes_out", "kv_bytes_in"), st.integers(0, 2**64 - 1)),
+    **dict.fromkeys(("prefill_tokens_per_s", "token_s"), seconds),
     draining=st.booleans(),
 )
 errors = st.builds(InvalidRequest, texts, texts) | st.one_of(
@@ -331,11 +400,22 @@ def news(draw: st.DrawFn) -> StepNews:
     )
 
 
+hand_offs = st.builds(
+    HandOffReport,
+    ending=st.sampled_from([ending.value for ending in transfer.Ending]),
+    bytes_moved=st.integers(0, 2**64 - 1),
+    **dict.fromkeys(("prefill_s", "wire_s", "hidden_s", "wait_s"), seconds),
+)
+digests = st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(tuple)
+changes_of_blocks = st.builds(BlockChanges, stored=digests, removed=digests, reset=st.booleans())
+
 events = (
     news()
     | st.builds(Opened, epoch=texts, load=loads)
     | st.builds(Rejected, key=keys, error=errors)
     | st.builds(Load, load=loads)
+    | st.builds(HandOffEnded, key=keys, report=hand_offs)
+    | st.builds(BlocksChanged, changes=changes_of_blocks)
     | st.just(Drained())
     | st.builds(Closed, error=errors)
 )
@@ -351,6 +431,10 @@ facts = st.builds(
     **dict.fromkeys(("epoch", "model", "dtype", "device", "replica"), texts),
     **dict.fromkeys(("vocab_size", "max_model_len", "max_num_seqs"), counts),
     eos_token_ids=st.lists(tokens, max_size=4).map(tuple),
+    role=st.sampled_from(["prefill", "decode", "mixed"]),
+    block_size=st.integers(0, codec_events.MAX_BLOCK_SIZE),
+    rope_threshold=st.none() | counts,
+    **dict.fromkeys(("sends_kv", "receives_kv"), st.booleans()),
 )
 
 
@@ -362,6 +446,63 @@ def test_facts_come_back_the_same(given_facts: EngineFacts) -> None:
 def test_another_version_of_the_protocol_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="protocol_version"):
         codec_events.decode_facts(pb.FactsReply(protocol_version=99).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong_facts"),
+    [("role", {"role": ""}), ("role", {"role": "both"}), ("block_size", {"block_size": 2**31})],
+)
+def test_wrong_facts_name_the_field(field: str, wrong_facts: dict[str, Any]) -> None:
+    reply = pb.FactsReply(**{"protocol_version": PROTOCOL_VERSION, "role": "mixed", **wrong_facts})
+    with pytest.raises(InvalidRequest) as caught:
+        codec_events.decode_facts(reply.SerializeToString())
+    assert caught.value.field == field
+
+
+def load_with(field: str, amount: float) -> pb.ServerMessage:
+    load = pb.Load()
+    setattr(load, field, amount)
+    return pb.ServerMessage(load=load)
+
+
+def hand_off_with(field: str, amount: float) -> pb.ServerMessage:
+    report = pb.HandOffReport(ending="committed")
+    setattr(report, field, amount)
+    return pb.ServerMessage(hand_off_ended=pb.HandOffEnded(key=1, report=report))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        *((field, load_with(field, amount))
+          for field in ("prefill_tokens_per_s", "token_s") for amount in (-1.0, math.nan, math.inf)),
+        ("ending", pb.ServerMessage(hand_off_ended=pb.HandOffEnded(key=1))),
+        ("ending", pb.ServerMessage(hand_off_ended=pb.HandOffEnded(report=pb.HandOffReport(ending="well")))),
+        *((field, hand_off_with(field, -1.0)) for field in ("prefill_s", "wire_s", "hidden_s", "wait_s")),
+        ("stored", pb.ServerMessage(blocks_changed=pb.BlocksChanged(stored=bytes(17)))),
+        ("removed", pb.ServerMessage(blocks_changed=pb.BlocksChanged(removed=bytes(1)))),
+        ("blocks_changed", pb.ServerMessage(blocks_changed=pb.BlocksChanged(
+            stored=bytes(16 * MAX_BLOCKS_CHANGED), removed=bytes(16)))),
+    ],
+)  # fmt: skip
+def test_what_no_replica_can_say_of_itself_names_the_field(field: str, message: pb.ServerMessage) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        codec_events.decode_event(message.SerializeToString())
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("stored", BlockChanges(stored=(bytes(15),))),
+        ("removed", BlockChanges(removed=(bytes(16), bytes(32)))),
+        ("blocks_changed", BlockChanges(stored=MAX_BLOCKS_CHANGED * (bytes(16),), removed=(bytes(16),))),
+    ],
+)
+def test_changes_that_cannot_travel_are_refused_before_they_are_sent(field: str, changes: BlockChanges) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        codec_events.encode_event(BlocksChanged(changes=changes))
+    assert caught.value.field == field
 
 
 def columns(**changes: Any) -> pb.LogprobColumns:

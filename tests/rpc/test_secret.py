@@ -21,6 +21,7 @@ from slipstream.runtime.rpc.door import PROOF_KEY, visit
 from slipstream.runtime.rpc.errors import SecretRefused
 from slipstream.runtime.rpc.generated import cluster_pb2, engine_pb2, secret_pb2
 from slipstream.runtime.rpc.server import EngineServer
+from slipstream.runtime.rpc.session import PROTOCOL_VERSION
 from slipstream.runtime.rpc.view_server import ViewServer
 from slipstream.runtime.rpc.view_source import ViewBoard
 from slipstream.runtime.rpc.view_watch import ViewWatch
@@ -209,7 +210,7 @@ def test_a_server_that_cannot_answer_is_not_spoken_to() -> None:
             return secret_pb2.ChallengeReply(challenge=bytes(56)).SerializeToString()
 
         async def facts(data: bytes, context: Any) -> bytes:
-            return engine_pb2.FactsReply(protocol_version=1, epoch="x").SerializeToString()
+            return engine_pb2.FactsReply(protocol_version=PROTOCOL_VERSION, epoch="x", role="mixed").SerializeToString()
 
         async def session(requests: Any, context: Any) -> None:
             async for data in requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -13,6 +14,7 @@ import grpc
 import pytest
 
 from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.reconcile.views import View
 from slipstream.runtime.rpc.backoff import no_jitter
 from slipstream.runtime.rpc.codec_views import MAX_VIEW_BYTES, decode_view, encode_watch
 from slipstream.runtime.rpc.view_server import ViewServer
@@ -97,12 +99,21 @@ def test_epochs_never_go_back_whoever_answers(caplog: pytest.LogCaptureFixture) 
     assert sum("epoch 3, and 7 is known" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("silent", ["never answers", "falls silent"])
-def test_a_server_that_hangs_is_left_for_another(silent: str) -> None:
+@pytest.mark.parametrize(
+    # Only what is under test is short: a good server on a slow machine may be late in any other way.
+    ("silent", "timeouts"),
+    [
+        ("never answers", {"answer_timeout_s": SHORT_S, "silence_s": PATIENCE_S}),
+        ("falls silent", {"answer_timeout_s": PATIENCE_S, "silence_s": SHORT_S}),
+    ],
+)
+def test_a_server_that_hangs_is_left_for_another(silent: str, timeouts: dict[str, float]) -> None:
     async def test() -> None:
         async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read()
-            writer.close()
+            try:
+                await reader.read()
+            finally:
+                writer.close()
 
         async with AsyncExitStack() as stack:
             if silent == "never answers":
@@ -112,7 +123,7 @@ def test_a_server_that_hangs_is_left_for_another(silent: str) -> None:
             else:
                 hung, _ = await stack.enter_async_context(published(board_of(1), heartbeat_s=PATIENCE_S))
             good, _ = await stack.enter_async_context(published(board_of(2)))
-            source = watch(hung, good, answer_timeout_s=SHORT_S, silence_s=SHORT_S)
+            source = watch(hung, good, **timeouts)
             async with aclosing(source.views()) as views:
                 assert [each.epoch for each in await views_until(views, 2)][-1] == 2
 
@@ -188,12 +199,34 @@ def test_one_watcher_too_many_is_refused_and_gets_in_when_another_leaves() -> No
     run(test())
 
 
+class WatchedBoard(ViewBoard):
+    """A board that knows which view was taken last, to be sent."""
+
+    taken = 0
+
+    @property
+    def newest(self) -> View:
+        self.taken = super().newest.epoch
+        return super().newest
+
+
 def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> None:
+    async def fill(board: WatchedBoard, large: View) -> int:
+        """Publish until the connection is full: nothing more is taken from the board then. Return the last epoch."""
+        for epoch in itertools.count(2):
+            board.publish(replace(large, epoch=epoch))
+            try:
+                async with asyncio.timeout(SHORT_S):
+                    while board.taken < epoch:
+                        await asyncio.sleep(0)
+            except TimeoutError:
+                return epoch
+        raise AssertionError("numbers end")
+
     async def test() -> None:
-        board = ViewBoard()
+        board = WatchedBoard()
         large = view(1, {f"p-{number}": 200 * "x" for number in range(500)})
         board.publish(large)
-        last = 200
         async with (
             published(board, heartbeat_s=PATIENCE_S) as (address, server),
             grpc.aio.insecure_channel(address) as channel,
@@ -201,14 +234,15 @@ def test_a_watcher_that_does_not_read_costs_one_view_and_gets_the_newest() -> No
             open_watch: Any = channel.unary_stream("/slipstream.v1.Cluster/Watch")
             call = open_watch(encode_watch(0))
             await until(lambda: server.watchers == 1)
-            for epoch in range(2, last + 1):
+            full = await fill(board, large)
+            last = full + 200
+            for epoch in range(full + 1, last + 1):
                 board.publish(replace(large, epoch=epoch))
-                await asyncio.sleep(0.001)
             epochs: list[int] = []
             while not epochs or epochs[-1] < last:
                 epochs.append(decode_view(await call.read()).epoch)
-            # What the connection held when it was full, and then the newest.
-            assert epochs == sorted(epochs) and len(epochs) < last / 2
+            # What the connection held when it was full, perhaps one that was taken since, and then the newest.
+            assert epochs == sorted(epochs) and len(epochs) <= full + 1
             call.cancel()
 
     run(test())

@@ -104,6 +104,7 @@ def admissions(draw: st.DrawFn) -> AdmittedSequence:
 @st.composite
 def plans(draw: st.DrawFn, max_slot: int = INT32_MAX, max_admitted: int = 2) -> StepPlan:
     rows, blocks, copies = (draw(st.integers(0, 6)) for _ in range(3))
+    sent = draw(st.lists(st.integers(0, rows - 1), unique=True)) if rows else []
     return StepPlan(
         step=draw(st.integers(0, 2**63 - 1)),
         admitted=tuple(draw(st.lists(admissions(), max_size=max_admitted))),
@@ -117,6 +118,8 @@ def plans(draw: st.DrawFn, max_slot: int = INT32_MAX, max_admitted: int = 2) -> 
         block_ids=draw(int32s(blocks)),
         copy_sources=draw(int32s(copies)),
         copy_targets=draw(int32s(copies)),
+        sending_rows=np.array(sent, dtype=np.int32),
+        sending_transfers=draw(hnp.arrays(np.int64, len(sent), elements=st.integers(0, 2**63 - 1))),
     )
 
 
@@ -186,6 +189,8 @@ def continued(draw: st.DrawFn) -> list[StepPlan]:
                 starts=np.concatenate([np.maximum((last.starts + last.counts)[kept], 0), plan.starts[:joined]]),
                 counts=np.concatenate([np.ones(int(kept.sum()), np.int32), plan.counts[:joined]]),
                 samples=np.concatenate([np.ones(int(kept.sum()), np.bool_), plan.samples[:joined]]),
+                sending_rows=plan.sending_rows[:0],
+                sending_transfers=plan.sending_transfers[:0],
             )
         series.append(plan)
     return series
@@ -435,6 +440,10 @@ def admitting() -> StepPlan:
         (("rows",), [], "rows: must be a map with names as keys"),
         (("block_ids",), bytes(4), "plan.block_slots: must be as long as block_indices and block_ids"),
         (("copy_targets",), bytes(4), "plan.copy_sources: must be as long as copy_targets"),
+        (("sending_rows",), np.array([2], "<i4").tobytes(), "plan.sending_rows: must name each of 2 rows at most once"),
+        (("sending_rows",), bytes(8), "plan.sending_rows: must name each of 2 rows at most once"),
+        (("sending_rows",), bytes(4), "plan.sending_transfers: has 0 entries, due are 1"),
+        (("sending_transfers",), bytes(8), "plan.sending_transfers: has 1 entries, due are 0"),
         (("admitted", 0, "prompt_length"), 4, r"admitted\[0\].prompt_length: must be an integer from 0 to 3, got 4"),
         (("admitted", 0, "seed"), True, r"admitted\[0\].seed: must be an integer"),
         (("admitted", 0, "wants_prompt_logprobs"), 1, r"wants_prompt_logprobs: must be true or false, got 1"),
@@ -516,6 +525,19 @@ def test_messages_over_the_limit_are_refused_at_both_ends(monkeypatch: pytest.Mo
         encode_plan(decode_step(0, 256))
     with pytest.raises(StepCodecError, match=f"is {len(data)} bytes long"):
         decode_plan(data)
+
+
+def test_rows_that_are_sent_travel_and_nothing_does_where_there_are_none() -> None:
+    plan = replace(
+        decode_step(0, 3),
+        sending_rows=np.array([2, 0], dtype=np.int32),
+        sending_transfers=np.array([2**40, 7], dtype=np.int64),
+    )
+    assert same(decode_plan(encode_plan(plan)), plan)
+    assert not any("sending" in name for name in msgpack.unpackb(encode_plan(decode_step(0, 3))))
+    bad = replace(plan, sending_transfers=np.array([-1, 7], dtype=np.int64))
+    with pytest.raises(StepCodecError, match=r"plan\.sending_transfers: must be at least 0, got -1"):
+        decode_plan(encode_plan(bad))
 
 
 def test_defaults_do_not_travel() -> None:

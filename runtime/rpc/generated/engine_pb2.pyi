@@ -42,7 +42,7 @@ class FactsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class FactsReply(_message.Message):
-    __slots__ = ("protocol_version", "epoch", "model", "vocab_size", "max_model_len", "max_num_seqs", "eos_token_ids", "dtype", "device", "replica")
+    __slots__ = ("protocol_version", "epoch", "model", "vocab_size", "max_model_len", "max_num_seqs", "eos_token_ids", "dtype", "device", "replica", "role", "block_size", "rope_threshold", "sends_kv", "receives_kv")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,11 @@ class FactsReply(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROPE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    SENDS_KV_FIELD_NUMBER: _ClassVar[int]
+    RECEIVES_KV_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     epoch: str
     model: str
@@ -63,22 +68,29 @@ class FactsReply(_message.Message):
     dtype: str
     device: str
     replica: str
-    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., replica: _Optional[str] = ...) -> None: ...
+    role: str
+    block_size: int
+    rope_threshold: int
+    sends_kv: bool
+    receives_kv: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., replica: _Optional[str] = ..., role: _Optional[str] = ..., block_size: _Optional[int] = ..., rope_threshold: _Optional[int] = ..., sends_kv: _Optional[bool] = ..., receives_kv: _Optional[bool] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("submit", "abort", "abort_sample", "drain")
+    __slots__ = ("submit", "abort", "abort_sample", "drain", "go_on")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     ABORT_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    GO_ON_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     abort: Abort
     abort_sample: AbortSample
     drain: Drain
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., abort_sample: _Optional[_Union[AbortSample, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    go_on: GoOn
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., abort_sample: _Optional[_Union[AbortSample, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., go_on: _Optional[_Union[GoOn, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "prompt_token_ids", "params", "seed", "stop_ids", "max_tokens", "priority", "cache_salt", "timeout_s")
+    __slots__ = ("key", "request_id", "prompt_token_ids", "params", "seed", "stop_ids", "max_tokens", "priority", "cache_salt", "timeout_s", "generated", "send_to", "ticket", "trace_id")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +101,10 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    SEND_TO_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -99,7 +115,29 @@ class Submit(_message.Message):
     priority: int
     cache_salt: str
     timeout_s: float
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    generated: _containers.RepeatedCompositeFieldContainer[Generated]
+    send_to: SendTo
+    ticket: str
+    trace_id: str
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., generated: _Optional[_Iterable[_Union[Generated, _Mapping]]] = ..., send_to: _Optional[_Union[SendTo, _Mapping]] = ..., ticket: _Optional[str] = ..., trace_id: _Optional[str] = ...) -> None: ...
+
+class Generated(_message.Message):
+    __slots__ = ("token_ids", "over")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    over: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., over: _Optional[bool] = ...) -> None: ...
+
+class SendTo(_message.Message):
+    __slots__ = ("replica", "address", "ticket")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    address: str
+    ticket: str
+    def __init__(self, replica: _Optional[str] = ..., address: _Optional[str] = ..., ticket: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "bias_token_ids", "bias_amounts", "structured_outputs")
@@ -183,25 +221,35 @@ class AbortSample(_message.Message):
     index: int
     def __init__(self, key: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
+class GoOn(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    def __init__(self, key: _Optional[int] = ...) -> None: ...
+
 class Drain(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "step", "rejected", "load", "drained", "closed")
+    __slots__ = ("opened", "step", "rejected", "load", "drained", "closed", "hand_off_ended", "blocks_changed")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFF_ENDED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_CHANGED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     step: StepNews
     rejected: Rejected
     load: Load
     drained: Drained
     closed: Closed
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step: _Optional[_Union[StepNews, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
+    hand_off_ended: HandOffEnded
+    blocks_changed: BlocksChanged
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step: _Optional[_Union[StepNews, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., hand_off_ended: _Optional[_Union[HandOffEnded, _Mapping]] = ..., blocks_changed: _Optional[_Union[BlocksChanged, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("epoch", "load")
@@ -289,8 +337,42 @@ class Rejected(_message.Message):
     error: Error
     def __init__(self, key: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
+class HandOffEnded(_message.Message):
+    __slots__ = ("key", "report")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    report: HandOffReport
+    def __init__(self, key: _Optional[int] = ..., report: _Optional[_Union[HandOffReport, _Mapping]] = ...) -> None: ...
+
+class HandOffReport(_message.Message):
+    __slots__ = ("ending", "bytes_moved", "prefill_s", "wire_s", "hidden_s", "wait_s")
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    ending: str
+    bytes_moved: int
+    prefill_s: float
+    wire_s: float
+    hidden_s: float
+    wait_s: float
+    def __init__(self, ending: _Optional[str] = ..., bytes_moved: _Optional[int] = ..., prefill_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class BlocksChanged(_message.Message):
+    __slots__ = ("stored", "removed", "reset")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    stored: bytes
+    removed: bytes
+    reset: bool
+    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., reset: _Optional[bool] = ...) -> None: ...
+
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queue_room", "blocks_total", "blocks_available", "preemptions", "prefix_hits", "prefix_misses", "draining", "stages")
+    __slots__ = ("running", "waiting", "queue_room", "blocks_total", "blocks_available", "preemptions", "prefix_hits", "prefix_misses", "draining", "stages", "queued_tokens", "prefill_tokens_per_s", "token_s", "awaiting", "sending", "receiving", "kv_bytes_out", "kv_bytes_in")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUE_ROOM_FIELD_NUMBER: _ClassVar[int]
@@ -301,6 +383,14 @@ class Load(_message.Message):
     PREFIX_MISSES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    AWAITING_FIELD_NUMBER: _ClassVar[int]
+    SENDING_FIELD_NUMBER: _ClassVar[int]
+    RECEIVING_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queue_room: int
@@ -311,7 +401,15 @@ class Load(_message.Message):
     prefix_misses: int
     draining: bool
     stages: _containers.RepeatedCompositeFieldContainer[StageTime]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_room: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_available: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_misses: _Optional[int] = ..., draining: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ...) -> None: ...
+    queued_tokens: int
+    prefill_tokens_per_s: float
+    token_s: float
+    awaiting: int
+    sending: int
+    receiving: int
+    kv_bytes_out: int
+    kv_bytes_in: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_room: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_available: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_misses: _Optional[int] = ..., draining: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., queued_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., token_s: _Optional[float] = ..., awaiting: _Optional[int] = ..., sending: _Optional[int] = ..., receiving: _Optional[int] = ..., kv_bytes_out: _Optional[int] = ..., kv_bytes_in: _Optional[int] = ...) -> None: ...
 
 class StageTime(_message.Message):
     __slots__ = ("stage", "busy_s", "waiting_s", "wire_s", "wire_hidden_s")
