@@ -31,11 +31,12 @@ _BREATH_MS = 10
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A connection: a stranger's until ``peer`` is set."""
+    """A connection: a stranger's until ``peer`` is set. ``spoke``: whether a frame has begun to come over it."""
 
     sock: socket.socket
     thread: threading.Thread | None = None
     peer: PeerRank | None = None
+    spoke: bool = False
     channel: ChannelIn | None = None
 
     def end(self) -> None:
@@ -169,7 +170,9 @@ class Inlet:
                 guest.channel.close()
             guest.sock.close()
             others = [each for each in self._guests if each.peer is not None and each.peer == guest.peer]
-            for other in others:
+            # One that only came to see whether it is connected already leaves the others as they are; if there was
+            # more to it, its other end sees that it broke, and ends the others.
+            for other in others if guest.spoke else ():
                 other.end()
             last = guest.peer is not None and not others and not self._over
         if last and guest.peer is not None:
@@ -184,6 +187,7 @@ class Inlet:
         head = bytearray(HEADER_BYTES)
         while True:
             channel.receive_header(head)
+            guest.spoke = True
             header = unpack_header(head, peer.peer.replica, max_payload_bytes=self._limits.max_frame_bytes)
             answer = self._gate.admit(header, peer)
             if isinstance(answer, Drop):

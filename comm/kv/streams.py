@@ -38,15 +38,19 @@ class StreamTransport:
         clock: Clock,
         limits: StreamLimits | None = None,
         across_hosts: bool = False,
+        events: Events | None = None,
     ) -> None:
-        """Listen at an address of this host, port 0 for any; ``across_hosts``: peers may be on others."""
+        """Listen at an address of this host, port 0 for any; ``across_hosts``: peers may be on others.
+
+        ``events``: where what happens goes; None is one of its own.
+        """
         carrier.check_address(address, across_hosts=across_hosts)
         self._carrier = carrier
         self._offer = offer
         self._secret = secret
         self._clock = clock
         self._limits = limits or StreamLimits()
-        self._events = Events()
+        self._events = events or Events()
         self._budget = Budget(self._limits.max_queued_bytes)
         self._memory: KvMemory | None = None
         self._lines: dict[tuple[str, int], Line] = {}

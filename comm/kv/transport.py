@@ -117,24 +117,31 @@ class KvTransport(Protocol):
 
 
 class Events:
-    """What happened, for one who polls; threads add to it. Bounded by what was posted and what was granted."""
+    """What happened, for one who polls; threads add to it. Bounded by what was posted and what was granted.
+
+    Several transports of a rank may share one, so that whoever polls waits in one place.
+    """
 
     def __init__(self) -> None:
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
 
     def add(self, *events: Event) -> None:
         """Add events and wake whoever waits for them."""
         for event in events:
             self._events.put(event)
 
+    def wake(self) -> None:
+        """Have whoever waits, or does so next, return without an event: there is something else to do."""
+        self._events.put(None)
+
     def take(self, timeout_s: float) -> list[Event]:
-        """Return all events since the last time, waiting for one."""
-        found: list[Event] = []
+        """Return all events since the last time, waiting for one, or to be woken."""
+        found: list[Event | None] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait())
             while True:
                 found.append(self._events.get_nowait())
-        return found
+        return [event for event in found if event is not None]
 
 
 def need(memory: KvMemory | None) -> KvMemory:

@@ -38,8 +38,10 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Between text and engine: what a caller hands in becomes a request, tokens become a result.
     "prompts": _VALUES | {"text"},
     "collector": _VALUES | {"text"},
+    # KV between replicas, seen from a driver: what it decides and its ranks do.
+    "handoff": _VALUES | {"engine", "rpc"},
     # Shells never import one another: they talk in messages.
-    "worker": _VALUES | _BELOW_SHELLS,
+    "worker": _VALUES | _BELOW_SHELLS | {"handoff"},
     "controller": _VALUES | _BELOW_SHELLS | {"cluster"},
     "gateway": _VALUES | _BELOW_SHELLS,
     # Files about a cluster that a person writes, and plans made from them; models' sizes come from their config.json.
@@ -117,8 +119,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/", "runtime/controller/marked_processes.py"),
-    "xxhash": ("comm/kv/checksum.py",),
-    "msgpack": ("runtime/worker/step_codec.py",),
+    "xxhash": ("comm/kv/checksum.py", "runtime/models/fingerprint.py"),
+    "msgpack": ("runtime/worker/step_codec.py", "runtime/handoff/"),
     "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),
     "grpc_health": ("runtime/rpc/",),
