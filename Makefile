@@ -24,7 +24,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-demo: $(VENV)/.runtime ## serve the bundled model, send it several prompts at once, watch the answers grow
+demo: $(VENV)/.cluster ## deploy the bundled model on a Ray of its own, send it several prompts, watch answers grow
 	@$(BIN)/slipstream demo
 
 serve: $(VENV)/.runtime ## serve the bundled model with OpenAI's API; MODEL= names another, SERVE_ARGS= adds options
@@ -70,6 +70,11 @@ $(VENV)/.runtime: $(VENV)/.created pyproject.toml
 	@echo "== installing the runtime into $(VENV) (once; torch is the large part)"
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
 	$(BIN)/python -m pip install --quiet --editable '.[runtime]'
+	@touch $@
+
+$(VENV)/.cluster: $(VENV)/.runtime
+	@echo "== installing Ray into $(VENV) (once)"
+	$(BIN)/python -m pip install --quiet --editable '.[cluster]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

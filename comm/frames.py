@@ -31,6 +31,8 @@ class FrameKind(IntEnum):
     RESULT = 2
     FAILURE = 3
     CLOSE = 4
+    ORDER = 5
+    REPORT = 6
     CHALLENGE = 16
     HELLO = 17
     WELCOME = 18

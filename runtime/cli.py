@@ -25,6 +25,7 @@ from .operations.commands import register as register_operations
 
 if TYPE_CHECKING:
     from ..sdk.params import SamplingParams
+    from .gateway.main import ServeOptions
     from .llm import LLM
     from .prompts import Prompt
 
@@ -42,7 +43,7 @@ bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command("measure-links")(measure_links)
 
-_DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
+_DEMO_CLUSTER = Path(__file__).resolve().parent.parent / "cluster_configs" / "laptop.yaml"
 _DEMO_START_TIMEOUT_S = 120.0
 _CHAT_START_TIMEOUT_S = 1800.0
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -209,32 +210,46 @@ def serve(
     eplb_policy: ExpertPolicyOption = "balance",
     expert_exchange: ExpertExchangeOption = "auto",
     step_timeout_s: Annotated[float, typer.Option(help="seconds that a step of the engine may take")] = 600.0,
+    prefill: Annotated[int, typer.Option(help="replicas that only compute prompts; goes with --decode")] = 0,
+    decode: Annotated[int, typer.Option(help="replicas that go on with them; goes with --prefill")] = 0,
+    kv_transport: Annotated[str, typer.Option(help="from one to the other: auto, tcp or shm")] = "auto",
+    split_from_tokens: Annotated[int | None, typer.Option(help="shorter prompts stay where they are decoded")] = None,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once."""
-    # The engine's options have the engine's names.
+    """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once.
+
+    With --prefill N and --decode M, N + M engines share the work: each has the whole model and a KV cache of its own.
+    """
     given = locals()
+    from .gateway.main import serve as serve_gateway
+
+    raise typer.Exit(serve_gateway(_serve_options(given), announce=typer.echo))
+
+
+def _serve_options(given: dict[str, Any]) -> ServeOptions:
+    """Return what `slipstream serve` was told, by the names of its options. Raises: ConfigError; OSError"""
     from .config import EngineOptions
     from .gateway.auth import read_api_keys
+    from .gateway.local_pools import LocalSplit
     from .gateway.main import ServeOptions
-    from .gateway.main import serve as serve_gateway
     from .gateway.settings import GatewaySettings, RequestLimits
 
+    # The engine's options have the engine's names.
     engine = EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions) if field.name in given})
     limits = RequestLimits(
-        max_concurrent_requests=max_concurrent_requests,
-        max_body_bytes=max_body_bytes,
-        request_timeout_s=request_timeout_s,
+        **{name: given[name] for name in ("max_concurrent_requests", "max_body_bytes", "request_timeout_s")}
     )
-    names = tuple(served_model_name or [Path(model).expanduser().resolve().name])
-    keys = () if api_key_file is None else read_api_keys(api_key_file)
     settings = GatewaySettings(
-        served_model_names=names, api_keys=keys, tool_call_parser=tool_call_parser, limits=limits
+        served_model_names=tuple(given["served_model_name"] or [Path(given["model"]).expanduser().resolve().name]),
+        api_keys=() if given["api_key_file"] is None else read_api_keys(given["api_key_file"]),
+        tool_call_parser=given["tool_call_parser"],
+        limits=limits,
     )
-    options = ServeOptions(
-        host=host, port=port, engine=engine, settings=settings, start_timeout_s=start_timeout_s,
-        drain_timeout_s=drain_timeout_s, log_level=log_level,
-    )  # fmt: skip
-    raise typer.Exit(serve_gateway(options, announce=typer.echo))
+    split = None
+    if given["prefill"] or given["decode"]:
+        names = ("prefill", "decode", "kv_transport", "split_from_tokens")
+        split = LocalSplit(**{name: given[name] for name in names if given[name] is not None})
+    others = {name: given[name] for name in ("host", "port", "start_timeout_s", "drain_timeout_s", "log_level")}
+    return ServeOptions(engine=engine, settings=settings, split=split, **others)
 
 
 @app.command()
@@ -372,19 +387,23 @@ def _show(text: str) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Path, typer.Argument(help="directory of the model")] = _DEMO_MODEL,
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="a cluster file")] = _DEMO_CLUSTER,
     max_tokens: Annotated[int, typer.Option(help="most new tokens a prompt")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.6,
     seed: Annotated[int, typer.Option(help="makes the sampling repeat")] = 0,
 ) -> None:
-    """Start a server for the bundled model, send it several prompts at once and show the answers and what they cost."""
-    from .demo.main import run_demo
-    from .local_server import running_server
+    """Bring a deployment up on this machine, send it several prompts at once, show answers and costs, take it down.
 
-    typer.echo(f"starting a server for {model} ...")
+    What it starts, a Ray included, is its own and ends with it.
+    """
+    from .demo.main import run_demo
+    from .local_cluster import running_cluster
+
+    typer.echo(f"slipstream up {file}")
     body = {"max_tokens": max_tokens, "temperature": temperature, "top_p": 0.95, "seed": seed}
-    with running_server(str(model), "--max-num-seqs", "32", start_timeout_s=_DEMO_START_TIMEOUT_S) as url:
-        run_demo(url, body)
+    with running_cluster(file, start_timeout_s=_DEMO_START_TIMEOUT_S, told=typer.echo) as cluster:
+        run_demo(cluster, body)
+        typer.echo("taking it down")
 
 
 def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:

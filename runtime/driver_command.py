@@ -1,4 +1,4 @@
-"""How a driver's process is started: its module, the engine's options as arguments, its environment.
+"""How a driver's process is started: its module, the engine's options and its role as arguments, its environment.
 
 Both who serves one model on this host (the gateway) and who places ranks on many (the controller) start one.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
+from ..placement.plan import Role
 from .config import EngineOptions
 
 DRIVER_MODULE = "slipstream.runtime.worker.main"
+
+KV_TRANSPORTS = ("auto", "tcp", "shm")
+"""Ways from a prefill to a decode replica that a driver can be told to use."""
 
 _NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -29,6 +33,17 @@ def engine_arguments(options: EngineOptions) -> tuple[str, ...]:
         else:
             arguments += [f"--{flag}", str(value)]
     return tuple(arguments)
+
+
+def role_arguments(role: Role, *, kv_transport: str, kv_address: str, across_hosts: bool) -> tuple[str, ...]:
+    """Return the arguments for what a replica does with a request; none for one that does all of it.
+
+    ``kv_address``: where its ranks can be reached with KV; ``across_hosts``: from other hosts too.
+    """
+    if role is Role.MIXED:
+        return ()
+    own = ("--role", role.value, "--kv-transport", kv_transport, "--kv-address", kv_address)
+    return (*own, "--kv-across-hosts") if across_hosts else own
 
 
 def driver_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -17,12 +17,12 @@ from ..errors import CommError, HandshakeRefused
 from ..sockets import listen, remove
 from ..wire import Deadline
 from .channel import Carrier, ChannelIn, StreamLimits
-from .checksum import frame_checksum
+from .checksum import FrameChecksum
 from .frame import HEADER_BYTES, KvHeader, unpack_header
 from .incoming import Drop, Outcome
 from .layout import KvOffer
 from .meeting import Met, meet_sender
-from .memory import KvMemory
+from .memory import KvStore, Passage
 from .transfer import PeerRank
 from .transport import Clock, Events, Gate, PeerDown, Written
 
@@ -31,11 +31,12 @@ _BREATH_MS = 10
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A connection: a stranger's until ``peer`` is set."""
+    """A connection: a stranger's until ``peer`` is set. ``spoke``: whether a frame has begun to come over it."""
 
     sock: socket.socket
     thread: threading.Thread | None = None
     peer: PeerRank | None = None
+    spoke: bool = False
     channel: ChannelIn | None = None
 
     def end(self) -> None:
@@ -68,14 +69,14 @@ class Inlet:
         self._limits = limits
         self._clock = clock
         self._events = events
-        self._memory: KvMemory | None = None
+        self._memory: KvStore | None = None
         self._lock = threading.Lock()
         self._guests: list[_Guest] = []
         self._over = False
         self._wake, self._woken = socket.socketpair()
         self._accepting: threading.Thread | None = None
 
-    def open(self, memory: KvMemory) -> None:
+    def open(self, memory: KvStore) -> None:
         """Let connections in, whose frames go to this memory."""
         self._memory = memory
         self._accepting = threading.Thread(target=self._accept, name="slipstream-kv-accept", daemon=True)
@@ -169,7 +170,9 @@ class Inlet:
                 guest.channel.close()
             guest.sock.close()
             others = [each for each in self._guests if each.peer is not None and each.peer == guest.peer]
-            for other in others:
+            # One that only came to see whether it is connected already leaves the others as they are; if there was
+            # more to it, its other end sees that it broke, and ends the others.
+            for other in others if guest.spoke else ():
                 other.end()
             last = guest.peer is not None and not others and not self._over
         if last and guest.peer is not None:
@@ -184,6 +187,7 @@ class Inlet:
         head = bytearray(HEADER_BYTES)
         while True:
             channel.receive_header(head)
+            guest.spoke = True
             header = unpack_header(head, peer.peer.replica, max_payload_bytes=self._limits.max_frame_bytes)
             answer = self._gate.admit(header, peer)
             if isinstance(answer, Drop):
@@ -193,16 +197,21 @@ class Inlet:
             outcome = Outcome.LOST
             try:
                 frame = answer.frame
-                runs = memory.runs(frame.layer, frame.heads, answer.cuts, answer.blocks)
-                outcome = _store(channel, header, runs, checksums=checksums)
+                passage = memory.inward(frame.layer, frame.heads, answer.cuts, answer.blocks)
+                outcome = _store(channel, header, passage, checksums=checksums)
             finally:
                 self._gate.finish(answer, outcome)
                 self._events.add(Written(answer.frame, outcome))
 
 
-def _store(channel: ChannelIn, header: KvHeader, runs: list[memoryview], *, checksums: bool) -> Outcome:
-    """Fill runs with a frame's bytes and check them where they are now, which is what decoding will read."""
-    channel.receive(runs)
-    if checksums and frame_checksum(header.frame, runs) != header.checksum:
-        return Outcome.BAD_CHECKSUM
-    return Outcome.APPLIED
+def _store(channel: ChannelIn, header: KvHeader, passage: Passage, *, checksums: bool) -> Outcome:
+    """Take a frame's bytes in, and check them where they are now."""
+    checksum = FrameChecksum(header.frame) if checksums else None
+    try:
+        channel.receive(passage.runs, None if checksum is None else checksum.add)
+        if checksum is not None and checksum.value != header.checksum:
+            return Outcome.BAD_CHECKSUM
+        passage.store()
+        return Outcome.APPLIED
+    finally:
+        passage.end()

@@ -15,7 +15,7 @@ from .inlet import Inlet
 from .layout import KvOffer
 from .line import Budget, Line
 from .meeting import Met, meet_receiver
-from .memory import KvMemory
+from .memory import KvStore
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 from .transport import Clock, Event, Events, Gate, Released, need
@@ -38,17 +38,21 @@ class StreamTransport:
         clock: Clock,
         limits: StreamLimits | None = None,
         across_hosts: bool = False,
+        events: Events | None = None,
     ) -> None:
-        """Listen at an address of this host, port 0 for any; ``across_hosts``: peers may be on others."""
+        """Listen at an address of this host, port 0 for any; ``across_hosts``: peers may be on others.
+
+        ``events``: where what happens goes; None is one of its own.
+        """
         carrier.check_address(address, across_hosts=across_hosts)
         self._carrier = carrier
         self._offer = offer
         self._secret = secret
         self._clock = clock
         self._limits = limits or StreamLimits()
-        self._events = Events()
+        self._events = events or Events()
         self._budget = Budget(self._limits.max_queued_bytes)
-        self._memory: KvMemory | None = None
+        self._memory: KvStore | None = None
         self._lines: dict[tuple[str, int], Line] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -65,7 +69,7 @@ class StreamTransport:
         self.address = self._inlet.address
         """Where others connect to, with the port that 0 became."""
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
         """Use this memory, once, and let connections in."""
         if self._memory is not None:
             raise CommMisuse("this KV transport has its memory already; one is registered, once")
@@ -78,6 +82,7 @@ class StreamTransport:
         for name, registered, offered in facts:
             if registered != offered:
                 raise CommMisuse(f"memory with {name} {registered} was registered where {offered} is offered to others")
+        self._carrier.register(memory)
         self._memory = memory
         self._inlet.open(memory)
 
@@ -163,6 +168,7 @@ class StreamTransport:
         self._inlet.close()
         for line in lines:
             line.close()
+        self._carrier.close()
 
     def _open(self, address: str, to: str, deadline: Deadline) -> tuple[Met, ChannelOut]:
         sock = connect(address, timeout_s=deadline.remaining_s)

@@ -11,17 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..errors import CommMisuse
 from .frame import KvFrame, KvHeader
 from .incoming import Drop, Incoming, Outcome, Write
-from .memory import KvMemory
+from .memory import KvStore
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 
 Clock = Callable[[], float]
 """Returns seconds, monotonic."""
+
+
+AStore = TypeVar("AStore", bound=KvStore)
 
 
 class Gate(Protocol):
@@ -84,7 +87,7 @@ Event = Released | Written | PeerDown
 class KvTransport(Protocol):
     """One rank's way of sending frames and of receiving them."""
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
         """Use this memory, once, before anything else; it stays where it is until the transport is closed.
 
         Raises: CommMisuse
@@ -117,27 +120,34 @@ class KvTransport(Protocol):
 
 
 class Events:
-    """What happened, for one who polls; threads add to it. Bounded by what was posted and what was granted."""
+    """What happened, for one who polls; threads add to it. Bounded by what was posted and what was granted.
+
+    Several transports of a rank may share one, so that whoever polls waits in one place.
+    """
 
     def __init__(self) -> None:
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
 
     def add(self, *events: Event) -> None:
         """Add events and wake whoever waits for them."""
         for event in events:
             self._events.put(event)
 
+    def wake(self) -> None:
+        """Have whoever waits, or does so next, return without an event: there is something else to do."""
+        self._events.put(None)
+
     def take(self, timeout_s: float) -> list[Event]:
-        """Return all events since the last time, waiting for one."""
-        found: list[Event] = []
+        """Return all events since the last time, waiting for one, or to be woken."""
+        found: list[Event | None] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait())
             while True:
                 found.append(self._events.get_nowait())
-        return found
+        return [event for event in found if event is not None]
 
 
-def need(memory: KvMemory | None) -> KvMemory:
+def need(memory: AStore | None) -> AStore:
     """Return the registered memory.
 
     Raises: CommMisuse when there is none

@@ -17,6 +17,7 @@ import httpx
 from ...sdk.errors import ConfigError
 from .errors import ApiError
 from .events import LAST_EVENT, EventDecoder
+from .metrics_text import figures
 
 _MAX_SHOWN_CHARS = 300
 
@@ -56,6 +57,7 @@ class ApiClient:
         except httpx.InvalidURL as error:
             raise ConfigError("base_url", f"{base_url!r}: {error}") from error
         self.url = f"{root}/v1"
+        self._metrics_url = f"{root}/metrics"
 
     async def __aenter__(self) -> ApiClient:
         return self
@@ -110,6 +112,14 @@ class ApiClient:
         # Read to the end even so: only then can the connection serve the next request.
         if not ended:
             raise ApiError("stream broke off", "the stream ended before its last event")
+
+    async def metrics(self) -> dict[str, float]:
+        """Return the server's metrics, see ``metrics_text``; {} of one that has none. Raises: ApiError"""
+        try:
+            response = await self._http.get(self._metrics_url)
+        except httpx.HTTPError as error:
+            raise _broken(error, self.url) from error
+        return figures(response.text) if response.status_code == httpx.codes.OK else {}
 
     async def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...placement.plan import Degrees, Shortage
 from ..clock import Clock
@@ -36,7 +36,11 @@ class RankStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica, for people. ``routed``: whether gateways send it requests; ``requests``: how many it works on."""
+    """One replica, for people.
+
+    ``routed``: whether gateways send it requests; ``requests``: how many it works on; ``transfers``: how many prompts
+    it sends or receives.
+    """
 
     replica: str
     pool: str
@@ -48,6 +52,9 @@ class ReplicaStatus:
     why: str
     requests: int = 0
     ranks: tuple[RankStatus, ...] = ()
+    role: str = ""
+    degrees: Degrees = field(default_factory=Degrees)
+    transfers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +226,9 @@ def _replica(replica: Replica, view: View) -> ReplicaStatus:
         address=replica.driver.address if replica.driver is not None else "",
         why=replica.why,
         requests=replica.driver.requests if replica.driver is not None else 0,
+        role=replica.spec.role.value,
+        degrees=replica.spec.degrees,
+        transfers=replica.driver.grants + replica.driver.transfers if replica.driver is not None else 0,
         ranks=tuple(
             RankStatus(
                 rank=rank.rank,

@@ -32,12 +32,17 @@ _CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverReport:
-    """What is known of a driver. ``proven``: a token came out of it. ``problem``: what stands in the way."""
+    """What is known of a driver. ``proven``: a token came out of it. ``problem``: what stands in the way.
+
+    ``requests``: also those that wait for KV of others; ``grants``, ``transfers``: KV on its way in, and out.
+    """
 
     answers: bool = False
     proven: bool = False
     admitting: bool = True
     requests: int = 0
+    grants: int = 0
+    transfers: int = 0
     problem: str = ""
 
 
@@ -70,7 +75,9 @@ class DriverLink:
             answers=True,
             proven=self._proven,
             admitting=not load.draining,
-            requests=load.running + load.waiting,
+            requests=load.running + load.waiting + load.awaiting,
+            grants=load.receiving,
+            transfers=load.sending,
             problem=self._problem,
         )
 

@@ -106,4 +106,6 @@ class RankKeeper:
             proven=known.proven,
             admitting=known.admitting,
             requests=known.requests,
+            grants=known.grants,
+            transfers=known.transfers,
         )

@@ -1,4 +1,4 @@
-"""The demo on a terminal: answers that grow side by side, then a table of timings.
+"""The demo on a terminal: answers that grow side by side, then tables of timings, of KV moved, of shards.
 
 On a terminal each prompt has a panel that fills as tokens come; elsewhere complete lines are printed with the prompt's
 number in front. Knows nothing of where the answers come from.
@@ -14,7 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..local_cluster import Shard
 from .asking import Answer
+from .movement import Movement
 
 _WIDE_COLUMNS = 100
 """From this width on, panels stand in two columns."""
@@ -107,6 +109,31 @@ def timings(answers: Sequence[Answer]) -> Table:
     duration_s = max(record.end_s for record in records) - min(record.due_s for record in records)
     table.add_section()
     table.add_row("all", f"{prompt_tokens}", f"{tokens}", "", "", _rate(tokens, duration_s), f"{duration_s:.2f} s")
+    return table
+
+
+def movements(moved: Movement) -> Table:
+    """Return a table of what went from prefill to decode replicas."""
+    table = Table(title="keys and values, from prefill to decode replicas")
+    for column in ("hand-offs", "KV moved", "on the wire ms", "hidden behind prefill"):
+        table.add_column(column, justify="right")
+    share = moved.hidden_share
+    table.add_row(
+        f"{moved.hand_offs}",
+        f"{moved.kv_bytes:,} bytes",
+        _milliseconds(moved.wire_s),
+        "-" if share is None else f"{share:.0%}",
+    )
+    return table
+
+
+def places(shards: Sequence[Shard]) -> Table:
+    """Return a table of where each rank's part of the model is."""
+    table = Table(title="where each shard is")
+    for column in ("replica", "role", "rank", "has", "device"):
+        table.add_column(column, justify="right" if column == "rank" else "left")
+    for shard in shards:
+        table.add_row(Text(shard.replica), Text(shard.role), f"{shard.rank}", Text(shard.part), Text(shard.device))
     return table
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...sdk.errors import ConfigError, EngineUnavailable
@@ -28,9 +28,11 @@ EXIT_REFUSED = 2
 _KILL_TIMEOUT_S = 10.0
 
 
-def driver_command(options: EngineOptions, socket: Path, *, drain_timeout_s: float) -> list[str]:
-    """Return the command that starts a driver for a model."""
-    where = ("--socket", str(socket), "--drain-timeout", str(drain_timeout_s))
+def driver_command(
+    options: EngineOptions, socket: Path, *, drain_timeout_s: float, role: Sequence[str] = ()
+) -> list[str]:
+    """Return the command that starts a driver for a model; ``role``: arguments that say what part it has."""
+    where = ("--socket", str(socket), "--drain-timeout", str(drain_timeout_s), *role)
     return [sys.executable, "-P", "-m", DRIVER_MODULE, *where, *engine_arguments(options), "--", options.model]
 
 
@@ -43,8 +45,10 @@ class DriverProcess:
         self._output = asyncio.create_task(_forward(process), name="driver output")
 
     @classmethod
-    async def start(cls, command: Sequence[str], *, timeout_s: float) -> DriverProcess:
-        """Start a driver and wait until it takes requests.
+    async def start(
+        cls, command: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
+    ) -> DriverProcess:
+        """Start a driver and wait until it takes requests. ``environment``: in addition to this process's.
 
         Raises: ConfigError when its options or checkpoint are wrong; EngineUnavailable (retryable) when it ended or
         was not ready in time
@@ -55,7 +59,7 @@ class DriverProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             start_new_session=True,
-            env=driver_environment(os.environ),
+            env=driver_environment({**os.environ, **(environment or {})}),
         )
         try:
             async with asyncio.timeout(timeout_s):

@@ -14,7 +14,8 @@ from typing import Protocol
 from ...sdk.errors import SlipstreamError
 from ..clock import Clock
 from ..rpc.backoff import Backoff
-from .replica import Replica, WatchedClient
+from ..rpc.engine_client import EngineFacts
+from .replica import WatchedClient
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,20 @@ class Driver(Protocol):
         ...
 
 
+class Place(Protocol):
+    """Where a driver that has been met serves."""
+
+    def attach(self, client: WatchedClient, facts: EngineFacts) -> None:
+        """Serve with an engine that has been met."""
+        ...
+
+    def detach(self) -> None:
+        """Stop serving: the engine is lost. Idempotent."""
+        ...
+
+
 class Supervisor:
-    """Runs one driver at a time and attaches it to a replica.
+    """Runs one driver at a time and attaches it to its place.
 
     ``launch`` starts a driver and returns when it takes requests; ``make_client`` makes a client for an address.
     ``on_ready`` is called each time that a driver has been attached.
@@ -51,14 +64,14 @@ class Supervisor:
 
     def __init__(
         self,
-        replica: Replica,
+        place: Place,
         *,
         launch: Callable[[], Awaitable[Driver]],
         make_client: Callable[[str], WatchedClient],
         clock: Clock,
         on_ready: Callable[[], None],
     ) -> None:
-        self._replica = replica
+        self._place = place
         self._launch = launch
         self._make_client = make_client
         self._clock = clock
@@ -97,7 +110,7 @@ class Supervisor:
         driver, self._driver = self._driver, None
         if self._client is not None:
             await self._client.close()
-        self._replica.detach()
+        self._place.detach()
         if driver is not None:
             await driver.stop(timeout_s=timeout_s)
 
@@ -111,7 +124,7 @@ class Supervisor:
             await driver.kill()
             raise
         self._driver, self._client = driver, client
-        self._replica.attach(client, facts)
+        self._place.attach(client, facts)
         logger.info("the engine is there: %s on %s, %s", facts.model, facts.device, facts.dtype)
         self._on_ready()
 
@@ -133,7 +146,7 @@ class Supervisor:
     async def _let_go(self) -> None:
         if self._stopping.is_set():
             return
-        self._replica.detach()
+        self._place.detach()
         client, self._client = self._client, None
         driver, self._driver = self._driver, None
         if client is not None:

@@ -35,6 +35,9 @@ AddressOption = Annotated[
     ),
 ]
 NameOption = Annotated[str | None, typer.Option(help="the deployment, as its file calls it. Default: the only one")]
+PortOption = Annotated[
+    int | None, typer.Option(min=0, max=65_535, help="for the gateways, in place of the file's gateway.port; 0: any")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON: an object for each thing that happens")]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="do not stay")]
 NoWaitOption = Annotated[bool, typer.Option("--detach", "-d", help="do not wait until it is so")]
@@ -81,6 +84,7 @@ def up(
     detach: DetachOption = False,
     address: AddressOption = None,
     timeout: TimeoutOption = None,
+    port: PortOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring up what a cluster file describes, on a Ray cluster or, where there is none, on this machine.
@@ -95,7 +99,7 @@ def up(
         # What is wrong with the file is said before anything is started.
         read_runnable(file)
         with _session(address, reporter, starts_ray=True, ends_ray=True) as session:
-            applied = apply(session, file, environment=os.environ, timeout_s=timeout, must_run=False)
+            applied = apply(session, file, environment=os.environ, timeout_s=timeout, must_run=False, port=port)
             if detach or applied.ran:
                 _end(reporter, follow_applied(session, applied))
             _end(reporter, _stay(session, applied.name, lambda: follow_applied(session, applied)))
@@ -242,7 +246,6 @@ def down(
 def _stay(session: Session, name: str, follow: Callable[[], Ending]) -> Ending:
     """Wait until a deployment serves, stay until told to end, and take it down."""
     from ..ending import ending_on_signals
-    from .progress import Event
     from .reporter import Ending
     from .session import EXIT_DONE
 
@@ -252,7 +255,7 @@ def _stay(session: Session, name: str, follow: Callable[[], Ending]) -> Ending:
             ending = follow()
             serves = ending.status is not None and any(pool.serving for pool in ending.status.pools)
             if serves or ending.exit_code == EXIT_DONE:
-                reporter.events([Event(event="serving", text=ending.text)])
+                reporter.serving(ending)
                 reporter.say("Ctrl-C takes it down")
                 session.watcher(name).until(lambda _: None, timeout_s=float("inf"))
             failed = ending

@@ -22,15 +22,16 @@ from ..config import EngineOptions
 from ..controller.gateway_keeper import GatewayOrder
 from ..controller.launch import MARK_VARIABLE, Launch
 from ..controller.ledger import Deployment, PoolRecord
-from ..driver_command import DRIVER_MODULE, engine_arguments
+from ..driver_command import DRIVER_MODULE, KV_TRANSPORTS, engine_arguments, role_arguments
 from ..reconcile.desired import Generation, Limits, PoolWish
 
 RANK_MODULE = DRIVER_MODULE
 GATEWAY_MODULE = "slipstream.runtime.gateway.cluster_main"
 """What is run for each rank and for each gateway."""
 
-_OF_THE_MODEL = ("model", "dtype", "quantization", "deterministic")
-"""Options that tokens depend on."""
+_OF_THE_ENGINE = ("dtype", "quantization", "deterministic")
+_OF_THE_MODEL = ("model", *_OF_THE_ENGINE)
+"""Options that tokens depend on; a pool may say those of the engine for itself."""
 
 _OF_NO_REPLICA = ("max_queued_requests", "seed")
 """Options that replace no replica: a limit holds for those that start from then on, seeds are drawn by gateways."""
@@ -75,15 +76,27 @@ class Given:
 
 
 def check_can_run(file: ClusterFile) -> None:
-    """Refuse what can be planned and not be run yet. Raises: ConfigError"""
-    for index, pool in enumerate(file.pools or ()):
-        if pool.kind is not Role.MIXED:
+    """Refuse what can be planned and not be run. Raises: ConfigError"""
+    pools = file.pools or ()
+    if all(pool.kind is Role.MIXED for pool in pools) and file.pools is not None:
+        return
+    if file.kv_transport.kind not in KV_TRANSPORTS:
+        raise ConfigError(
+            "kv_transport.kind",
+            f"{file.kv_transport.kind} can be planned with and not be run yet: give one of {', '.join(KV_TRANSPORTS)}",
+        )
+    decoding = {_of_the_model(file.engine_of(pool)) for pool in pools if pool.kind is Role.DECODE}
+    for index, pool in enumerate(pools):
+        if pool.kind is Role.PREFILL and _of_the_model(file.engine_of(pool)) not in decoding:
             raise ConfigError(
-                f"pools[{index}].role",
-                f"pool {pool.name!r} is of role {pool.kind.value}: keys and values are not handed from replica to "
-                "replica in this version, so prefill and decode cannot be split; say role: mixed in one pool (the "
-                "split can still be planned: slipstream plan)",
+                f"pools[{index}].engine",
+                f"pool {pool.name!r} has nobody to hand its prompts to: no pool of role decode has the same "
+                f"{', '.join(_OF_THE_ENGINE)}",
             )
+
+
+def _of_the_model(engine: EngineSection) -> tuple[object, ...]:
+    return tuple(getattr(engine, name) for name in _OF_THE_ENGINE)
 
 
 def leaves_open(file: ClusterFile) -> bool:
@@ -156,7 +169,7 @@ def make_deployment(
     """
     model_path = str(model_directory(file, directory))
     options = {pool.name: _options(file, pool, model_path) for pool in chosen}
-    records = {pool.name: _record(pool, options[pool.name]) for pool in chosen}
+    records = {pool.name: _record(file, pool, options[pool.name]) for pool in chosen}
     generations, highest = _generations(records, previous)
     environment = {SECRET_VARIABLE: given.secret, MARK_VARIABLE: given.mark}
     names = file.model.served_names or (Path(model_path).name,)
@@ -176,7 +189,7 @@ def make_deployment(
         launches={
             pool.name: Launch(
                 module=RANK_MODULE,
-                arguments=_arguments(options[pool.name], start_timeout_s=file.limits.start_timeout_s),
+                arguments=_arguments(file, pool.role, options[pool.name], hosts=len(given.nodes)),
                 environment=environment,
             )
             for pool in chosen
@@ -203,12 +216,10 @@ def model_directory(file: ClusterFile, directory: Path) -> Path:
 
 
 def _best(ranking: Ranking | None) -> RankedPlan:
-    plans = ranking.plans if ranking is not None else ()
-    for plan in plans:
-        if all(pool.role is Role.MIXED for pool in plan.pools):
-            return plan
+    if ranking is not None and ranking.plans:
+        return ranking.plans[0]
     reasons = "; ".join(ranking.refused[:_MOST_REASONS]) if ranking is not None else ""
-    raise NoPlan(f"no plan of mixed replicas fits on this cluster: {reasons or 'there are too few devices'}")
+    raise NoPlan(f"no plan fits on this cluster: {reasons or 'there are too few devices'}")
 
 
 def _options(file: ClusterFile, pool: Chosen, model_path: str) -> EngineOptions:
@@ -216,15 +227,24 @@ def _options(file: ClusterFile, pool: Chosen, model_path: str) -> EngineOptions:
     return replace(options, max_queued_requests=file.limits.max_queued_requests)
 
 
-def _arguments(options: EngineOptions, *, start_timeout_s: float) -> tuple[str, ...]:
+def _arguments(file: ClusterFile, role: Role, options: EngineOptions, *, hosts: int) -> tuple[str, ...]:
     """Return what each rank of a pool is started with."""
+    kind = file.kv_transport.kind
+    shares = role_arguments(
+        # Shared memory is of one host; whoever asks for it by name is not to be told that it is of several.
+        role, kv_transport=kind, kv_address="{address}", across_hosts=hosts > 1 and kind != "shm"
+    )  # fmt: skip
+    if shares:
+        section = file.kv_transport
+        timeout = ("--kv-transfer-timeout", str(section.transfer_timeout_s))
+        shares += (*timeout, "--kv-max-parked-bytes", str(section.max_parked_bytes))
     own = ("--replica", "{replica}", "--rank", "{rank}", "--address", "{address}")
-    hosts = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}")
-    others = ("--start-timeout", str(start_timeout_s), "--listen", "{address}:0")
-    return (*own, *hosts, *others, *engine_arguments(options), "--", options.model)
+    near = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}")
+    others = ("--start-timeout", str(file.limits.start_timeout_s), "--listen", "{address}:0")
+    return (*own, *near, *others, *shares, *engine_arguments(options), "--", options.model)
 
 
-def _record(pool: Chosen, options: EngineOptions) -> PoolRecord:
+def _record(file: ClusterFile, pool: Chosen, options: EngineOptions) -> PoolRecord:
     """Return what a pool's engines are, in two parts, each option that is not as it is without one on a line."""
     said = {each.name: getattr(options, each.name) for each in fields(EngineOptions)}
     plain = {each.name: each.default for each in fields(EngineOptions)}
@@ -235,6 +255,10 @@ def _record(pool: Chosen, options: EngineOptions) -> PoolRecord:
     }
     constraint = pool.constraint
     others |= {"role": pool.role.value}
+    if pool.role is not Role.MIXED:
+        section = file.kv_transport
+        others["kv_transport"] = section.kind
+        others |= {name: getattr(section, name) for name in ("transfer_timeout_s", "max_parked_bytes")}
     others |= {f"label {label}": value for label, value in constraint.labels.items()}
     for name, several in (("device types", constraint.device_types), ("nodes", constraint.nodes)):
         if several:
@@ -287,6 +311,8 @@ def _gateways(
     }
     if file.engine.seed is not None:
         options["seed"] = file.engine.seed
+    if file.kv_transport.split_from_tokens is not None:
+        options["split-from-tokens"] = file.kv_transport.split_from_tokens
     for option, value in options.items():
         arguments += [f"--{option}", str(value)]
     found = []

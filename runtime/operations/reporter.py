@@ -1,14 +1,15 @@
 """How a command tells what it sees: lines, JSON objects, or a table that is drawn anew (``screen``).
 
 With ``--json`` every line is one object: ``{"event": ...}`` for all that happens, and a last one,
-``{"event": "end", ...}``, with the exit code and the status.
+``{"event": "end", ...}``, with the exit code and the status; so has ``{"event": "serving", ...}`` of a command that
+stays.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..controller.records import to_json
@@ -52,6 +53,10 @@ class Reporter(Protocol):
         """Show a line that a process has printed."""
         ...
 
+    def serving(self, ending: Ending) -> None:
+        """Show how what the command stays for has come up."""
+        ...
+
     def end(self, ending: Ending) -> None:
         """Show how the command has ended, at last."""
         ...
@@ -90,6 +95,10 @@ class Lines:
         """Show a line of a process."""
         self._write(f"{source} | {line}")
 
+    def serving(self, ending: Ending) -> None:
+        """Show where it serves."""
+        self._write(ending.text)
+
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""
         (self._complain if ending.exit_code else self._write)(ending.text)
@@ -124,6 +133,10 @@ class JsonLines:
     def log(self, source: str, number: int, line: str) -> None:
         """Show a line of a process."""
         self._write(json.dumps({"source": source, "number": number, "line": line}, ensure_ascii=False))
+
+    def serving(self, ending: Ending) -> None:
+        """Show where it serves, and how."""
+        self._write(to_json(replace(ending, event="serving")))
 
     def end(self, ending: Ending) -> None:
         """Show how it has ended."""

@@ -90,6 +90,10 @@ class LiveScreen:
         """Show a line of a process."""
         self.say(f"{source} | {line}")
 
+    def serving(self, ending: Ending) -> None:
+        """Show where it serves."""
+        self.say(ending.text)
+
     def end(self, ending: Ending) -> None:
         """Show the last status and how it has ended."""
         self.close()
@@ -137,11 +141,13 @@ def _pools(status: DeploymentStatus) -> Table:
 
 
 def _replicas(status: DeploymentStatus) -> Table:
-    table = _table("replica", "generation", "phase", "in view", "requests", "address", "devices", "why")
+    table = _table(
+        "replica", "role", "generation", "phase", "in view", "requests", "transfers", "address", "devices", "why"
+    )
     for each in status.replicas:
         table.add_row(
-            escape(each.replica), each.generation, _state(each.phase), "yes" if each.routed else "no",
-            str(each.requests), each.address, escape(", ".join(each.devices)), escape(each.why),
+            escape(each.replica), each.role, each.generation, _state(each.phase), "yes" if each.routed else "no",
+            str(each.requests), str(each.transfers), each.address, escape(", ".join(each.devices)), escape(each.why),
         )  # fmt: skip
     return table
 

@@ -124,4 +124,6 @@ def _replica(gang: Gang, view: View) -> ReplicaStatus:
         ranks=tuple(
             RankStatus(rank=rank, device=str(device), state=UNKNOWN) for rank, device in enumerate(gang.devices)
         ),
+        role=gang.spec.role.value,
+        degrees=gang.spec.degrees,
     )

@@ -55,13 +55,23 @@ def read_runnable(path: Path) -> ClusterFile:
 
 
 def apply(
-    session: Session, path: Path, *, environment: Mapping[str, str], timeout_s: float | None, must_run: bool
+    session: Session,
+    path: Path,
+    *,
+    environment: Mapping[str, str],
+    timeout_s: float | None,
+    must_run: bool,
+    port: int | None = None,
 ) -> Applied:
-    """Let a cluster file be what is wanted. ``must_run``: refuse a deployment that does not run yet.
+    """Let a cluster file be what is wanted.
+
+    ``must_run``: refuse a deployment that does not run yet. ``port``: for gateways, in place of the file's.
 
     Raises: ConfigError and CheckpointError for the file; NoPlan when nothing fits; ClusterError
     """
     file = read_runnable(path)
+    if port is not None:
+        file = file.model_copy(update={"gateway": file.gateway.model_copy(update={"port": port})})
     name, operator = file.name, session.operator
     previous = session.ledger(name).deployment()
     ran = bool(previous.mark)

@@ -24,6 +24,9 @@ from ...comm.torch_groups import Rendezvous
 from ...comm.wire import BusLimits, Deadline
 from ...sdk.errors import EngineError
 from ..clock import monotonic_clock
+from ..handoff.rank_hub import KvHub
+from ..handoff.rank_kv import RankKv
+from ..handoff.ranks import BusKvRanks, KvRanks
 from ..messages import StepPlan, StepResult
 from .rank import RankSetup
 from .rank_life import join_groups
@@ -42,7 +45,7 @@ _T = TypeVar("_T")
 class BusPeers(ABC):
     """Ranks 1 and up, as rank 0 sees them.
 
-    ``seat``: the driver's own. ``bus``: where the step bus listens.
+    ``seat``: the driver's own. ``bus``: where the step bus listens, ``kv_bus``: where the ranks hear about KV.
     Units: start_timeout_s, until all ranks are ready; comm_timeout_s, that a rank waits for another in a step
     Raises: EngineError naming the rank that did not come
     """
@@ -54,6 +57,7 @@ class BusPeers(ABC):
         seat: Seat,
         *,
         bus: str,
+        kv_bus: str,
         start_timeout_s: float,
         comm_timeout_s: float,
     ) -> None:
@@ -64,6 +68,7 @@ class BusPeers(ABC):
         self._on_their_way: deque[int] = deque()
         self._speakers = setup.mesh.place(0).pp_ranks[1:]
         self._hub: StepHub | None = None
+        self._kv_hub: KvHub | None = None
         # What was asked last before there are steps, whether all have answered it, and whether that was the end of it.
         self._asked = 0
         self._answered = False
@@ -73,6 +78,10 @@ class BusPeers(ABC):
             with StepListener(bus) as listener:
                 rendezvous = Rendezvous.host(seat.address, timeout_s=start_timeout_s)
                 self._opened.callback(rendezvous.close)
+                if setup.kv is not None:
+                    ranks = range(1, setup.mesh.size)
+                    self._kv_hub = KvHub(kv_bus, identity, ranks=ranks, clock=monotonic_clock)
+                    self._opened.callback(self._kv_hub.close)
                 order = RankOrder(
                     replica=identity.replica,
                     bus=listener.address,
@@ -81,6 +90,7 @@ class BusPeers(ABC):
                     timeout_s=start_timeout_s,
                     comm_timeout_s=comm_timeout_s,
                     setup=setup,
+                    kv_bus="" if self._kv_hub is None else self._kv_hub.address,
                 )
                 self._call(order)
                 self._hub = self._gather(listener, identity, setup)
@@ -118,6 +128,12 @@ class BusPeers(ABC):
         """Wait until every rank takes steps."""
         self._wait_answers("is not ready")
         self._ready = True
+
+    def kv_ranks(self, own: RankKv) -> KvRanks:
+        """Return the KV of all ranks."""
+        assert self._kv_hub is not None, "the setup says that KV is moved"
+        # They said so before they said that they take steps.
+        return BusKvRanks(own, self._kv_hub, timeout_s=self._patience_s)
 
     def send(self, plan: StepPlan) -> None:
         """Give a step to every rank."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from ...sdk.errors import EngineUnavailable, Overloaded, SlipstreamError
 from ..engine.sequence import Sequence
-from ..messages import TokenLogprobs
+from ..handoff.desk import DeskEvent
+from ..messages import EngineRequest, FinishReason, TokenLogprobs
 from ..rpc.engine_client import EngineLoadReport, PromptScores
 from ..rpc.outbox import Outbox
 from ..rpc.session import Closed, Command, Ending, Event, Rejected, StepNews, Submit
@@ -40,7 +41,7 @@ class Compiled:
     error: SlipstreamError | None
 
 
-Post = tuple["DriverSession", Command | Enter | Leave | Compiled]
+Post = tuple["DriverSession", Command | Enter | Leave | Compiled] | DeskEvent
 
 
 class DriverSession:
@@ -108,7 +109,9 @@ class DriverSession:
 class LiveRequest:
     """A request that has not ended, on the engine's thread, where ``engine_id`` is its name.
 
-    It has no sequences while its constraint is being compiled.
+    It has no sequences while its constraint is being compiled, and while it waits for its KV under ``ticket``:
+    ``waiting`` is what it would submit then. ``sent_on``: its KV goes to another replica, and ``handed`` says that its
+    token was drawn and went with it. ``last``: the newest token of one that is sent on, with its scores.
     Units: deadline_s, seconds on the engine's clock
     """
 
@@ -118,11 +121,19 @@ class LiveRequest:
     deadline_s: float
     sequences: list[Sequence] = field(default_factory=list)
     open_samples: int = 0
+    ticket: str = ""
+    waiting: EngineRequest | None = None
+    sent_on: bool = False
+    handed: bool = False
+    last: tuple[int, TokenLogprobs | None] | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class News:
-    """A session on the engine's thread: its live requests, and what has happened since the last post."""
+    """A session on the engine's thread: its live requests, and what has happened since the last post.
+
+    ``knows_blocks``: whether it was told what is cached, and is told of every change since.
+    """
 
     session: DriverSession
     live: dict[int, LiveRequest] = field(default_factory=dict)
@@ -134,6 +145,7 @@ class News:
     endings: list[Ending] = field(default_factory=list)
     others: list[Event] = field(default_factory=list)
     wants_drained: bool = False
+    knows_blocks: bool = False
 
     def add_token(self, key: int, index: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Note a sample's next token."""
@@ -166,6 +178,19 @@ class News:
                 queue_s=None if started_s is None else max(0.0, started_s - sequence.request.arrival_time_s),
             )
         )
+
+    def add_unbegun_ending(self, live: LiveRequest) -> None:
+        """Note the end of the sample of a request that waited for its KV."""
+        ending = Ending(
+            key=live.key,
+            index=0,
+            reason=FinishReason.ABORT,
+            stop_token_id=None,
+            cached_tokens=0,
+            preemptions=0,
+            queue_s=None,
+        )
+        self.endings.append(ending)
 
     def take(self, load: EngineLoadReport) -> list[Event]:
         """Return everything noted since the last time as events, at most one of them with tokens; [] when nothing."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...comm.errors import CommError
+from ...comm.errors import CommError, CommMisuse
 from ...comm.groups import ALONE
 from ...comm.mesh import MeshShape
 from ...sdk.errors import CheckpointError, ConfigError, EngineError
@@ -21,6 +21,10 @@ from ..clock import Clock
 from ..config import EngineOptions, SchedulerConfig
 from ..engine.engine import Engine, Executor
 from ..engine.scheduler import Scheduler
+from ..handoff.ranks import KvRanks, LocalKvRanks
+from ..handoff.settings import KvSeat, KvSettings, KvShare
+from ..handoff.transports import check_kinds
+from ..models.fingerprint import model_fingerprint
 from ..models.generation_defaults import GenerationDefaults, read_generation_defaults
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
@@ -41,7 +45,8 @@ class LaunchedEngine:
 
     ``eos_token_ids``: the generation config's, or else the model config's. ``grammars``: where a constraint has to be
     compiled before a request that has it is submitted. ``check``: raises EngineError when another rank was lost; for
-    whoever has nothing to run.
+    whoever has nothing to run. ``kv``: the ranks' ends of KV that is moved, to be closed before the engine; None where
+    none is.
     """
 
     engine: Engine
@@ -53,20 +58,24 @@ class LaunchedEngine:
     eos_token_ids: tuple[int, ...]
     grammars: GrammarCompiler
     check: Callable[[], None]
+    kv: KvRanks | None = None
 
 
 def launch_engine(
     options: EngineOptions,
     *,
     clock: Clock,
-    start_peers: StartPeers = RankProcesses,
+    start_peers: StartPeers | None = None,
     ranks_on_host: int | None = None,
     progress: Progress | None = None,
+    kv: KvSettings | None = None,
 ) -> LaunchedEngine:
     """Load a model and start its engine, with as many other ranks as the options ask for.
 
-    ``ranks_on_host``: how many ranks, this one included, share the host's memory and cores, each with GPUs of its own;
-    None is all of them, which see the same GPUs. ``progress`` is told how much of this rank's weights is loaded.
+    ``start_peers``: how, None for processes on this host. ``ranks_on_host``: how many ranks, this one included, share
+    the host's memory and cores, each with GPUs of its own; None is all of them, which see the same GPUs. ``progress``
+    is told how much of this rank's weights is loaded. ``kv``: how KV is moved between this replica and others, None
+    where none is.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor; EngineError when another rank
     does not come up
@@ -80,6 +89,8 @@ def launch_engine(
         raise ConfigError("sharded_norm", "is not for models with ladder layers: their sums are hidden as they are")
     device = choose_device(options.device)
     check_devices(device, mesh, placed=ranks_on_host is not None)
+    if kv is not None:
+        _check_kv(kv, mesh, device)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     if options.deterministic and device.type != "cpu":
         raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
@@ -98,8 +109,16 @@ def launch_engine(
         attention_ratio=spec.facts().attention_ratio(),
     )
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
-    setup = _rank_setup(options, path, mesh, device=device, dtype=dtype, config=config, eos_token_ids=eos_token_ids)
-    built = _build(setup, start_peers, partial(build_rank, setup, ranks_on_host=ranks_on_host, progress=progress))
+    share = None if kv is None else _kv_share(kv, model_fingerprint(path, spec, quantization=options.quantization))
+    seat = None if kv is None else KvSeat(address=kv.address, secret=kv.secret)
+    setup = _rank_setup(
+        options, path, mesh, device=device, dtype=dtype, config=config, eos_token_ids=eos_token_ids, kv=share
+    )
+    built = _build(
+        setup,
+        start_peers or partial(RankProcesses, kv_seat=seat),
+        partial(build_rank, setup, ranks_on_host=ranks_on_host, progress=progress, kv_seat=seat),
+    )
     return LaunchedEngine(
         engine=_engine(options, config, spec, built.executor, clock=clock),
         spec=spec,
@@ -110,6 +129,30 @@ def launch_engine(
         eos_token_ids=eos_token_ids,
         grammars=built.rank.grammars,
         check=built.check,
+        kv=built.kv,
+    )
+
+
+def _check_kv(kv: KvSettings, mesh: MeshShape, device: torch.device) -> None:
+    """Refuse what KV cannot be moved with. Raises: ConfigError naming the option"""
+    if mesh.sp > 1:
+        raise ConfigError("sequence_parallel_size", f"{mesh.sp} ranks share prompts: their KV cannot be moved yet")
+    if device.type != "cpu":
+        raise ConfigError("device", f"KV is moved from and to CPUs in this version, the device is {device}")
+    try:
+        check_kinds(kv.kinds, kv.address, across_hosts=kv.across_hosts)
+    except CommMisuse as error:
+        raise ConfigError("kv_address", str(error)) from error
+
+
+def _kv_share(kv: KvSettings, model: str) -> KvShare:
+    return KvShare(
+        replica=kv.replica,
+        incarnation=kv.incarnation,
+        model=model,
+        kinds=kv.kinds,
+        across_hosts=kv.across_hosts,
+        limits=kv.limits,
     )
 
 
@@ -132,6 +175,7 @@ def _rank_setup(
     dtype: torch.dtype,
     config: SchedulerConfig,
     eos_token_ids: tuple[int, ...],
+    kv: KvShare | None,
 ) -> RankSetup:
     return RankSetup(
         model=str(path),
@@ -158,6 +202,7 @@ def _rank_setup(
         expert_policy=options.eplb_policy,
         expert_exchange=options.expert_exchange,
         ranks_per_host=mesh.ranks_per_host,
+        kv=kv,
     )
 
 
@@ -178,13 +223,17 @@ class _Built:
     rank: Rank
     executor: Executor
     check: Callable[[], None]
+    kv: KvRanks | None
 
 
 def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[..., Rank]) -> _Built:
     """Build the driver's own rank, beside the others if there are any."""
     if setup.mesh.size == 1:
         rank = build(ALONE)
-        return _Built(rank=rank, executor=rank.executor, check=lambda: None)
+        alone = None if rank.kv is None else LocalKvRanks([rank.kv])
+        return _Built(
+            rank=rank, executor=rank.executor, check=(lambda: None) if alone is None else alone.check, kv=alone
+        )
     peers = start_peers(setup)
     try:
         try:
@@ -194,13 +243,22 @@ def _build(setup: RankSetup, start_peers: StartPeers, build: Callable[..., Rank]
             raise EngineError(peers.why() or str(error)) from error
         try:
             peers.wait_ready()
+            kv = None if rank.kv is None else peers.kv_ranks(rank.kv)
         except BaseException:
             rank.executor.close()
+            if rank.kv is not None:
+                rank.kv.close()
             raise
     except BaseException:
         peers.close()
         raise
-    return _Built(rank=rank, executor=ReplicaExecutor(rank.executor, peers), check=peers.check)
+
+    def check() -> None:
+        peers.check()
+        if kv is not None:
+            kv.check()
+
+    return _Built(rank=rank, executor=ReplicaExecutor(rank.executor, peers), check=check, kv=kv)
 
 
 def model_directory(model: str) -> Path:

@@ -4,6 +4,7 @@ Launches the engine, serves it over gRPC and prints one line of JSON, ``{"ready"
 are taken. The first SIGTERM or SIGINT drains: requests that run may finish within ``--drain-timeout``, new ones are
 refused; a second signal stops at once. The process ends when the one that started it does.
 
+With ``--role`` or ``--kv-transport`` requests are split between it and other replicas; see ``kv_options``.
 With ``--rank`` it is one rank of a replica whose others somebody else starts, and rank 0 is the driver; see
 ``placed_rank``. Exit status: see ``exit_status``.
 """
@@ -19,7 +20,7 @@ import secrets
 import signal
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -29,12 +30,16 @@ from ..clock import monotonic_clock
 from ..config import EngineOptions
 from ..rpc.engine_client import EngineFacts
 from ..rpc.in_process import InProcessEngineClient
+from ..rpc.kv_client import GrpcKvTalker
+from ..rpc.kv_talk import KvHost
 from ..rpc.secret import secret_from
 from ..rpc.server import EngineServer
 from ..rpc.tls import tls_from
 from .driver import DriverLimits, EngineLoop
 from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from .keeper_pipe import KeeperPipe
+from .kv_desk import block_bytes, open_desk
+from .kv_options import add_kv_options, check_kv_options, kv_settings, kv_transport, transfer_limits
 from .null_engine import NullEngineOptions, launch_null_engine
 
 if TYPE_CHECKING:
@@ -63,10 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
             return _be_other_rank(options, pipe)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        loop = _launch_null(options) if options.null else _launch(options)
-        loop.start()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            status = runner.run(_serve(loop, options.socket or options.listen, options.drain_timeout))
+            driver = _launch_null(options) if options.null else _launch(options, runner.get_loop())
+            loop = driver.loop
+            loop.start()
+            status = runner.run(_serve(driver, options.socket or options.listen, options.drain_timeout))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -80,12 +86,20 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-async def _serve(loop: EngineLoop, address: str, drain_timeout_s: float) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Driver:
+    """What is served. ``lines``: where other drivers call, None where KV is never moved."""
+
+    loop: EngineLoop
+    lines: KvHost | None = None
+
+
+async def _serve(driver: _Driver, address: str, drain_timeout_s: float) -> int:
     """Serve until a signal or the engine's end; return the exit status."""
-    signals = _Signals()
+    signals, loop = _Signals(), driver.loop
     own = InProcessEngineClient(loop)
     await own.connect(timeout_s=_MEET_TIMEOUT_S)
-    server = EngineServer(loop, address, secret=secret_from(os.environ), tls=tls_from(os.environ))
+    server = EngineServer(loop, address, kv=driver.lines, secret=secret_from(os.environ), tls=tls_from(os.environ))
     shown = await server.start()
     print(json.dumps({"ready": True, "address": shown}), flush=True)
     try:
@@ -134,17 +148,32 @@ async def _first_of(*waits: Any) -> None:
 # ------------------------------------------------------------------ engines
 
 
-def _launch(options: argparse.Namespace) -> EngineLoop:
+def _launch(options: argparse.Namespace, event_loop: asyncio.AbstractEventLoop) -> _Driver:
     # Only here: a driver without a model starts without torch.
     from .launch import launch_engine
     from .placed_rank import launch_placed
 
+    kv = kv_settings(options)
     given = {name: getattr(options, name) for name in _engine_options() if getattr(options, name) is not None}
     engine_options = EngineOptions(model=options.model, **given)
     if options.rank is None:
-        launched = launch_engine(engine_options, clock=monotonic_clock)
+        launched = launch_engine(engine_options, clock=monotonic_clock, kv=kv)
     else:
-        launched = launch_placed(engine_options, _placed(options))
+        launched = launch_placed(engine_options, _placed(options), kv=kv)
+    opened = None
+    if kv is not None:
+        ranks = launched.kv
+        assert ranks is not None, "an engine that is launched with KV settings has ranks that move it"
+        opened = open_desk(
+            kv,
+            ranks,
+            launched.engine,
+            GrpcKvTalker(event_loop, secret=secret_from(os.environ), tls=tls_from(os.environ)),
+            vocab_size=launched.spec.vocab_size,
+            clock=monotonic_clock,
+            limits=transfer_limits(options, block_bytes=block_bytes(ranks)),
+        )
+    role = options.role or "mixed"
     facts = EngineFacts(
         epoch=secrets.token_hex(8),
         replica=options.replica or "",
@@ -155,21 +184,29 @@ def _launch(options: argparse.Namespace) -> EngineLoop:
         eos_token_ids=launched.eos_token_ids,
         dtype=str(launched.dtype).removeprefix("torch."),
         device=str(launched.device),
+        role=role,
+        block_size=launched.config.block_size,
+        rope_threshold=launched.spec.rope.prompt_length_threshold,
+        sends_kv=kv is not None and role != "decode",
+        receives_kv=kv is not None and role != "prefill",
     )
-    return EngineLoop(
+    loop = EngineLoop(
         launched.engine,
         facts,
         clock=monotonic_clock,
         limits=DriverLimits(max_sessions=options.max_sessions),
         compiler=launched.grammars,
         check=launched.check,
+        desk=None if opened is None else opened.desk,
     )
+    return _Driver(loop=loop, lines=None if opened is None else opened.lines)
 
 
-def _launch_null(options: argparse.Namespace) -> EngineLoop:
+def _launch_null(options: argparse.Namespace) -> _Driver:
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     null = NullEngineOptions(vocab_size=options.null_vocab_size, step_time_s=options.null_step_time, **given)
+    engine = launch_null_engine(null, clock=monotonic_clock)
     facts = EngineFacts(
         epoch=secrets.token_hex(8),
         replica=options.replica or "",
@@ -180,10 +217,11 @@ def _launch_null(options: argparse.Namespace) -> EngineLoop:
         eos_token_ids=(),
         dtype="none",
         device="none",
+        role=options.role or "mixed",
+        block_size=engine.scheduler.config.block_size,
     )
-    engine = launch_null_engine(null, clock=monotonic_clock)
     limits = DriverLimits(max_sessions=options.max_sessions)
-    return EngineLoop(engine, facts, clock=monotonic_clock, limits=limits)
+    return _Driver(loop=EngineLoop(engine, facts, clock=monotonic_clock, limits=limits))
 
 
 def _be_other_rank(options: argparse.Namespace, pipe: KeeperPipe) -> int:
@@ -198,7 +236,12 @@ def _placed(options: argparse.Namespace) -> Placed:
 
     return Placed(
         replica=options.replica,
-        seat=Seat(rank=options.rank, address=options.address, ranks_on_host=options.ranks_on_host),
+        seat=Seat(
+            rank=options.rank,
+            address=options.address,
+            ranks_on_host=options.ranks_on_host,
+            kv_address=options.kv_address,
+        ),
         start_timeout_s=options.start_timeout,
         comm_timeout_s=options.comm_timeout,
     )
@@ -224,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at once when the process that started this one ends (default: yes)",
     )
     _add_placed(parser)
+    add_kv_options(parser)
     null = parser.add_argument_group("without a model")
     null.add_argument(
         "--null", action="store_true", help="an engine that draws tokens from a hash, to measure the rest"
@@ -260,9 +304,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("MODEL is missing: give a Hugging Face directory, or --null")
     if options.socket is None and options.listen is None and not options.rank:
         parser.error("one of the arguments --socket --listen is required")
-    given = [name for name in ("replica", "rank", "address", "ranks_on_host") if getattr(options, name) is not None]
-    if 0 < len(given) < 4:
+    given = [name for name in ("rank", "address", "ranks_on_host") if getattr(options, name) is not None]
+    alone = options.role is not None or kv_transport(options) != "none"
+    if (options.replica is not None and not given and not alone) or (given and (len(given) < 3 or not options.replica)):
         parser.error("--replica, --rank, --address and --ranks-on-host belong together")
+    check_kv_options(parser, options)
     if given and (options.rank < 0 or options.ranks_on_host < 1):
         parser.error("--rank counts from 0, --ranks-on-host from 1")
     if options.null and options.rank:

@@ -36,6 +36,7 @@ class PlacedPeers(BusPeers):
             identity,
             seat,
             bus=any_port(seat.address),
+            kv_bus=any_port(seat.address),
             start_timeout_s=start_timeout_s,
             comm_timeout_s=comm_timeout_s,
         )

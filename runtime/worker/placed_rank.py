@@ -26,6 +26,7 @@ from ...comm.step_listener import StepListener
 from ...sdk.errors import CheckpointError, ConfigError
 from ..clock import monotonic_clock
 from ..config import EngineOptions
+from ..handoff.settings import KvSettings
 from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED
 from .keeper_pipe import KeeperPipe
 from .launch import LaunchedEngine, check_own_gpu, launch_engine
@@ -50,8 +51,8 @@ class Placed:
     comm_timeout_s: float
 
 
-def launch_placed(options: EngineOptions, placed: Placed) -> LaunchedEngine:
-    """Launch the engine of a replica as its rank 0, and say where the other ranks come.
+def launch_placed(options: EngineOptions, placed: Placed, *, kv: KvSettings | None = None) -> LaunchedEngine:
+    """Launch the engine of a replica as its rank 0, and say where the other ranks come; ``kv``: as ``launch_engine``.
 
     Raises: as ``launch_engine``
     """
@@ -74,6 +75,7 @@ def launch_placed(options: EngineOptions, placed: Placed) -> LaunchedEngine:
         start_peers=start_peers,
         ranks_on_host=placed.seat.ranks_on_host,
         progress=LoadedLines(),
+        kv=kv,
     )
 
 

@@ -14,12 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...comm.errors import CommMisuse
 from ...comm.groups import MeshGroups
 from ...comm.mesh import MeshShape
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import Cuts
 from ...placement.experts import ExpertPlacement
+from ...placement.kv_routes import KvLayout
 from ...sdk.errors import ConfigError
+from ..clock import monotonic_clock
+from ..handoff.rank_kv import RankKv
+from ..handoff.settings import KvSeat, KvShare
 from ..models.decoder import Decoder, load_decoder
 from ..models.kv_cache import KvCache
 from ..models.linear_format import choose_format
@@ -49,6 +54,7 @@ class RankSetup:
     - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
     - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
     - ``sharded_norm``: None is what was found to be faster.
+    - ``kv``: how KV is moved between this replica and others; None where none is.
     """
 
     model: str
@@ -75,6 +81,7 @@ class RankSetup:
     expert_policy: str = "balance"
     expert_exchange: str = "auto"
     ranks_per_host: int | None = None
+    kv: KvShare | None = None
 
     @property
     def mesh(self) -> MeshShape:
@@ -84,10 +91,11 @@ class RankSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """A rank that can carry out steps."""
+    """A rank that can carry out steps. ``kv``: its end of KV that is moved, to be closed after the executor."""
 
     executor: ModelExecutor
     grammars: GrammarCompiler
+    kv: RankKv | None = None
 
 
 def build_rank(
@@ -97,12 +105,14 @@ def build_rank(
     ranks_on_host: int | None = None,
     progress: Progress | None = None,
     meet: Callable[[], None] = lambda: None,
+    kv_seat: KvSeat | None = None,
 ) -> Rank:
-    """Load a rank's part of the model and make its executor; close that to end everything.
+    """Load a rank's part of the model and make its executor; close that, and its KV, to end everything.
 
     ``ranks_on_host``: how many of the replica's ranks share this host's cores; None is all. ``progress`` is told how
     much of the weights is loaded. ``meet`` returns once every rank has come to it: loading may take one of them much
-    longer than an exchange may, and then ranks measure together.
+    longer than an exchange may, and then ranks measure together. ``kv_seat``: this rank's own part of moving KV, where
+    the replica does.
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
     """
@@ -137,6 +147,7 @@ def build_rank(
         meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
         layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
+        kv = None if setup.kv is None else _rank_kv(setup, setup.kv, kv_seat, spec, cache, groups)
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
@@ -158,8 +169,33 @@ def build_rank(
         groups=groups,
         balance=_balance(setup, spec, model, shard),
         sequences=SequenceRanks(groups.sp, block_size=setup.block_size),
+        kv=kv,
     )
-    return Rank(executor=executor, grammars=grammars)
+    return Rank(executor=executor, grammars=grammars, kv=kv)
+
+
+def _rank_kv(
+    setup: RankSetup, share: KvShare, seat: KvSeat | None, spec: ModelSpec, cache: KvCache, groups: MeshGroups
+) -> RankKv:
+    if seat is None:
+        raise ConfigError("kv", f"rank {groups.place.rank} was not told where it takes KV in")
+    layout = kv_layout(spec, setup.mesh, block_size=setup.block_size)
+    try:
+        return RankKv(share, seat, rank=groups.place.rank, layout=layout, cache=cache.layers, clock=monotonic_clock)
+    except CommMisuse as error:
+        raise ConfigError("kv_address", str(error)) from error
+
+
+def kv_layout(spec: ModelSpec, mesh: MeshShape, *, block_size: int) -> KvLayout:
+    """Return how a replica's ranks hold a model's KV; ranks that share experts alone hold the same."""
+    return KvLayout(
+        layers=spec.num_layers,
+        kv_heads=spec.num_kv_heads,
+        block_size=block_size,
+        tp=mesh.tp,
+        pp=mesh.pp,
+        copies=mesh.sp * mesh.ep,
+    )
 
 
 def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) -> ExpertBalance | None:

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from ...comm.errors import CommError, CommTimeout, GroupClosed
 from ...comm.groups import MeshGroups
@@ -23,6 +23,9 @@ from ...comm.step_endpoint import StepEndpoint, connect_rank
 from ...comm.torch_groups import GroupSettings, Rendezvous
 from ...comm.wire import Deadline
 from ..clock import monotonic_clock
+from ..handoff.rank_control import RankControl
+from ..handoff.rank_kv import RankKv
+from ..handoff.settings import KvSeat
 from ..messages import StepResult
 from ..models.weights import Progress
 from .executor import ModelExecutor
@@ -61,12 +64,15 @@ def live(
             # Whatever it was, the driver hears of it before this rank's end.
             start.refuse(error)
             raise
-        try:
+        with ExitStack() as closing:
+            if rank.kv is not None:
+                closing.callback(rank.kv.close)
+            closing.callback(rank.executor.close)
+            if rank.kv is not None:
+                closing.callback(_hear_orders(order, identity, rank.kv, start, deadline).close)
             start.answer()
             on_ready()
             return _Steps(rank.executor, endpoint, max_slots=order.setup.max_slots).run()
-        finally:
-            rank.executor.close()
     finally:
         endpoint.close()
 
@@ -93,9 +99,24 @@ def _build(
     finally:
         rendezvous.close()
     try:
-        return build_rank(order.setup, groups, ranks_on_host=seat.ranks_on_host, progress=progress, meet=meet)
+        return build_rank(
+            order.setup,
+            groups,
+            ranks_on_host=seat.ranks_on_host,
+            progress=progress,
+            meet=meet,
+            kv_seat=KvSeat(address=seat.kv_address or seat.address, secret=secret_from(os.environ)),
+        )
     except BaseException:
         groups.close()
+        raise
+
+
+def _hear_orders(order: RankOrder, identity: Identity, kv: RankKv, start: _Start, deadline: Deadline) -> RankControl:
+    try:
+        return RankControl(order.kv_bus, identity, kv, timeout_s=deadline.remaining_s, clock=monotonic_clock)
+    except CommError as error:
+        start.refuse(error)
         raise
 
 

@@ -31,8 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--ranks-on-host", type=int, required=True)
+    parser.add_argument("--kv-address")
     options = parser.parse_args(arguments)
-    seat = Seat(rank=options.rank, address=options.address, ranks_on_host=options.ranks_on_host)
+    seat = Seat(
+        rank=options.rank,
+        address=options.address,
+        ranks_on_host=options.ranks_on_host,
+        kv_address=options.kv_address,
+    )
     # The driver may end while this process is in a wait that nobody else would end.
     pipe = KeeperPipe(sys.stdin.fileno(), lambda: os._exit(EXIT_FAILED))
     try:

@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from ...sdk.errors import ConfigError
+from ..handoff.settings import KvLimits, KvShare
 from .rank import RankSetup
 
 _T = TypeVar("_T")
@@ -22,18 +23,21 @@ class Seat:
     """Which rank of its replica a process is, and where.
 
     ``address``: of the node, where the other ranks reach it. ``ranks_on_host``: of this replica, on the same host.
+    ``kv_address``: where other replicas reach it, None at the same address.
     """
 
     rank: int
     address: str
     ranks_on_host: int
+    kv_address: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOrder:
     """Where the ranks of a replica meet, and what each is a part of.
 
-    ``bus``: the step bus's address. ``rendezvous_host``, ``rendezvous_port``: where the groups are opened.
+    ``bus``: the step bus's address. ``rendezvous_host``, ``rendezvous_port``: where the groups are opened. ``kv_bus``:
+    where ranks hear about KV, if the replica moves any.
     Units: timeout_s, seconds until everybody has to be there; comm_timeout_s, of a single exchange
     """
 
@@ -44,6 +48,7 @@ class RankOrder:
     timeout_s: float
     comm_timeout_s: float
     setup: RankSetup
+    kv_bus: str = ""
 
     def to_json(self) -> str:
         """Return the order as one line."""
@@ -82,6 +87,10 @@ def _read(kind: type[_T], values: object, name: str) -> _T:
 def _value(kind: str, value: object, name: str) -> object:
     if kind == "RankSetup":
         return _read(RankSetup, value, name)
+    if kind == "KvShare | None":
+        return None if value is None else _read(KvShare, value, name)
+    if kind == "KvLimits":
+        return _read(KvLimits, value, name)
     fits, make = _KINDS[kind]
     if not fits(value):
         raise ConfigError("meeting", f"{name} must be {kind}, got {_shown(value)}")
@@ -96,6 +105,10 @@ def _is_ints(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_int, value))
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
 def _as_is(value: Any) -> Any:
     return value
 
@@ -108,6 +121,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], Callable[[Any], object]]] = {
     "int | None": (lambda value: value is None or _is_int(value), _as_is),
     "bool | None": (lambda value: value is None or isinstance(value, bool), _as_is),
     "tuple[int, ...]": (_is_ints, tuple),
+    "tuple[str, ...]": (_is_texts, tuple),
 }
 """A field's type → whether a value of JSON is one, and what is made of it."""
 

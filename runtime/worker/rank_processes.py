@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from ...comm.handshake import SECRET_VARIABLE, Identity
+from ..handoff.settings import KvSeat
 from .bus_peers import COMM_TIMEOUT_S, START_TIMEOUT_S, BusPeers
 from .rank import RankSetup
 from .rank_order import RankOrder, Seat
@@ -29,10 +30,18 @@ class RankProcesses(BusPeers):
     """The processes of ranks 1 and up; otherwise as ``BusPeers``."""
 
     def __init__(
-        self, setup: RankSetup, *, start_timeout_s: float = START_TIMEOUT_S, comm_timeout_s: float = COMM_TIMEOUT_S
+        self,
+        setup: RankSetup,
+        *,
+        kv_seat: KvSeat | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+        comm_timeout_s: float = COMM_TIMEOUT_S,
     ) -> None:
+        """``kv_seat``: of all ranks, which are on one host, where KV is moved."""
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._secret = secrets.token_hex(32)
+        self._kv_address = None if kv_seat is None else kv_seat.address
+        # Ranks that speak to other replicas have to know the cluster's secret; else nobody else's is as good.
+        self._secret = secrets.token_hex(32) if kv_seat is None else kv_seat.secret.decode()
         self._folder = tempfile.TemporaryDirectory(prefix="slipstream-")
         replica = f"replica-{os.getpid()}-{secrets.token_hex(4)}"
         super().__init__(
@@ -40,6 +49,7 @@ class RankProcesses(BusPeers):
             Identity(replica=replica, secret=self._secret.encode()),
             Seat(rank=0, address=_HOST, ranks_on_host=setup.mesh.size),
             bus=f"unix:{Path(self._folder.name) / 'steps'}",
+            kv_bus=f"unix:{Path(self._folder.name) / 'kv'}",
             start_timeout_s=start_timeout_s,
             comm_timeout_s=comm_timeout_s,
         )
@@ -54,7 +64,9 @@ class RankProcesses(BusPeers):
             self._processes[rank] = self._start(rank, order)
 
     def _start(self, rank: int, order: RankOrder) -> subprocess.Popen[bytes]:
-        seat = ("--rank", str(rank), "--address", _HOST, "--ranks-on-host", str(order.setup.mesh.size))
+        seat = ["--rank", str(rank), "--address", _HOST, "--ranks-on-host", str(order.setup.mesh.size)]
+        if self._kv_address is not None:
+            seat += ["--kv-address", self._kv_address]
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, *seat],
             stdin=subprocess.PIPE,

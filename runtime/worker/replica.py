@@ -14,6 +14,8 @@ from typing import Protocol
 from ...comm.errors import CommError
 from ...comm.groups import MeshGroups
 from ...sdk.errors import EngineError
+from ..handoff.rank_kv import RankKv
+from ..handoff.ranks import KvRanks
 from ..messages import StepPlan, StepResult
 from .executor import ModelExecutor
 from .rank import RankSetup
@@ -38,6 +40,13 @@ class Peers(Protocol):
         """Wait until every rank takes steps.
 
         Raises: EngineError naming the rank that failed or did not get ready in time
+        """
+        ...
+
+    def kv_ranks(self, own: RankKv) -> KvRanks:
+        """Return the KV of all ranks, once all take steps; closing that closes the driver's own rank's.
+
+        Raises: EngineError naming the rank that did not come
         """
         ...
 

@@ -38,8 +38,10 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     # Between text and engine: what a caller hands in becomes a request, tokens become a result.
     "prompts": _VALUES | {"text"},
     "collector": _VALUES | {"text"},
+    # KV between replicas, seen from a driver: what it decides and its ranks do.
+    "handoff": _VALUES | {"engine", "rpc"},
     # Shells never import one another: they talk in messages.
-    "worker": _VALUES | _BELOW_SHELLS,
+    "worker": _VALUES | _BELOW_SHELLS | {"handoff"},
     "controller": _VALUES | _BELOW_SHELLS | {"cluster"},
     "gateway": _VALUES | _BELOW_SHELLS,
     # Files about a cluster that a person writes, and plans made from them; models' sizes come from their config.json.
@@ -52,11 +54,13 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "api_client": _VALUES,
     "load_test": _VALUES | {"api_client"},
     "chat": _VALUES | {"api_client", "ending"},
-    "demo": _VALUES | {"api_client", "load_test", "ending"},
+    "demo": _VALUES | {"api_client", "load_test", "ending", "local_cluster"},
     # How commands end at a signal.
     "ending": _VALUES,
     # Starts our own server as a process and hands out its address; it imports none of it.
     "local_server": _VALUES | {"ending"},
+    # The same for a deployment on a Ray of its own.
+    "local_cluster": _VALUES | {"ending"},
     # Commands about links between nodes; the command line registers them.
     "link_commands": _VALUES | {"controller", "cluster", "operations"},
     # The ways in.
@@ -64,7 +68,7 @@ RUNTIME_MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": _VALUES
     | _BELOW_SHELLS
     | {"worker", "controller", "gateway", "load_test", "chat", "llm", "demo", "local_server", "cluster", "profiler"}
-    | {"link_commands", "operations"},
+    | {"link_commands", "operations", "local_cluster"},
 }
 """Inside ``runtime/``: module or folder → the others it may import. Any other name in ``runtime/`` is refused."""
 
@@ -117,8 +121,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/", "runtime/controller/marked_processes.py"),
-    "xxhash": ("comm/kv/checksum.py",),
-    "msgpack": ("runtime/worker/step_codec.py",),
+    "xxhash": ("comm/kv/checksum.py", "runtime/models/fingerprint.py"),
+    "msgpack": ("runtime/worker/step_codec.py", "runtime/handoff/"),
     "llguidance": ("runtime/worker/grammar.py",),
     "google.protobuf": ("runtime/rpc/", "sdk/"),
     "grpc_health": ("runtime/rpc/",),

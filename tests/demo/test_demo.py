@@ -1,4 +1,4 @@
-"""The demo's two halves: asking several prompts together, and showing how the answers grow."""
+"""The demo's parts: asking several prompts together, showing how the answers grow, and what they have cost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import itertools
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from slipstream.runtime.api_client.client import ApiClient
 from slipstream.runtime.demo.asking import Answer, ask_together
-from slipstream.runtime.demo.screen import AnswerScreen, timings
+from slipstream.runtime.demo.movement import Movement, movement
+from slipstream.runtime.demo.screen import AnswerScreen, movements, places, timings
 from slipstream.runtime.load_test.statistics import RequestRecord
+from slipstream.runtime.local_cluster import Shard
 from slipstream.tests.fakes.api_server import HEAD, api_server, end, event, whole
 from slipstream.tests.fakes.api_server import Answer as Reply
 
@@ -112,6 +115,40 @@ def test_on_a_terminal_the_ends_are_shown_and_all_of_it_afterwards() -> None:
         assert all(line in final for line in lines)
 
 
+def rows(table: Table) -> list[list[str]]:
+    """Return a table's cells as they are shown, its head left out."""
+    target = console(terminal=False)
+    target.print(table)
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(target).splitlines() if "│" in line]
+
+
+def test_what_was_moved_is_what_the_figures_have_grown_by() -> None:
+    names = (
+        'hand_offs_total{ending="committed"}',
+        "kv_bytes_moved_total",
+        "kv_wire_seconds_total",
+        "kv_hidden_seconds_total",
+    )
+    before = {f"slipstream_{name}": figure for name, figure in zip(names, (2.0, 1e6, 0.5, 0.25), strict=True)}
+    after = {f"slipstream_{name}": figure for name, figure in zip(names, (8.0, 4e6, 0.9, 0.55), strict=True)}
+    moved = movement(before, after)
+    assert (moved.hand_offs, moved.kv_bytes) == (6, 3_000_000)
+    assert rows(movements(moved)) == [["6", "3,000,000 bytes", "400.0", "75%"]]
+    # A gateway that has not moved anything may not have the figures yet.
+    assert movement({}, {}) == Movement() and rows(movements(Movement())) == [["0", "0 bytes", "0.0", "-"]]
+
+
+def test_every_shard_is_listed_with_its_place() -> None:
+    shards = [
+        Shard(replica="prefill-1", role="prefill", rank=0, part="part 1 of 2 of every layer", device="a/0"),
+        Shard(replica="[odd]-2", role="decode", rank=1, part="stage 2 of 2", device="b/1"),
+    ]
+    assert rows(places(shards)) == [
+        ["prefill-1", "prefill", "0", "part 1 of 2 of every layer", "a/0"],
+        ["[odd]-2", "decode", "1", "stage 2 of 2", "b/1"],
+    ]
+
+
 def test_the_table_counts_as_the_server_did() -> None:
     answers = [
         Answer(
@@ -122,10 +159,7 @@ def test_the_table_counts_as_the_server_did() -> None:
         ),
         Answer(record=RequestRecord(index=1, due_s=1.0, end_s=5.0, error="http 400"), finish_reason=None),
     ]
-    target = console(terminal=False)
-    target.print(timings(answers))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(target).splitlines() if "│" in line]
-    assert rows == [
+    assert rows(timings(answers)) == [
         ["1", "7", "5", "500.0", "250.0", "2.5", "stop"],
         ["2", "-", "0", "-", "-", "0.0", "http 400"],
         ["all", "7", "5", "", "", "1.2", "4.00 s"],

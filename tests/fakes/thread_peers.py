@@ -10,6 +10,9 @@ from slipstream.comm.groups import MeshGroups
 from slipstream.comm.host_levels import host_levels
 from slipstream.comm.local_groups import BytesSent, local_group
 from slipstream.comm.mesh import MeshPlace, MeshShape
+from slipstream.runtime.handoff.rank_kv import RankKv
+from slipstream.runtime.handoff.ranks import KvRanks, LocalKvRanks
+from slipstream.runtime.handoff.settings import KvSeat
 from slipstream.runtime.messages import StepPlan, StepResult
 from slipstream.runtime.worker.rank import Rank, RankSetup, build_rank
 
@@ -66,13 +69,16 @@ class ThreadPeers:
     """All ranks but the first, each with an executor of its own in this process. ``sent``: bytes between ranks."""
 
     sent: SentByGroup | None = None
+    kv_seat: KvSeat | None = None
 
     def __init__(self, setup: RankSetup) -> None:
         shape = setup.mesh
         all_groups = local_mesh(shape, experts_over_tp=setup.experts_over_tp, sent=self.sent)
         self.groups = all_groups[0]
         self._loader = ThreadPoolExecutor(max_workers=shape.size)
-        self._loading = [self._loader.submit(build_rank, setup, groups) for groups in all_groups[1:]]
+        self._loading = [
+            self._loader.submit(build_rank, setup, groups, kv_seat=self.kv_seat) for groups in all_groups[1:]
+        ]
         self._ranks: list[Rank] = []
         self._steps: deque[list[Future[StepResult]]] = deque()
         self._speakers = shape.place(0).pp_ranks[1:]
@@ -82,6 +88,9 @@ class ThreadPeers:
 
     def wait_ready(self) -> None:
         self._ranks = [loading.result(LOAD_TIMEOUT_S) for loading in self._loading]
+
+    def kv_ranks(self, own: RankKv) -> KvRanks:
+        return LocalKvRanks([own, *(rank.kv for rank in self._ranks if rank.kv is not None)])
 
     def send(self, plan: StepPlan) -> None:
         self._steps.append([rank.executor.submit(plan) for rank in self._ranks])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +66,8 @@ OPTIONS = {
         *("enable_eplb", "num_redundant_experts", "eplb_step_interval", "eplb_policy"),
         # tried at the start; forced where it is to be compared
         "expert_exchange",
+        # several replicas, each with a part to do
+        *("prefill", "decode", "kv_transport", "split_from_tokens"),
     },
     # where it would run, what has been measured there, how it is told
     "plan": {"topology", "address", "profile", "as_json"},
@@ -85,7 +86,7 @@ OPTIONS = {
     "chat": {"base_url", "model", "api_key_file", "system", "max_tokens", "temperature"},
     "demo": {"max_tokens", "temperature", "seed"},
     # a deployment: where, which, whether and how long to wait, how it is told
-    "up": {"detach", "address", "timeout", "as_json"},
+    "up": {"detach", "address", "timeout", "port", "as_json"},
     "update": {"detach", "address", "timeout", "as_json"},
     "status": {"name", "address", "as_json"},
     "scale": {"name", "detach", "address", "timeout", "as_json"},
@@ -181,28 +182,6 @@ def test_an_error_is_one_clear_line(
     assert ended.value.code == 1
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed and printed.count("\n") == 1
-
-
-def test_the_demo_shows_every_answer_and_a_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(monkeypatch, "demo", "--max-tokens", "8")
-    printed = capsys.readouterr().out
-    assert all(f"prompt [{place}]" in printed for place in range(1, 7))
-    assert "answered together" in printed and "tokens/s" in printed
-    # Six answers, each as long as was asked for, as the server counted them.
-    assert printed.count("length") == 6 and re.search(r"all +│ +81 +│ +48 +│", printed)
-
-
-def test_the_demo_of_a_model_that_cannot_be_served_says_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["slipstream", "demo", "/no/such/model"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr().err
-    assert ended.value.code == 1
-    assert "/no/such/model/tokenizer.json" in printed and "Traceback" not in printed
 
 
 def test_a_chat_with_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

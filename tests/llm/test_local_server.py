@@ -81,16 +81,16 @@ def test_a_server_that_ends_by_itself_is_named(fails: bool) -> None:
             raise SlipstreamError("connection lost")
 
 
-@pytest.mark.parametrize(("number", "statuses"), [(signal.SIGINT, {1, 130}), (signal.SIGTERM, {143})])
-def test_a_demo_that_is_stopped_leaves_no_server(number: int, statuses: set[int]) -> None:
+@pytest.mark.parametrize(("number", "statuses"), [(signal.SIGINT, {0, 1, 130}), (signal.SIGTERM, {143})])
+def test_a_chat_that_is_stopped_leaves_no_server(number: int, statuses: set[int]) -> None:
     # A run in the background may ignore Ctrl-C, and its children with it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-P", "-m", "slipstream.runtime.cli", "demo", "--max-tokens", "1900"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-P", "-m", "slipstream.runtime.cli", "chat", DEMO_MODEL]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         try:
-            # Tokens come: the server is in the middle of six streams.
-            assert any(line.startswith("[1]") for line in process.stdout)
+            assert any("stops an answer" in line for line in process.stdout)
             started = psutil.Process(process.pid).children(recursive=True)
             assert len(started) == 2
             process.send_signal(number)

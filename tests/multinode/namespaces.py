@@ -28,6 +28,9 @@ INTERFACE = "eth0"
 _NETWORK = 0x40000000
 """CLONE_NEWNET: what kind of namespace is entered."""
 
+_NOBODY = "02:00:00:00:00:01"
+"""A link address that no host has."""
+
 _PREFIX = "slipstream"
 _numbers = itertools.count()
 
@@ -93,6 +96,20 @@ class Host:
     def heal(self) -> None:
         """Undo ``cut``."""
         _run("ip", "-n", self.switch, "link", "set", self.port, "up")
+
+    def cut_from(self, other: Host) -> None:
+        """Lose everything between this host and another, without a word to either; others are reached as before."""
+        for one, two in ((self, other), (other, self)):
+            # Sent on to nobody: the switch knows of no such port.
+            _run(
+                *("ip", "-n", one.namespace, "neighbor", "replace", two.address),
+                *("lladdr", _NOBODY, "dev", INTERFACE, "nud", "permanent"),
+            )
+
+    def heal_from(self, other: Host) -> None:
+        """Undo ``cut_from``."""
+        for one, two in ((self, other), (other, self)):
+            _run("ip", "-n", one.namespace, "neighbor", "del", two.address, "dev", INTERFACE)
 
 
 @contextmanager

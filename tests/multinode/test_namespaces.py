@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from slipstream.tests.multinode.namespaces import hosts, missing
+from slipstream.tests.multinode.namespaces import Host, hosts, missing
 
 NAMESPACES = Path("/run/netns")
 
@@ -49,6 +50,23 @@ def test_hosts_reach_one_another_and_leave_nothing() -> None:
     assert left.wait(30) != 0
     left.stdout.close()
     assert not names & {path.name for path in NAMESPACES.iterdir()}
+
+
+def test_two_hosts_are_cut_from_one_another_and_not_from_others() -> None:
+    # Nobody listens there: who is reached says so.
+    reach = "import socket, sys; s = socket.socket(); s.settimeout(0.5); print(s.connect_ex((sys.argv[1], 7)))"
+
+    def reaches(one: Host, other: Host) -> bool:
+        asked = subprocess.run(one.command(sys.executable, "-P", "-c", reach, other.address), capture_output=True)
+        return asked.stdout == f"{errno.ECONNREFUSED}\n".encode()
+
+    with hosts(3) as (one, other, third):
+        assert reaches(one, other)
+        one.cut_from(other)
+        assert not reaches(one, other) and not reaches(other, one)
+        assert reaches(one, third) and reaches(third, other)
+        one.heal_from(other)
+        assert reaches(one, other) and reaches(other, one)
 
 
 def test_hosts_of_a_killed_process_are_removed_by_the_next() -> None:

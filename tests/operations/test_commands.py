@@ -135,8 +135,9 @@ def test_up_does_not_wait_for_ever(bench: Bench) -> None:
         (
             FILE.replace("{name: one,", "{name: one, role: prefill,").replace(
                 "{name: two,", "{name: two, role: decode,"
-            ),
-            "say role: mixed",
+            )
+            + "kv_transport: {kind: nccl}\n",
+            "nccl can be planned with and not be run yet",
         ),
         (FILE + "gateway: {api_keys_env: NO_SUCH_KEYS}\n", "NO_SUCH_KEYS has to hold API keys"),
     ],

@@ -209,13 +209,14 @@ def test_what_the_file_leaves_open_is_as_planned() -> None:
     assert (two.degrees, two.replicas) == (Degrees(tp=2), 1)
 
 
-def test_pools_that_are_left_open_are_mixed_even_where_a_split_would_pay() -> None:
+def test_pools_that_are_left_open_are_split_where_that_is_planned_first() -> None:
     file = parse(BASE[: BASE.index("pools:")] + BASE[BASE.index("engine:") :])
     ranking = plan_cluster(file, topology(2), directory=FOLDER)
-    split_first = replace(ranking, plans=tuple(sorted(ranking.plans, key=lambda plan: not plan.figures.split)))
-    assert split_first.plans[0].figures.split
-    chosen = choose(file, split_first)
-    assert chosen and all(pool.role is Role.MIXED for pool in chosen)
+    for split in (True, False):
+        plans = tuple(sorted(ranking.plans, key=lambda plan: plan.figures.split is not split))
+        assert plans[0].figures.split is split
+        chosen = choose(file, replace(ranking, plans=plans))
+        assert {pool.role for pool in chosen} == ({Role.PREFILL, Role.DECODE} if split else {Role.MIXED})
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -224,15 +225,53 @@ def test_what_does_not_fit_is_said() -> None:
             "replicas: 2", "replicas: auto"
         )
     )
-    with pytest.raises(NoPlan, match="no plan of mixed replicas fits"):
+    with pytest.raises(NoPlan, match="no plan fits on this cluster"):
         choose(file, plan_cluster(file, topology(2), directory=FOLDER))
 
 
-def test_a_split_is_refused_and_what_to_do_is_said() -> None:
-    text = BASE.replace("{name: one,", "{name: one, role: prefill,").replace("{name: two,", "{name: two, role: decode,")
-    with pytest.raises(ConfigError, match=r"pools\[0\]\.role: pool 'one' is of role prefill: .* role: mixed"):
+SPLIT = BASE.replace("{name: one,", "{name: one, role: prefill,").replace("{name: two,", "{name: two, role: decode,")
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "expected"),
+    [
+        ("auto", ("a",), "--kv-transport auto --kv-address {address} "),
+        ("auto", ("a", "b"), "--kv-transport auto --kv-address {address} --kv-across-hosts "),
+        ("tcp", ("a", "b"), "--kv-transport tcp --kv-address {address} --kv-across-hosts "),
+        ("shm", ("a", "b"), "--kv-transport shm --kv-address {address} "),
+    ],
+)
+def test_replicas_of_a_split_are_told_their_part(kind: str, nodes: tuple[str, ...], expected: str) -> None:
+    wanted = make(SPLIT + f"kv_transport: {{kind: {kind}}}\n", given=replace(GIVEN, nodes=nodes))
+    for name, role in (("one", "prefill"), ("two", "decode")):
+        arguments = " ".join(wanted.launches[name].arguments)
+        assert f" --role {role} {expected}--kv-transfer-timeout 30.0 --kv-max-parked-bytes 2147483648 " in arguments
+        assert ("--kv-across-hosts" in arguments) is ("--kv-across-hosts" in expected)
+    assert "--role" not in " ".join(make(BASE).launches["one"].arguments)
+    assert {pool.name: pool.role for pool in wanted.desired.pools} == {"one": Role.PREFILL, "two": Role.DECODE}
+
+
+def test_another_transport_replaces_replicas_of_a_split_and_no_others() -> None:
+    for text, expected in ((SPLIT, "1.2"), (BASE, "1.1")):
+        after = make(text + "kv_transport: {kind: tcp}\n", make(text))
+        assert generations(after) == {"one": expected, "two": expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (SPLIT + "kv_transport: {kind: nixl}\n", r"kv_transport\.kind: nixl can be planned with .* auto, tcp, shm"),
+        (
+            SPLIT.replace("replicas: 2}", "replicas: 2, engine: {quantization: int8}}"),
+            r"pools\[0\]\.engine: pool 'one' has nobody to hand its prompts to",
+        ),
+    ],
+)
+def test_a_split_that_cannot_run_is_refused(text: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
         check_can_run(parse(text))
-    check_can_run(parse(BASE))
+    check_can_run(parse(SPLIT))
+    check_can_run(parse(BASE + "kv_transport: {kind: nixl}\n"))
 
 
 # ------------------------------------------------------------------ in words

@@ -33,6 +33,9 @@ STATUS = DeploymentStatus(
             devices=("a/0", "lost/1"),
             address="",
             why="",
+            role="decode",
+            requests=3,
+            transfers=2,
             ranks=(
                 RankStatus(rank=0, device="a/0", state="loading", loaded=0.375),
                 RankStatus(rank=1, device="lost/1", state="lost"),
@@ -58,6 +61,7 @@ def test_a_status_shows_all_there_is() -> None:
         "chat  chat (/models/[odd])  view 7  Ray at 10.0.0.1:6379",
         "the controller is down (it has ended)",
         "mixed  mixed  pp=2 tp=2",
+        "mixed-4  decode  2.1         loading  no       3         2 ",
         "a at 10.0.0.1, cpu-core drained",
         "a/0  mixed-4 rank 0: loading 38%",
         "a/1  free",

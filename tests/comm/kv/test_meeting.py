@@ -19,6 +19,7 @@ from slipstream.comm.kv.layout import KvOffer
 from slipstream.comm.kv.meeting import meet_receiver
 from slipstream.comm.kv.outgoing import Post
 from slipstream.comm.kv.shm import Shm
+from slipstream.comm.kv.streams import StreamTransport
 from slipstream.comm.kv.tcp import Tcp
 from slipstream.comm.kv.transfer import Drained, Ending, OpenReceiving, Peer, PeerRank, RankBroken, TransferId
 from slipstream.comm.kv.transport import LockedGate, PeerDown, Written
@@ -314,6 +315,22 @@ def test_class_9_a_receiver_that_restarts_at_the_same_address(kind: str) -> None
         assert sender.post(Post(frame=FRAME, to=first, blocks=[0], block_sizes=(4, 4)))
         wait(source, lambda: bool(source.released()))
         assert not source.released()[0].sent
+
+
+@both
+def test_connecting_again_leaves_what_is_there(kind: str) -> None:
+    with ExitStack() as stack:
+        source, target = source_end(), target_end()
+        to = join(stack, kind, source, target)
+        address = target.the.address if isinstance(target.the, StreamTransport) else ""
+        assert isinstance(source.the, StreamTransport)
+        for _ in range(5):
+            assert source.the.connect(address, "decode-0", timeout_s=PATIENCE_S) == to
+        bed = Bed(source, target, to)
+        posts = bed.open(1, range(4), [0], [0])
+        bed.post_all(posts)
+        bed.wait(lambda: len(target.written()) == len(posts), "all frames are written")
+        assert not any(isinstance(event, PeerDown) for event in source.look() + target.look())
 
 
 def test_class_9_a_sender_that_restarts_ends_its_earlier_connections() -> None:

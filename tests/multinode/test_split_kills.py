@@ -1,0 +1,202 @@
+"""A split deployment over hosts under load, hurt in every way: no answer is wrong, none is missing, none hangs.
+
+Two prefill and two decode replicas on four hosts, and clients that ask through the second host's gateway all the while.
+A decode replica is killed, a prefill replica, the link between the gateway and one of its peers is cut for ten seconds,
+a decode driver stands still for twenty, and meanwhile the controller is killed. What a client notices is a pause.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.runtime.api_client.metrics_text import figures
+from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.controller.controller import ReplicaStatus
+from slipstream.runtime.demo.main import PROMPTS
+from slipstream.runtime.operations.status import DeploymentStatus
+from slipstream.tests.multinode.deployed import CONTROLLER, RANKS, Commands, processes
+from slipstream.tests.multinode.namespaces import Host, hosts, missing
+from slipstream.tests.multinode.raylets import start_raylet, wait_for_nodes
+from slipstream.tests.multinode.stream_load import Load, stream_load
+
+pytest.importorskip("ray")
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
+PATIENCE_S = 90.0
+"""A request that takes longer hangs."""
+
+COMMITTED = 'slipstream_hand_offs_total{ending="committed"}'
+CLIENTS = 12
+REQUESTS = 500
+CUT_S = 10.0
+STOP_S = 20.0
+FILE = f"""
+name: kills
+model: {{path: {MODEL}, served_names: [demo]}}
+pools:
+  - {{name: prompts, role: prefill, degrees: {{tp: 1}}, replicas: 2, devices: {{nodes: [b, c]}}}}
+  - {{name: answers, role: decode, degrees: {{tp: 1}}, replicas: 2, devices: {{nodes: [a, d]}}}}
+engine:
+  {{device: cpu, dtype: float32, num_threads: 1, max_num_seqs: 16, max_model_len: 256, kv_cache_memory_bytes: 33554432,
+    enable_prefix_caching: false}}
+kv_transport: {{split_from_tokens: 8}}
+workload: {{prompt_tokens: 72, output_tokens: 24}}
+gateway: {{count: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[tuple[Host, ...]]:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with hosts(4) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[tuple[dict[str, object], str]]:
+    """Requests, greedy ones and seeded ones, with what one engine answers to them."""
+    asked: list[tuple[dict[str, object], str]] = []
+    with LLM(str(MODEL), dtype="float32", max_model_len=256, kv_cache_memory_bytes=1 << 25, num_threads=1) as llm:
+        for seed, prompt in enumerate(PROMPTS):
+            for temperature in (0.0, 0.8):
+                given = SamplingParams(max_tokens=24, temperature=temperature, seed=seed, top_k=0, top_p=1.0)
+                (output,) = llm.generate([prompt], given, use_tqdm=False)
+                body = {name: getattr(given, name) for name in ("max_tokens", "temperature", "seed", "top_k", "top_p")}
+                body |= {"model": "demo", "prompt": prompt}
+                asked.append((body, output.outputs[0].text))
+    return asked
+
+
+@contextmanager
+def deployed(network: tuple[Host, ...], commands: Commands, file: Path) -> Iterator[DeploymentStatus]:
+    """Start Ray on all hosts, with one device each, and the deployment on it."""
+    raylets: list[subprocess.Popen[bytes]] = []
+    try:
+        for name, host in zip("abcd", network, strict=True):
+            raylets.append(start_raylet(host, name, network[0].address if raylets else None, devices=1))
+            # One after the other: of two that start at once on one machine, one at times does not come up.
+            wait_for_nodes(network[0], commands.ray, len(raylets))
+        told = commands.run("up", str(file), "--detach", "--json", "--timeout", "180").splitlines()[-1]
+        assert json.loads(told)["outcome"] == "done"
+        yield commands.status()
+    finally:
+        for raylet in reversed(raylets):
+            raylet.kill()
+            raylet.wait()
+
+
+def driver_on(host: Host) -> int:
+    """Return the driver's process on a host."""
+    (pid,) = processes(host, RANKS, b"--rank\x000\x00")
+    return pid
+
+
+def whole(status: DeploymentStatus) -> bool:
+    return status.controller and all(pool.serving == pool.wanted for pool in status.pools)
+
+
+def on(status: DeploymentStatus, node: str) -> ReplicaStatus:
+    (found,) = [each for each in status.replicas if each.devices == (f"{node}/0",)]
+    return found
+
+
+def metrics(host: Host, url: str) -> dict[str, float]:
+    with ThreadPoolExecutor(1, initializer=host.enter) as pool:
+        return figures(pool.submit(httpx.get, f"{url}/metrics", timeout=PATIENCE_S, trust_env=False).result().text)
+
+
+def wait_until(what: str, check: object, *, pause_s: float = 0.2) -> None:
+    assert callable(check)
+    deadline_s, never = monotonic_clock() + PATIENCE_S, threading.Event()
+    while not check():
+        assert monotonic_clock() < deadline_s, f"{what}: it has not become so"
+        never.wait(pause_s)
+
+
+def serving_requests(load: Load, count: int) -> None:
+    """Wait until so many more requests have been answered: it goes on."""
+    goal = load.answered + count
+    wait_until(f"{count} more answers", lambda: load.answered >= goal)
+
+
+def test_a_split_deployment_survives_its_parts(
+    network: tuple[Host, ...], questions: list[tuple[dict[str, object], str]], tmp_path: Path
+) -> None:
+    a, b, c, d = network
+    file = tmp_path / "kills.yaml"
+    file.write_text(FILE, encoding="utf-8")
+    commands = Commands(host=a, ray=f"{a.address}:6379", folder=tmp_path)
+    never = threading.Event()
+    with ExitStack() as opened:
+        seen = opened.enter_context(deployed(network, commands, file))
+        assert {node: on(seen, node).role for node in "abcd"} == {
+            "a": "decode", "b": "prefill", "c": "prefill", "d": "decode",
+        }  # fmt: skip
+        (gateway,) = [each for each in seen.gateways if each.node == "b"]
+        url = f"http://{gateway.address}"
+        with stream_load(b, url, questions, clients=CLIENTS, patience_s=PATIENCE_S) as load:
+            serving_requests(load, 2 * CLIENTS)
+
+            killed_decode_s = monotonic_clock()
+            os.kill(driver_on(a), signal.SIGKILL)
+            serving_requests(load, 2 * CLIENTS)
+            killed_prefill_s = monotonic_clock()
+            os.kill(driver_on(c), signal.SIGKILL)
+            serving_requests(load, 2 * CLIENTS)
+            back = commands.until("both are replaced", whole)
+            assert not {on(seen, node).replica for node in "ac"} & {each.replica for each in back.replicas}
+
+            cut_s = monotonic_clock()
+            b.cut_from(d)
+            never.wait(CUT_S)
+            b.heal_from(d)
+            serving_requests(load, 2 * CLIENTS)
+
+            stopped = driver_on(d)
+            stopped_s = monotonic_clock()
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                (controller,) = processes(a, CONTROLLER)
+                os.kill(controller, signal.SIGKILL)
+                never.wait(STOP_S)
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            wait_until(f"{REQUESTS} answers", lambda: load.answered >= REQUESTS)
+            commands.until("the controller is back, and all serve", whole)
+        for what, at_s in (
+            ("a decode replica is killed", killed_decode_s),
+            ("a prefill replica is killed", killed_prefill_s),
+            ("the gateway is cut from a decode replica for 10 s", cut_s),
+            ("a decode driver stands still for 20 s, and the controller is killed", stopped_s),
+        ):
+            print(load.told(what, at_s))
+        told = metrics(b, url)
+        print(
+            f"{load.answered} answers, {len(load.failed)} failed, {len(load.wrong)} wrong; "
+            f"{told.get(COMMITTED, 0):.0f} hand-offs, "
+            f"{told.get('slipstream_kv_bytes_moved_total', 0):,.0f} bytes of KV moved, "
+            f"{told.get('slipstream_requests_moved_total', 0):.0f} requests moved"
+        )
+        assert load.wrong == [] and load.failed == []
+        assert load.answered >= REQUESTS
+        # It was a split that survived, and requests did go elsewhere.
+        assert told["slipstream_kv_bytes_moved_total"] > 0 and told["slipstream_requests_moved_total"] > 0
+        wait_until("no block is lost", lambda: _everything_is_free(metrics(b, url)))
+
+
+def _everything_is_free(told: dict[str, float]) -> bool:
+    free, blocks = (told[f"slipstream_kv_blocks{part}"] for part in ("_available", ""))
+    return told["slipstream_gateway_in_flight"] == 0 and free == blocks > 0
