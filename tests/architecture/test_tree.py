@@ -71,7 +71,7 @@ def test_tests_are_not_packages() -> None:
 
 
 def test_runtime_extra_covers_third_party_imports() -> None:
-    """What the package imports is what its base and the extras but ``[dev]`` and ``[bench]`` install, no more, no less."""
+    """What the package imports is what its base and those extras install that serve it, no more and no less."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     declared = [*project["dependencies"], *extras["runtime"], *extras["cluster"], *extras["nixl"]]
