@@ -114,7 +114,7 @@ class KvTalkMethods:
     async def _greeting(self, context: _Context) -> KvFacts:
         try:
             async with asyncio.timeout(self._greet_timeout_s):
-                data = await context.read()
+                data: object = await context.read()
         except TimeoutError as error:
             raise EngineUnavailable(f"nothing was said within {self._greet_timeout_s:g} s") from error
         theirs = decode_from_sender(data) if isinstance(data, bytes) else None

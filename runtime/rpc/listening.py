@@ -21,8 +21,7 @@ async def listen(server: grpc.aio.Server, target: str, *, tls: Tls | None = None
     # A socket is as open as its file: nobody but this user gets in, from the first moment on.
     old_mask = os.umask(0o177) if on_socket else None
     try:
-        plain = credentials is None
-        port = server.add_insecure_port(target) if plain else server.add_secure_port(target, credentials)
+        port = server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
     except RuntimeError as error:
         raise ConfigError("address", f"cannot listen on {target}: {error}") from error
     finally:

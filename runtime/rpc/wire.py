@@ -11,6 +11,10 @@ FACTS = "Facts"
 SESSION = "Session"
 KV_SERVICE = "slipstream.v1.KvTalk"
 TALK = "Talk"
+INFERENCE_SERVICE = "slipstream.v1.Inference"
+GENERATE = "Generate"
+INFERENCE_SESSION = "Session"
+LIST_MODELS = "ListModels"
 CLUSTER_SERVICE = "slipstream.v1.Cluster"
 WATCH = "Watch"
 SECRET_SERVICE = "slipstream.v1.Secret"
@@ -47,6 +51,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    # A client also pings to measure the link, after data; on a stream of few words that looks like too many of them.
+    ("grpc.http2.max_ping_strikes", 0),
     # Two drivers that were given one port must not share its connections.
     ("grpc.so_reuseport", 0),
 )

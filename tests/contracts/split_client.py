@@ -18,6 +18,7 @@ from slipstream.runtime.rpc.session import (
     Abort,
     BlocksChanged,
     EngineHost,
+    Event,
     GoOn,
     HandOffEnded,
     Rejected,
@@ -102,7 +103,7 @@ class SplitClientContract(ABC):
 
     def test_one_that_waits_gets_its_tokens_when_it_goes_on(self) -> None:
         async def test() -> None:
-            gone_on = [news([(1, 0, 5), (1, 0, 6)], endings=[ending(1, 0)])]
+            gone_on: list[Event] = [news([(1, 0, 5), (1, 0, 6)], endings=[ending(1, 0)])]
             async with self.met(Script("waits", gone_on=gone_on)) as (host, client):
                 waiting = asyncio.ensure_future(events_of(client, request("r", [1, 2]), ticket="t-1"))
                 await until(lambda: bool(host.commands))
@@ -238,7 +239,7 @@ class SplitClientContract(ABC):
                 BlockChanges(stored=(digest(1), digest(2)), reset=True),
                 BlockChanges(stored=(digest(3),), removed=(digest(1), digest(77))),
             ]
-            opening = [BlocksChanged(changes=each) for each in changes]
+            opening: list[Event] = [BlocksChanged(changes=each) for each in changes]
             over = news([(1, 0, 1)], endings=[ending(1, 0)])
             async with self.met(Script("blocks", [over], opening=opening)) as (host, client):
                 # Its news come behind the blocks.

@@ -42,6 +42,7 @@ from slipstream.runtime.rpc.session import (
     StepNews,
     Submit,
 )
+from slipstream.runtime.rpc.submit_rules import MAX_PROMPT_TOKENS
 from slipstream.sdk.errors import (
     DeadlineExceeded,
     EngineError,
@@ -207,7 +208,7 @@ def wide() -> pb.SamplingParams:
 WRONG_SUBMITS: dict[str, list[dict[str, Any]]] = {
     "request_id": [{"request_id": ""}, {"request_id": 257 * "x"}],
     "prompt_token_ids": [{"prompt_token_ids": [-1]}, {"prompt_token_ids": [1, -(2**31)]}],
-    "prompt": [{"prompt_token_ids": (codec.MAX_PROMPT_TOKENS + 1) * [0]}],
+    "prompt": [{"prompt_token_ids": (MAX_PROMPT_TOKENS + 1) * [0]}],
     "stop_ids": [{"stop_ids": [-1]}, {"stop_ids": 257 * [1]}],
     "max_tokens": [{"max_tokens": 0}, {"max_tokens": 2**32 - 1}],
     "cache_salt": [{"cache_salt": 4097 * "x"}],
@@ -218,7 +219,7 @@ WRONG_SUBMITS: dict[str, list[dict[str, Any]]] = {
         {"generated": [pb.Generated(over=True, token_ids=[1])]},
         {"generated": [pb.Generated(token_ids=[1, -1])]},
         {"generated": [pb.Generated(token_ids=16 * [1])]},
-        {"generated": [pb.Generated(token_ids=(codec.MAX_PROMPT_TOKENS + 1) * [1])], "max_tokens": INT32},
+        {"generated": [pb.Generated(token_ids=(MAX_PROMPT_TOKENS + 1) * [1])], "max_tokens": INT32},
     ],
     "send_to.replica": [{"send_to": sent(replica="")}, {"send_to": sent(replica=257 * "x")}],
     "send_to.address": [{"send_to": sent(address="")}, {"send_to": sent(address=257 * "x")}],
@@ -458,16 +459,26 @@ def test_wrong_facts_name_the_field(field: str, wrong_facts: dict[str, Any]) -> 
     assert caught.value.field == field
 
 
+def load_with(field: str, amount: float) -> pb.ServerMessage:
+    load = pb.Load()
+    setattr(load, field, amount)
+    return pb.ServerMessage(load=load)
+
+
+def hand_off_with(field: str, amount: float) -> pb.ServerMessage:
+    report = pb.HandOffReport(ending="committed")
+    setattr(report, field, amount)
+    return pb.ServerMessage(hand_off_ended=pb.HandOffEnded(key=1, report=report))
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        *((field, pb.ServerMessage(load=pb.Load(**{field: amount})))
+        *((field, load_with(field, amount))
           for field in ("prefill_tokens_per_s", "token_s") for amount in (-1.0, math.nan, math.inf)),
         ("ending", pb.ServerMessage(hand_off_ended=pb.HandOffEnded(key=1))),
         ("ending", pb.ServerMessage(hand_off_ended=pb.HandOffEnded(report=pb.HandOffReport(ending="well")))),
-        *((field, pb.ServerMessage(hand_off_ended=pb.HandOffEnded(
-            report=pb.HandOffReport(**{"ending": "committed", field: -1.0}))))
-          for field in ("prefill_s", "wire_s", "hidden_s", "wait_s")),
+        *((field, hand_off_with(field, -1.0)) for field in ("prefill_s", "wire_s", "hidden_s", "wait_s")),
         ("stored", pb.ServerMessage(blocks_changed=pb.BlocksChanged(stored=bytes(17)))),
         ("removed", pb.ServerMessage(blocks_changed=pb.BlocksChanged(removed=bytes(1)))),
         ("blocks_changed", pb.ServerMessage(blocks_changed=pb.BlocksChanged(
