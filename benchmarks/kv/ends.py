@@ -18,8 +18,9 @@ from slipstream.benchmarks.kv.raw import RawListener
 from slipstream.comm.kv.channel import StreamLimits
 from slipstream.comm.kv.incoming import Incoming
 from slipstream.comm.kv.layout import KvOffer
-from slipstream.comm.kv.memory import KvMemory, KvShape
+from slipstream.comm.kv.memory import KvMemory
 from slipstream.comm.kv.outgoing import Outgoing
+from slipstream.comm.kv.runs import KvShape
 from slipstream.comm.kv.shm import Shm
 from slipstream.comm.kv.streams import StreamTransport
 from slipstream.comm.kv.tcp import Tcp

@@ -6,7 +6,7 @@ import heapq
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slipstream.benchmarks.router.nodes import Job, Node, NodeCache, NodeSpeed
 from slipstream.benchmarks.router.trace import BLOCK_TOKENS, Arrival
@@ -43,6 +43,7 @@ class Chooser:
     """A way of choosing, and what it is told."""
 
     def choose(self, ask: Ask, digests: list[bytes], nodes: dict[str, Node], now_s: float, number: int) -> str:
+        """Return the name of the node for a request."""
         raise NotImplementedError
 
     def note_load(self, node: Node, now_s: float) -> None:
@@ -109,7 +110,7 @@ class Fleet:
 
     nodes: int = 10
     cache_tokens: int = 3_000_000
-    speed: NodeSpeed = NodeSpeed()
+    speed: NodeSpeed = field(default_factory=NodeSpeed)
 
 
 def replay(arrivals: list[Arrival], fleet: Fleet, make: MakeChooser, *, shared: bool = False) -> Outcome:

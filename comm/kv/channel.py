@@ -7,7 +7,7 @@ frame is one system call, made without Python's lock, and no thread waits longer
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
@@ -15,9 +15,16 @@ from typing import Protocol
 
 from ..errors import CommMisuse, CommTimeout, PeerLost
 from ..wire import Clock, Deadline
+from .memory import KvStore, Runs
 
 MAX_RUNS = 1024
 """Runs of bytes in one system call; more are refused by Linux."""
+
+PORTION_BYTES = 512 << 10
+"""What is looked at soon after it was stored: it is still in the processor's caches then."""
+
+Look = Callable[[memoryview], object]
+"""Takes bytes that were stored, piece by piece, in their order."""
 
 _TIMEVAL = Struct("ll")
 _SCRATCH_BYTES = 1 << 16
@@ -48,14 +55,23 @@ class StreamLimits:
 
 
 class ChannelOut(Protocol):
-    """The sending end of one connection, after both ends have met."""
+    """The sending end of one connection, after both ends have met. ``ahead``: frames that may be unsettled at once."""
+
+    ahead: int
 
     def fileno(self) -> int:
         """The descriptor that says when the connection ends."""
         ...
 
-    def send(self, header: bytes, runs: Sequence[memoryview]) -> None:
-        """Send a frame; when it returns, the memory may change. Raises: PeerLost, CommTimeout"""
+    def send(self, header: bytes, runs: Runs) -> None:
+        """Send a frame; its memory is read until it is settled, or this end was ended. Raises: PeerLost, CommTimeout"""
+        ...
+
+    def settle(self, *, wait: bool) -> int:
+        """Return how many more frames, in their order, are sent and no longer read; ``wait``: for one at least.
+
+        Raises: PeerLost, CommTimeout
+        """
         ...
 
     def end(self) -> None:
@@ -77,8 +93,8 @@ class ChannelIn(Protocol):
         """
         ...
 
-    def receive(self, runs: Sequence[memoryview]) -> None:
-        """Fill runs with the frame's bytes. Raises: PeerLost, CommTimeout"""
+    def receive(self, runs: Runs, look: Look | None) -> None:
+        """Fill runs with the frame's bytes, and show them to ``look``. Raises: PeerLost, CommTimeout, BadFrame"""
         ...
 
     def skip(self, count: int) -> None:
@@ -97,6 +113,14 @@ class Carrier(Protocol):
         """Make sure that peers, on other hosts if so, can come to this address. Raises: CommMisuse"""
         ...
 
+    def register(self, memory: KvStore) -> None:
+        """Get ready to move bytes from and to this memory, once, before any channel. Raises: CommMisuse"""
+        ...
+
+    def close(self) -> None:
+        """Give back what was needed for the memory; all channels are closed."""
+        ...
+
     def channel_to(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ChannelOut:
         """Return the sending end."""
         ...
@@ -104,6 +128,16 @@ class Carrier(Protocol):
     def channel_from(self, sock: socket.socket, *, peer: str, limits: StreamLimits, clock: Clock) -> ChannelIn:
         """Return the receiving end."""
         ...
+
+
+class PlainCarrier:
+    """A carrier that needs to know nothing of memory."""
+
+    def register(self, memory: KvStore) -> None:
+        """Nothing: channels are told where bytes are."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class SocketEnd:
@@ -160,10 +194,12 @@ class SocketEnd:
                 deadline = self._still_in_time(deadline)
                 batch = _rest(batch, count)
 
-    def read_some(self, buffer: memoryview) -> int:
-        """Read at least a byte, and as many more as are there and have room."""
-        count = self._receive([buffer], flags=0)
+    def read_some(self, buffer: memoryview, *, wait: bool = True) -> int:
+        """Read as many bytes as are there and have room; ``wait``: for one at least."""
+        count = self._receive([buffer], flags=0 if wait else socket.MSG_DONTWAIT)
         if count is None:
+            if not wait:
+                return 0
             raise CommTimeout(f"{self.peer} stopped within a KV frame for {self._timeout_s:g} s")
         return count
 
@@ -222,6 +258,22 @@ class SocketEnd:
         if not deadline.remaining_s:
             raise CommTimeout(f"{self.peer} is too slow: a KV frame takes more than {self._timeout_s:g} s")
         return deadline
+
+
+def portions(runs: Sequence[memoryview], most_bytes: int) -> Iterator[list[memoryview]]:
+    """Divide runs into portions of so many bytes, one after the other; the last may have fewer."""
+    pieces: list[memoryview] = []
+    room = most_bytes
+    for run in runs:
+        while len(run) > room:
+            # None that is empty: read alone, it would look like the end of a connection.
+            yield [*pieces, run[:room]] if room else pieces
+            run, pieces, room = run[room:], [], most_bytes
+        if len(run):
+            pieces.append(run)
+            room -= len(run)
+    if pieces:
+        yield pieces
 
 
 def _rest(batch: Sequence[bytes | memoryview], done: int) -> list[bytes | memoryview]:

@@ -17,12 +17,12 @@ from ..errors import CommError, HandshakeRefused
 from ..sockets import listen, remove
 from ..wire import Deadline
 from .channel import Carrier, ChannelIn, StreamLimits
-from .checksum import frame_checksum
+from .checksum import FrameChecksum
 from .frame import HEADER_BYTES, KvHeader, unpack_header
 from .incoming import Drop, Outcome
 from .layout import KvOffer
 from .meeting import Met, meet_sender
-from .memory import KvMemory
+from .memory import KvStore, Passage
 from .transfer import PeerRank
 from .transport import Clock, Events, Gate, PeerDown, Written
 
@@ -69,14 +69,14 @@ class Inlet:
         self._limits = limits
         self._clock = clock
         self._events = events
-        self._memory: KvMemory | None = None
+        self._memory: KvStore | None = None
         self._lock = threading.Lock()
         self._guests: list[_Guest] = []
         self._over = False
         self._wake, self._woken = socket.socketpair()
         self._accepting: threading.Thread | None = None
 
-    def open(self, memory: KvMemory) -> None:
+    def open(self, memory: KvStore) -> None:
         """Let connections in, whose frames go to this memory."""
         self._memory = memory
         self._accepting = threading.Thread(target=self._accept, name="slipstream-kv-accept", daemon=True)
@@ -197,16 +197,21 @@ class Inlet:
             outcome = Outcome.LOST
             try:
                 frame = answer.frame
-                runs = memory.runs(frame.layer, frame.heads, answer.cuts, answer.blocks)
-                outcome = _store(channel, header, runs, checksums=checksums)
+                passage = memory.inward(frame.layer, frame.heads, answer.cuts, answer.blocks)
+                outcome = _store(channel, header, passage, checksums=checksums)
             finally:
                 self._gate.finish(answer, outcome)
                 self._events.add(Written(answer.frame, outcome))
 
 
-def _store(channel: ChannelIn, header: KvHeader, runs: list[memoryview], *, checksums: bool) -> Outcome:
-    """Fill runs with a frame's bytes and check them where they are now, which is what decoding will read."""
-    channel.receive(runs)
-    if checksums and frame_checksum(header.frame, runs) != header.checksum:
-        return Outcome.BAD_CHECKSUM
-    return Outcome.APPLIED
+def _store(channel: ChannelIn, header: KvHeader, passage: Passage, *, checksums: bool) -> Outcome:
+    """Take a frame's bytes in, and check them where they are now."""
+    checksum = FrameChecksum(header.frame) if checksums else None
+    try:
+        channel.receive(passage.runs, None if checksum is None else checksum.add)
+        if checksum is not None and checksum.value != header.checksum:
+            return Outcome.BAD_CHECKSUM
+        passage.store()
+        return Outcome.APPLIED
+    finally:
+        passage.end()

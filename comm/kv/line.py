@@ -10,13 +10,14 @@ import select
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...placement.kv_routes import token_cuts
 from ..errors import CommError
 from .channel import ChannelOut
 from .checksum import frame_checksum
 from .frame import pack_header
-from .memory import KvMemory
+from .memory import KvStore, Passage
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 from .transport import Events, PeerDown, Released
@@ -47,6 +48,19 @@ class Budget:
             self._used_bytes -= count
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A frame that was taken from the queue and is not settled."""
+
+    post: Post
+    passage: Passage | None = None
+
+    def end(self) -> None:
+        """Let go of what was lent for it."""
+        if self.passage is not None:
+            self.passage.end()
+
+
 class Line:
     """The connections to one peer. It has to be closed, also after it went down."""
 
@@ -54,7 +68,7 @@ class Line:
         self,
         peer: PeerRank,
         channels: Sequence[ChannelOut],
-        memory: KvMemory,
+        memory: KvStore,
         *,
         checksums: bool,
         budget: Budget,
@@ -131,27 +145,46 @@ class Line:
         self.take_down(f"rank {self.peer.rank} of {self.peer.peer.replica!r} is gone: its connection ended")
 
     def _run(self, channel: ChannelOut) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._over)
-                if self._over:
-                    return
-                post = self._queue.popleft()
-            sent, why = False, "this end failed"
-            try:
-                self._send(channel, post)
-                sent = True
-            except CommError as error:
-                why = str(error)
-            finally:
-                if not sent:
-                    self.take_down(why)
-                self._release([post], sent=sent)
+        flights: deque[_Flight] = deque()
+        why = "this end failed"
+        try:
+            while self._turn(channel, flights):
+                continue
+            why = ""
+        except CommError as error:
+            why = str(error)
+        finally:
+            if why:
+                self.take_down(why)
+            # Nobody may read on when the memory is given back.
+            channel.end()
+            for flight in flights:
+                flight.end()
+            self._release([flight.post for flight in flights])
 
-    def _send(self, channel: ChannelOut, post: Post) -> None:
-        frame = post.frame
+    def _turn(self, channel: ChannelOut, flights: deque[_Flight]) -> bool:
+        """Send a frame if there is one and room for it, or wait for one that is on its way; False when it is over."""
+        with self._changed:
+            if not flights:
+                self._changed.wait_for(lambda: self._queue or self._over)
+            if self._over:
+                return False
+            post = self._queue.popleft() if self._queue and len(flights) < channel.ahead else None
+            if post is not None:
+                flights.append(_Flight(post))
+        if post is not None:
+            self._send(channel, flights[-1])
+        for _ in range(channel.settle(wait=post is None)):
+            flight = flights.popleft()
+            flight.end()
+            self._release([flight.post], sent=True)
+        return True
+
+    def _send(self, channel: ChannelOut, flight: _Flight) -> None:
+        frame, post = flight.post.frame, flight.post
         cuts = token_cuts(frame.tokens, post.block_sizes)
-        runs = self._memory.runs(frame.layer, frame.heads, cuts, post.blocks)
+        flight.passage = self._memory.outward(frame.layer, frame.heads, cuts, post.blocks)
+        runs = flight.passage.runs
         # Here and not when it was posted: the thread that posts has a model to run.
         checksum = frame_checksum(frame, runs) if self._checksums else 0
         channel.send(pack_header(frame, frame.payload_bytes(self._memory.shape.row_bytes), checksum), runs)

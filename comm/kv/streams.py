@@ -15,7 +15,7 @@ from .inlet import Inlet
 from .layout import KvOffer
 from .line import Budget, Line
 from .meeting import Met, meet_receiver
-from .memory import KvMemory
+from .memory import KvStore
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 from .transport import Clock, Event, Events, Gate, Released, need
@@ -52,7 +52,7 @@ class StreamTransport:
         self._limits = limits or StreamLimits()
         self._events = events or Events()
         self._budget = Budget(self._limits.max_queued_bytes)
-        self._memory: KvMemory | None = None
+        self._memory: KvStore | None = None
         self._lines: dict[tuple[str, int], Line] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -69,7 +69,7 @@ class StreamTransport:
         self.address = self._inlet.address
         """Where others connect to, with the port that 0 became."""
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
         """Use this memory, once, and let connections in."""
         if self._memory is not None:
             raise CommMisuse("this KV transport has its memory already; one is registered, once")
@@ -82,6 +82,7 @@ class StreamTransport:
         for name, registered, offered in facts:
             if registered != offered:
                 raise CommMisuse(f"memory with {name} {registered} was registered where {offered} is offered to others")
+        self._carrier.register(memory)
         self._memory = memory
         self._inlet.open(memory)
 
@@ -167,6 +168,7 @@ class StreamTransport:
         self._inlet.close()
         for line in lines:
             line.close()
+        self._carrier.close()
 
     def _open(self, address: str, to: str, deadline: Deadline) -> tuple[Met, ChannelOut]:
         sock = connect(address, timeout_s=deadline.remaining_s)

@@ -8,34 +8,53 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Sequence
 
-from ..errors import CommMisuse
+from ..errors import CommMisuse, PeerLost
 from ..wire import Clock
-from .channel import SocketEnd, StreamLimits
+from .channel import PORTION_BYTES, Look, PlainCarrier, SocketEnd, StreamLimits, portions
+from .memory import Runs
+
+NEAR_BUFFER_BYTES = 256 << 10
+"""What the kernel holds of a connection within one host, each way. Left alone it lets this grow to megabytes, through
+which bytes fall out of the processor's caches between its two copies. Between hosts it knows best."""
 
 
 class TcpChannel:
     """Frames on a socket: header, then bytes."""
 
+    ahead = 1
+
     def __init__(self, end: SocketEnd) -> None:
         self._end = end
+        self._settled = 0
 
     def fileno(self) -> int:
         """The socket's descriptor."""
         return self._end.fileno()
 
-    def send(self, header: bytes, runs: Sequence[memoryview]) -> None:
-        """Send a frame."""
+    def send(self, header: bytes, runs: Runs) -> None:
+        """Send a frame: the kernel has its bytes when this returns."""
         self._end.send_all([header, *runs])
+        self._settled += 1
+
+    def settle(self, *, wait: bool) -> int:
+        """Return how many frames were sent since the last time."""
+        settled, self._settled = self._settled, 0
+        return settled
 
     def receive_header(self, header: bytearray) -> None:
         """Wait for the next frame's header."""
         self._end.fill_when_it_comes(header)
 
-    def receive(self, runs: Sequence[memoryview]) -> None:
+    def receive(self, runs: Runs, look: Look | None) -> None:
         """Fill runs with the frame's bytes."""
-        self._end.fill(runs)
+        if look is None:
+            self._end.fill(runs)
+            return
+        for pieces in portions(runs, PORTION_BYTES):
+            self._end.fill(pieces)
+            for piece in pieces:
+                look(piece)
 
     def skip(self, count: int) -> None:
         """Read over a frame's bytes."""
@@ -50,7 +69,7 @@ class TcpChannel:
         self._end.close()
 
 
-class Tcp:
+class Tcp(PlainCarrier):
     """How streams make channels of TCP connections."""
 
     def check_address(self, address: str, *, across_hosts: bool) -> None:
@@ -78,4 +97,10 @@ class Tcp:
         return self._channel(sock, peer, limits, clock)
 
     def _channel(self, sock: socket.socket, peer: str, limits: StreamLimits, clock: Clock) -> TcpChannel:
+        try:
+            if sock.getsockname()[0] == sock.getpeername()[0]:
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    sock.setsockopt(socket.SOL_SOCKET, option, NEAR_BUFFER_BYTES)
+        except OSError as error:
+            raise PeerLost(f"{peer} is gone: {error}") from error
         return TcpChannel(SocketEnd(sock, peer=peer, frame_timeout_s=limits.frame_timeout_s, clock=clock))

@@ -1,4 +1,4 @@
-"""A KV cache's tensors as the memory that transports read and write: views, no copies."""
+"""A KV cache's tensors as what transports read and write: views where they are on a CPU, staged where they are not."""
 
 from __future__ import annotations
 
@@ -8,30 +8,49 @@ import torch
 from torch import Tensor
 
 from ..errors import CommMisuse
-from .memory import KvMemory, KvShape
+from .memory import KvMemory, KvStore
+from .runs import KvShape
+from .staging import CudaCopier, StagedStore
 
 
-def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:
-    """Return the memory of a rank's cache.
+def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvStore:
+    """Return a rank's cache for its transports.
 
-    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous, on a CPU
+    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous
     ``first_layer`` and ``heads``: which of the model's these are
 
     Raises: CommMisuse
     """
+    shape = _shape_of(layers, first_layer, heads)
+    device = layers[0].device
+    if device.type == "cpu":
+        return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])
+    if device.type != "cuda":
+        raise CommMisuse(f"KV moves from and to CPUs and GPUs of CUDA or ROCm, not {device.type}")
+    return StagedStore(shape, layers, CudaCopier(device))
+
+
+def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:
+    """Return the memory of a rank's cache that is on a CPU; as ``store_of``. Raises: CommMisuse"""
+    store = store_of(layers, first_layer=first_layer, heads=heads)
+    if not isinstance(store, KvMemory):
+        raise CommMisuse(f"KV is memory of this process on a CPU alone, not on {layers[0].device}")
+    return store
+
+
+def _shape_of(layers: Sequence[Tensor], first_layer: int, heads: range) -> KvShape:
     if not layers:
         raise CommMisuse("a KV cache has at least one layer")
     _, num_blocks, num_heads, block_size, head_dim = layers[0].shape
     if num_heads != len(heads):
         raise CommMisuse(f"a cache of {num_heads} heads was named heads {heads.start} to {heads.stop - 1}")
     for layer in layers:
-        if layer.device.type != "cpu" or not layer.is_contiguous() or layer.dtype != layers[0].dtype:
-            raise CommMisuse("KV moves from and to tensors that are contiguous, of one type, and on a CPU")
-    shape = KvShape(
+        if layer.device != layers[0].device or not layer.is_contiguous() or layer.dtype != layers[0].dtype:
+            raise CommMisuse("KV moves from and to tensors that are contiguous, of one type, and on one device")
+    return KvShape(
         layers=range(first_layer, first_layer + len(layers)),
         heads=heads,
         num_blocks=num_blocks,
         block_size=block_size,
         row_bytes=head_dim * layers[0].element_size(),
     )
-    return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])

@@ -11,17 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..errors import CommMisuse
 from .frame import KvFrame, KvHeader
 from .incoming import Drop, Incoming, Outcome, Write
-from .memory import KvMemory
+from .memory import KvStore
 from .outgoing import Post
 from .transfer import PeerRank, TransferId
 
 Clock = Callable[[], float]
 """Returns seconds, monotonic."""
+
+
+AStore = TypeVar("AStore", bound=KvStore)
 
 
 class Gate(Protocol):
@@ -84,7 +87,7 @@ Event = Released | Written | PeerDown
 class KvTransport(Protocol):
     """One rank's way of sending frames and of receiving them."""
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
         """Use this memory, once, before anything else; it stays where it is until the transport is closed.
 
         Raises: CommMisuse
@@ -144,7 +147,7 @@ class Events:
         return [event for event in found if event is not None]
 
 
-def need(memory: KvMemory | None) -> KvMemory:
+def need(memory: AStore | None) -> AStore:
     """Return the registered memory.
 
     Raises: CommMisuse when there is none

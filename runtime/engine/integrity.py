@@ -19,7 +19,6 @@ def check_owners(pool: KvBlockPool, loans: Loans, table: SlotTable, sequences: I
     for owner, blocks in loans.holders().items():
         for block in blocks:
             holders.setdefault(block, set()).add(owner)
-    sending = 0
     for sequence in sequences:
         running = sequence.state is SequenceState.RUNNING
         assert running == (sequence.slot >= 0), f"{sequence} has the wrong slot"
@@ -27,10 +26,8 @@ def check_owners(pool: KvBlockPool, loans: Loans, table: SlotTable, sequences: I
         assert running or sequence.transfer is None, f"{sequence} does not run, and is sent"
         if running:
             table.check_slot(sequence)
-            sending += sequence.transfer is not None
         for block in sequence.blocks:
             holders.setdefault(block, set()).add(Owner(sequence.sequence_id))
-    assert table.sending == sending, f"{table.sending} slots are said to be sent, {sending} are"
     for block in range(pool.num_blocks):
         expected = holders.get(block, set())
         assert pool.owners(block) - {PREFIX_CACHE} == expected, f"block {block}: owners are not those that hold it"

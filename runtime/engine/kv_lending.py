@@ -76,15 +76,18 @@ class KvLending:
         self._lent[key] = _Lent(sequence=sequence, cached_tokens=first_token)
         return self._loans.blocks(key), first_token
 
-    def adopt(self, key: Hashable, token: int, *, sequence_id: SequenceId, arrival: int) -> Sequence:
+    def adopt(
+        self, key: Hashable, request: EngineRequest, token: int, *, sequence_id: SequenceId, arrival: int
+    ) -> Sequence:
         """Return the sequence of a loan that is filled, with the token that its sender drew; it owns the blocks too.
 
-        Its full blocks are the prefix cache's from now on.
+        ``request`` is what the loan was for; its name may be another. Its full blocks are the prefix cache's from now
+        on.
         """
         lent = self._lent.pop(key)
         sequence, blocks = lent.sequence, self._loans.blocks(key)
         computed = len(sequence.tokens)
-        sequence.sequence_id, sequence.arrival = sequence_id, arrival
+        sequence.sequence_id, sequence.arrival, sequence.request = sequence_id, arrival, request
         sequence.state, sequence.blocks = SequenceState.ADOPTED, blocks
         sequence.cached_tokens = lent.cached_tokens
         self._pool.share(blocks, Owner(sequence_id))

@@ -47,6 +47,8 @@ class SentSequences:
         self.carrier = carrier
         self._loans = loans
         self._table = table
+        # Those whose blocks are held, by number; a sequence may go on when its transfer is over.
+        self._held: dict[int, Sequence] = {}
 
     def begin(self, sequence: Sequence) -> None:
         """Ask for a transfer for a sequence that has just got its slot and blocks, if it is to be sent."""
@@ -55,13 +57,20 @@ class SentSequences:
         number = self.carrier.start(sequence)
         if number is not None:
             sequence.transfer = number
+            self._held[number] = sequence
             self._table.send(sequence.slot, number)
             self._loans.hold(sent_key(number), sequence.blocks)
 
     def add_blocks(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Let the transfer of a running sequence, if it has one that is not over, own the blocks that were added."""
-        if sequence.transfer is not None and sent_key(sequence.transfer) in self._loans:
+        """Let the transfer of a running sequence, if it has one, own the blocks that were added."""
+        if sequence.transfer is not None and sequence.transfer in self._held:
             self._loans.hold(sent_key(sequence.transfer), blocks)
+
+    def check(self) -> None:
+        """Assert that the slots which are sent are those of running sequences whose transfer is not over."""
+        sent = {one.slot: number for number, one in self._held.items() if one.transfer == number and one.slot >= 0}
+        slots = self._table.sent_slots()
+        assert slots == sent, f"slots {slots} are said to be sent, {sent} are"
 
     def stop(self, sequence: Sequence) -> None:
         """End the transfer of a sequence that leaves its slot before its token came, if it has one."""
@@ -70,5 +79,8 @@ class SentSequences:
             self.carrier.stop(number)
 
     def release(self, number: int) -> None:
-        """Take a transfer that is over off its blocks."""
+        """Take a transfer that is over off its blocks; a sequence that still runs is sent no longer."""
+        sequence = self._held.pop(number)
+        if sequence.slot >= 0 and sequence.transfer == number:
+            self._table.keep(sequence.slot)
         self._loans.release(sent_key(number))

@@ -116,9 +116,7 @@ class Scheduler:
 
         ``send``: its KV goes to another replica while it is computed, see ``KvSending``; it has one sample then.
         """
-        self.check_fits(request)
-        if send is not None:
-            check_single(request)
+        self.check_fits(request, single=send is not None)
         if len(self._waiting) >= self.config.max_queued_requests:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already (max_queued_requests)")
         sequences = make_sequences(
@@ -138,11 +136,13 @@ class Scheduler:
             self._held[first.sequence_id] = others
         return sequences
 
-    def check_fits(self, request: EngineRequest) -> None:
-        """Raise InvalidRequest for a request that could never be served."""
+    def check_fits(self, request: EngineRequest, *, single: bool = False) -> None:
+        """Raise InvalidRequest for a request that could never be served; ``single``: whose KV is to be handed on."""
         if request.request_id in self._requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         check_request(request, self.config)
+        if single:
+            check_single(request)
 
     def _root(self, request: EngineRequest) -> bytes:
         return root_digest(request.cache_salt, self._prefix_key(len(request.prompt_token_ids)))
@@ -243,9 +243,9 @@ class Scheduler:
         ending where that token is its last. Until it gets a slot, before all that wait, it keeps its blocks.
         Raises: InvalidRequest for a name in use; the loan is as it was
         """
-        self.check_fits(request)
+        self.check_fits(request, single=True)
         sequence = self._lending.adopt(
-            key, token, sequence_id=SequenceId(self._next_sequence_id), arrival=self._next_arrival
+            key, request, token, sequence_id=SequenceId(self._next_sequence_id), arrival=self._next_arrival
         )
         self._next_sequence_id += 1
         self._next_arrival += 1
@@ -493,6 +493,7 @@ class Scheduler:
         assert len(places) == len(set(map(id, places))) == len(self._sequences), "a sequence is lost, or in two places"
         assert len(self._waiting) == len(self._waiting.live()), "the queue's length is wrong"
         check_owners(self.pool, self.loans, self.table, places)
+        self._sent.check()
 
     def _log(self, sequence: Sequence, event: str) -> None:
         self._story.append((self._step, sequence.request_id, f"sample {sequence.index} {event}"))

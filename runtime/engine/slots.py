@@ -76,11 +76,21 @@ class SlotTable:
         self.transfer[slot] = transfer
         self.sending += 1
 
-    def vacate(self, slot: int) -> Int32Array:
-        """Free a slot and return its known tokens."""
+    def keep(self, slot: int) -> None:
+        """Note that what a slot computes goes to nobody, or no longer."""
         if self.transfer[slot] != _NO_TRANSFER:
             self.transfer[slot] = _NO_TRANSFER
             self.sending -= 1
+
+    def sent_slots(self) -> dict[int, int]:
+        """Return the transfers by the slots that they are of."""
+        slots = np.flatnonzero(self.transfer != _NO_TRANSFER)
+        assert len(slots) == self.sending, f"{len(slots)} slots are sent, {self.sending} were counted"
+        return dict(zip(slots.tolist(), self.transfer[slots].tolist(), strict=True))
+
+    def vacate(self, slot: int) -> Int32Array:
+        """Free a slot and return its known tokens."""
+        self.keep(slot)
         tokens: Int32Array = self.tokens[slot, : self.known[slot]].copy()
         self.sequence_id[slot] = _NO_SEQUENCE
         self.sequences[slot] = None

@@ -24,9 +24,11 @@ from .body_writer import BodyWriter, body_writer
 from .direct_line import DirectLine
 from .errors import ErrorAnswer, answer_for
 from .gateway import Gateway
-from .json_body import read_json_object
+from .idempotency import Claim
+from .json_body import json_digest, read_json_object
 from .record import RequestRecord, record_of
 from .responses import to_event, to_json
+from .turns import end_turn, take_turn
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ _EVENTS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+_SENT_AGAIN = (b"idempotent-replayed", b"true")
 _DEADLINE_GRACE_S = 2.0
 """The engine notices a deadline by itself and says so; this is for a client that does not read its answer."""
 
@@ -86,6 +89,7 @@ class Answer(Response):
         self._gateway = gateway
         self._work = work
         self._started = False
+        self._claim: Claim | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -103,13 +107,32 @@ class Answer(Response):
     async def _admitted(self, request: Request, record: RequestRecord, send: Send) -> None:
         gateway = self._gateway
         limits = gateway.settings.limits
-        ticket = gateway.admission.enter(now_s=gateway.clock())
+        ticket = await take_turn(gateway, record)
         try:
             body = await read_json_object(request, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
-            call = Call(gateway=gateway, record=record, body=body, ticket=ticket)
-            await self._watched(call, request, send)
+            if (key := request.headers.get("idempotency-key")) is not None:
+                self._claim = claim = gateway.kept.claim(
+                    record.caller, key, json_digest(request.url.path, body), now_s=gateway.clock()
+                )
+                if claim.ended_s is not None:
+                    await self._send_again(claim, send)
+                    return
+            await self._watched(Call(gateway=gateway, record=record, body=body, ticket=ticket), request, send)
+            if self._claim is not None:
+                gateway.kept.keep(self._claim, now_s=gateway.clock())
         finally:
-            gateway.admission.leave(ticket, now_s=gateway.clock())
+            if self._claim is not None:
+                gateway.kept.forget(self._claim)
+            end_turn(gateway, record, ticket)
+
+    async def _send_again(self, claim: Claim, send: Send) -> None:
+        """Send an answer that was kept."""
+        content = bytes(claim.body or b"")
+        if claim.streamed:
+            await self._start(200, (*_EVENTS, _SENT_AGAIN), send)
+            await send({"type": "http.response.body", "body": content, "more_body": False})
+        else:
+            await self._send_whole(200, content, {"idempotent-replayed": "true"}, send)
 
     async def _watched(self, call: Call, request: Request, send: Send) -> None:
         """Do the work until it is done, its time is over, or the client has gone away."""
@@ -136,18 +159,27 @@ class Answer(Response):
     async def _reply(self, call: Call, scope: Scope, send: Send) -> None:
         match await self._work(call):
             case Whole(body=body):
-                await self._send_whole(200, to_json(body), {}, send)
+                content = to_json(body)
+                if self._claim is not None:
+                    self._claim.add(content)
+                await self._send_whole(200, content, {}, send)
             case Streamed() as streamed:
                 call.record.stream = True
                 await self._send_events(streamed, body_writer(scope), send)
 
     async def _send_events(self, streamed: Streamed, writer: BodyWriter | None, send: Send) -> None:
+        claim = self._claim
+        if claim is not None:
+            claim.streamed = True
         async with aclosing(streamed.events) as events:
             async for event in events:
                 if not self._started:
                     await self._start(200, _EVENTS, send)
-                    if writer is not None:
+                    # What is to be kept has to pass here.
+                    if writer is not None and claim is None:
                         streamed.line.connect(writer)
+                if claim is not None:
+                    claim.add(event)
                 if writer is None:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 else:

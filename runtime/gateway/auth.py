@@ -48,10 +48,13 @@ class ApiKeys:
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
-    def check(self, authorization: bytes | None) -> None:
-        """Check the value of an ``authorization`` header; raise HttpRefusal (401) when it does not let in."""
+    def check(self, authorization: bytes | None) -> str:
+        """Check the value of an ``authorization`` header, and return what stands for its key: "" where none is needed.
+
+        Raises: HttpRefusal (401) when it does not let in
+        """
         if not self._digests:
-            return
+            return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise HttpRefusal(
@@ -61,6 +64,7 @@ class ApiKeys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if not any(matches):
             raise HttpRefusal(401, "the API key is not valid", code="invalid_api_key")
+        return given.hex()[:16]
 
 
 def _digest(key: bytes) -> bytes:

@@ -70,9 +70,10 @@ async def _serve(options: argparse.Namespace, settings: GatewaySettings, listeni
         clock=monotonic_clock,
         jitter=_jitter,
         seed=options.seed,
-        split_from_tokens=options.split_from_tokens,
-        salt=random.getrandbits(32),
         on_ready=lambda: gateway.metrics.engine_starts.inc(),
+        split_from_tokens=options.split_from_tokens,
+        # Several gateways that all drew alike would all find the same replicas.
+        salt=random.getrandbits(64),
     )
     gateway = make_gateway(settings, replicas, clock=monotonic_clock, wall_clock=wall_clock)
 
@@ -160,15 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-timeout-s", type=float, default=limits.request_timeout_s, metavar="S")
     add("--drain-timeout-s", type=float, default=60.0, metavar="S", help="to finish what runs before the end")
     add("--tool-call-parser", choices=TOOL_CALL_PARSERS, default="auto")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
     add(
         "--split-from-tokens",
         type=int,
         default=SPLIT_FROM_TOKENS,
         metavar="N",
-        help="prompts with fewer tokens to compute stay where they are decoded",
+        help="shorter prompts, or with less that is not cached, are not split over prefill and decode replicas",
     )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--tokenizer", metavar="DIR", help="another tokenizer than the model's own")
     add("--seed", type=int, help="makes requests without a seed repeat from run to run")
     return parser
 

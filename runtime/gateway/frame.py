@@ -48,7 +48,7 @@ class RequestFrame:
             await send(message)
 
         try:
-            self._check_key(scope)
+            record.caller = self._caller(scope)
             await self._app(scope, receive, framed_send)
         except asyncio.CancelledError:
             record.outcome = "cancelled"
@@ -64,10 +64,12 @@ class RequestFrame:
         finally:
             self._note(scope, record, status)
 
-    def _check_key(self, scope: Scope) -> None:
-        if scope["path"] not in _NO_KEY_NEEDED:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-            self._gateway.keys.check(given)
+    def _caller(self, scope: Scope) -> str:
+        """Check a request's key, and return what stands for it."""
+        if scope["path"] in _NO_KEY_NEEDED:
+            return ""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        return self._gateway.keys.check(given)
 
     def _note(self, scope: Scope, record: RequestRecord, status: int) -> None:
         elapsed_s = self._gateway.clock() - record.arrival_s

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..clock import Clock
 from .admission import Admission
 from .auth import ApiKeys
+from .idempotency import KeptAnswers
 from .metrics import GatewayMetrics
 from .readiness import Readiness
 from .replica import Replicas
@@ -26,6 +27,7 @@ class Gateway:
     keys: ApiKeys
     metrics: GatewayMetrics
     readiness: Readiness
+    kept: KeptAnswers
     clock: Clock
     wall_clock: Clock
     started_s: int
@@ -33,14 +35,22 @@ class Gateway:
 
 def make_gateway(settings: GatewaySettings, replicas: Replicas, *, clock: Clock, wall_clock: Clock) -> Gateway:
     """Put a gateway together around what serves behind it."""
-    admission = Admission(capacity=settings.limits.max_concurrent_requests)
+    limits = settings.limits
+    admission = Admission(capacity=limits.max_concurrent_requests, max_waiting=limits.max_waiting_requests)
     return Gateway(
         settings=settings,
         replicas=replicas,
         admission=admission,
         keys=ApiKeys(settings.api_keys),
-        metrics=GatewayMetrics(load=replicas.load, in_flight=lambda: admission.in_flight, states=replicas.states),
+        metrics=GatewayMetrics(
+            load=replicas.load,
+            in_flight=lambda: admission.in_flight,
+            states=replicas.states,
+            waiting=lambda: admission.waiting,
+            open_breakers=lambda: replicas.open_breakers,
+        ),
         readiness=Readiness(replicas, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s),
+        kept=KeptAnswers(),
         clock=clock,
         wall_clock=wall_clock,
         started_s=int(wall_clock()),

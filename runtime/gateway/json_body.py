@@ -6,6 +6,7 @@ Owns the bounds on bytes and time. What the body means is the business of ``requ
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
 import orjson
@@ -37,6 +38,12 @@ async def read_json_object(request: Request, *, max_bytes: int, timeout_s: float
     if not isinstance(value, dict):
         raise HttpRefusal(400, "the body must be a JSON object", code="invalid_json")
     return value
+
+
+def json_digest(path: str, body: dict[str, Any]) -> bytes:
+    """Return a digest of what is asked of a path, the same for objects whose members are in another order."""
+    content = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(path.encode() + b"\0" + content).digest()
 
 
 async def _read(request: Request, max_bytes: int) -> bytearray:

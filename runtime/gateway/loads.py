@@ -9,7 +9,10 @@ from ..rpc.engine_client import EngineLoadReport
 
 
 def total_load(loads: Sequence[EngineLoadReport]) -> EngineLoadReport | None:
-    """Return the sum of reports, None of none. It is draining when all are; stages add up by their numbers."""
+    """Return the sum of reports, None of none. It is draining when all are; stages add up by their numbers.
+
+    ``token_s`` is that of the slowest.
+    """
     if len(loads) < 2:
         return loads[0] if loads else None
     stages: dict[int, list[StageTime]] = {}
@@ -27,6 +30,14 @@ def total_load(loads: Sequence[EngineLoadReport]) -> EngineLoadReport | None:
         prefix_misses=sum(load.prefix_misses for load in loads),
         draining=all(load.draining for load in loads),
         stages=tuple(_total_time(stage, stages[stage]) for stage in sorted(stages)),
+        queued_tokens=sum(load.queued_tokens for load in loads),
+        prefill_tokens_per_s=sum(load.prefill_tokens_per_s for load in loads),
+        token_s=max(load.token_s for load in loads),
+        awaiting=sum(load.awaiting for load in loads),
+        sending=sum(load.sending for load in loads),
+        receiving=sum(load.receiving for load in loads),
+        kv_bytes_out=sum(load.kv_bytes_out for load in loads),
+        kv_bytes_in=sum(load.kv_bytes_in for load in loads),
     )
 
 

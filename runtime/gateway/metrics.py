@@ -32,8 +32,12 @@ class _Gauges(Collector):
         load: Callable[[], EngineLoadReport | None],
         in_flight: Callable[[], int],
         states: Callable[[], Mapping[str, int]],
+        waiting: Callable[[], int],
+        open_breakers: Callable[[], int],
     ) -> None:
         self._load = load
+        self._waiting = waiting
+        self._open_breakers = open_breakers
         self._in_flight = in_flight
         self._states = states
 
@@ -42,6 +46,10 @@ class _Gauges(Collector):
         yield GaugeMetricFamily("slipstream_engine_up", "whether an engine is attached", value=int(load is not None))
         text = "prompts that the gateway has let in and that have not ended"
         yield GaugeMetricFamily("slipstream_gateway_in_flight", text, value=self._in_flight())
+        text = "requests that wait for their API key's turn"
+        yield GaugeMetricFamily("slipstream_gateway_waiting", text, value=self._waiting())
+        text = "pairs of replicas over which no request is split for now, because that failed"
+        yield GaugeMetricFamily("slipstream_open_breakers", text, value=self._open_breakers())
         if states := self._states():
             family = GaugeMetricFamily(
                 "slipstream_replicas", "replicas by how this gateway sees them", labels=["state"]
@@ -60,6 +68,10 @@ class _Gauges(Collector):
             ("preemptions", load.preemptions, "sequences preempted since the engine started"),
             ("prefix_hits", load.prefix_hits, "prompt blocks found in the prefix cache since the engine started"),
             ("prefix_misses", load.prefix_misses, "prompt blocks not found there since the engine started"),
+            ("queued_tokens", load.queued_tokens, "known tokens whose KV is still to be computed"),
+            ("kv_awaiting", load.awaiting, "requests that wait for KV of another replica"),
+            ("kv_sending", load.sending, "transfers of KV on their way out"),
+            ("kv_receiving", load.receiving, "transfers of KV on their way in"),
             ("engine_draining", int(load.draining), "whether the engine takes no more requests"),
         ):
             yield GaugeMetricFamily(f"slipstream_{name}", text, value=value)
@@ -152,9 +164,11 @@ class GatewayMetrics:
         load: Callable[[], EngineLoadReport | None],
         in_flight: Callable[[], int],
         states: Callable[[], Mapping[str, int]] = dict,
+        waiting: Callable[[], int] = int,
+        open_breakers: Callable[[], int] = int,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Gauges(load, in_flight, states))
+        self._registry.register(_Gauges(load, in_flight, states, waiting, open_breakers))
         self._requests = Counter(
             "slipstream_requests", "HTTP requests by endpoint and outcome", ["endpoint", "outcome"],
             registry=self._registry,

@@ -94,7 +94,7 @@ class GatewayProcess:
             drained = await self._drain()
         finally:
             announcing.cancel()
-            self._gateway.admission.draining = True
+            self._gateway.admission.close()
             await self._backend.stop(timeout_s=0.0 if self._told_again.is_set() else LAST_BYTES_S)
             if self._inference is not None:
                 await self._inference.stop(grace_s=0.0 if self._told_again.is_set() else LAST_BYTES_S)
@@ -116,7 +116,7 @@ class GatewayProcess:
     async def _drain(self) -> bool:
         """Let what runs finish and refuse what comes; return whether everything has finished."""
         admission = self._gateway.admission
-        admission.draining = True
+        admission.close()
         if self._inference is not None:
             await self._inference.set_serving(False)
         logger.info("stopping: %d prompts may still finish", admission.in_flight)

@@ -19,11 +19,13 @@ class RequestRecord:
     """One HTTP request, filled in as it goes.
 
     ``request_id`` is the client's ``x-request-id`` where it sent one that is safe to log; ``trace`` goes on to
-    replicas. ``outcome`` is ``ok``, ``cancelled`` (the client went away) or that of the error.
+    replicas. ``caller`` stands for its API key. ``outcome`` is ``ok``, ``cancelled`` (the client went away) or that of
+    the error.
     """
 
     request_id: str
     arrival_s: float
+    caller: str = ""
     trace: TraceContext = field(default_factory=lambda: trace_of(None))
     outcome: str = "ok"
     error: str | None = None

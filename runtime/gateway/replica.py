@@ -147,6 +147,11 @@ class Replicas(Protocol):
         """Return how many replicas are in each state, for metrics."""
         ...
 
+    @property
+    def open_breakers(self) -> int:
+        """Pairs of replicas that no request is split over now, because that failed."""
+        ...
+
 
 class Arrivals:
     """Tells those that wait for an engine that one has come."""
@@ -235,3 +240,8 @@ class Replica:
     def states(self) -> Mapping[str, int]:
         """Return nothing: whether the one engine is there is a metric of its own."""
         return {}
+
+    @property
+    def open_breakers(self) -> int:
+        """None: nothing is split."""
+        return 0

@@ -146,6 +146,11 @@ class ReplicaSet:
             counts[keeper.state] += 1
         return counts
 
+    @property
+    def open_breakers(self) -> int:
+        """Pairs of replicas that no request is split over now, because that failed."""
+        return len(self._router.open_breakers)
+
     # ------------------------------------------------------------------ following views
 
     async def run(self) -> None:

@@ -357,7 +357,8 @@ class Router:
         for standing, computed, sequences in works:
             standing.turn = number
             blocks = standing.blocks_for(tokens)
-            standing.send(number, Sent(now_s, computed, sequences, blocks))
+            cached = cost.cached_tokens if computed else 0
+            standing.send(number, Sent(now_s, computed, cached, sequences, blocks))
         self._on_way[route] = (number, tuple(standing for standing, _, _ in works))
 
 

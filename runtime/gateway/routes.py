@@ -120,9 +120,9 @@ class RouterSettings:
     whole_below_tokens: int = 256
     choices: int = 8
     token_weight: float = 100.0
-    compute_weight: float = 1.0
+    compute_weight: float = 1.3
     recent_s: float = 10.0
-    recent_weight: float = 0.02
+    recent_weight: float = 0.03
     tie_s: float = 0.002
     tie_share: float = 0.02
     report_lag_s: float = 0.05

@@ -18,14 +18,17 @@ class RequestLimits:
     """Bounds on what clients may ask for; what is over them is refused by name.
 
     - ``max_concurrent_requests``: prompts on their way at once, over all clients; one more gets 429.
+    - ``max_waiting_requests``: that wait for their turn when there is no room, each API key in its own queue; 0: none.
     - ``max_prompts``: prompts in one completion request. ``max_sequences``: its prompts times ``n``.
     - ``request_timeout_s``: from arrival to last byte; ``body_timeout_s``: until the body has come;
-      ``headers_timeout_s``: until a connection's next headers have come, of ``max_headers_bytes`` at most.
+      ``headers_timeout_s``: until a connection's next headers have come, of ``max_headers_bytes`` at most;
+      ``turn_timeout_s``: for its turn.
 
     Raises: ConfigError, naming the option.
     """
 
     max_concurrent_requests: int = 2048
+    max_waiting_requests: int = 256
     max_headers_bytes: int = 64 << 10
     max_body_bytes: int = 8 << 20
     max_prompts: int = 1024
@@ -35,6 +38,7 @@ class RequestLimits:
     request_timeout_s: float = 600.0
     headers_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
+    turn_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -42,7 +46,7 @@ class RequestLimits:
             if each.name.endswith("_s"):
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                     raise ConfigError(each.name, f"must be a number of seconds above 0, got {value!r}")
-            else:
+            elif each.name != "max_waiting_requests" or value != 0:
                 require_positive(each.name, value)
 
 

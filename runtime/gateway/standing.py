@@ -7,7 +7,9 @@ other not there yet: what was sent counts until a report could know of it, and a
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
 from ..rpc.engine_client import EngineLoadReport
 from .decode_pace import DecodePace
@@ -16,13 +18,19 @@ from .routes import ReplicaFacts, RouterSettings
 _TRUSTED_S = 1.0
 """A report this old still says what goes on: for so long the replica is thought to have worked on since."""
 
+_MOST_COUNTED = 512
+
 
 @dataclass(slots=True)
 class Sent:
-    """What a route brings to a replica. Units: tokens, to be computed there; blocks, of KV that it takes there"""
+    """What a route brings to a replica.
+
+    Units: tokens, to be computed there; cached, tokens that need not be; blocks, of KV that it takes there
+    """
 
     sent_s: float
     tokens: int
+    cached: int
     sequences: int
     blocks: int
 
@@ -41,6 +49,9 @@ class Standing:
         self._load_s = -math.inf
         self._sent: dict[int, Sent] = {}
         self._sent_tokens = self._sent_sequences = self._sent_blocks = 0
+        # Of those that reports count: a report takes one that waits for as long as its prompt, cached or not.
+        self._counted: OrderedDict[int, int] = OrderedDict()
+        self._overstated = 0
         self._recent_tokens = 0.0
         self._recent_at_s = 0.0
 
@@ -51,8 +62,13 @@ class Standing:
         self.load, self._load_s = load, now_s
         self.pace.note(load.running, load.token_s)
         known_s = now_s - self._settings.report_lag_s
-        for number in [number for number, sent in self._sent.items() if sent.sent_s <= known_s]:
-            self.drop(number)
+        for number, sent in [each for each in self._sent.items() if each[1].sent_s <= known_s]:
+            self._uncount(number)
+            self._counted[number] = sent.cached
+        while len(self._counted) > _MOST_COUNTED:
+            self._counted.popitem(last=False)
+        # First come, first served: those that wait are those that were sent last.
+        self._overstated = sum(islice(reversed(self._counted.values()), load.waiting)) if load.waiting else 0
 
     def send(self, number: int, sent: Sent) -> None:
         """Note what goes there under a number of its own."""
@@ -64,7 +80,11 @@ class Standing:
         self._recent_at_s = sent.sent_s
 
     def drop(self, number: int) -> None:
-        """Forget what went there: a report counts it, or it is over. Idempotent."""
+        """Forget what went there, because it is over. Idempotent."""
+        self._counted.pop(number, None)
+        self._uncount(number)
+
+    def _uncount(self, number: int) -> None:
         sent = self._sent.pop(number, None)
         if sent is not None:
             self._sent_tokens -= sent.tokens
@@ -85,11 +105,14 @@ class Standing:
         return 0.0 if self.load is None else self.load.prefill_tokens_per_s
 
     def queued_tokens(self, now_s: float, rate: float) -> float:
-        """Return the tokens that are before a new request's: those reported, less what was computed since, and sent."""
+        """Return the tokens to be computed before a new request's.
+
+        Those that were reported, less what was computed since, and those sent that no report counts.
+        """
         load = self.load
         if load is None:
             return float(self._sent_tokens)
-        left = float(load.queued_tokens)
+        left = float(max(load.queued_tokens - self._overstated, 0))
         if left:
             left = max(0.0, left - rate * min(max(now_s - self._load_s, 0.0), _TRUSTED_S))
         return left + self._sent_tokens

@@ -24,7 +24,7 @@ from ...comm.kv.incoming import Incoming, Outcome, Write
 from ...comm.kv.layout import KvOffer
 from ...comm.kv.outgoing import Outgoing
 from ...comm.kv.streams import StreamTransport
-from ...comm.kv.tensor_memory import memory_of
+from ...comm.kv.tensor_memory import store_of
 from ...comm.kv.transfer import (
     Drained,
     Ending,
@@ -92,7 +92,8 @@ class RankKv:
         self._layout = layout
         self._limits = share.limits
         self._clock = clock
-        memory = memory_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        self._memory = memory
         self._row_bytes = memory.shape.row_bytes
         self.offer = KvOffer(
             replica=share.replica,
@@ -191,10 +192,12 @@ class RankKv:
 
     def layer_done(self, layer: int) -> None:
         """Note that a layer has written its KV."""
+        self._memory.mark()
         self._notes.layer_done(layer)
 
     def end_step(self) -> None:
         """Note that all layers have."""
+        self._memory.mark()
         self._notes.end_step()
 
     def close(self) -> None:

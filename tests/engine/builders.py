@@ -11,6 +11,7 @@ import numpy as np
 
 from slipstream.runtime.config import SchedulerConfig
 from slipstream.runtime.engine.engine import Engine
+from slipstream.runtime.engine.outputs import StepOutputs
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.messages import EngineRequest
 from slipstream.sdk.params import SamplingParams
@@ -26,6 +27,7 @@ def request(
     stop_ids: tuple[int, ...] = (),
     priority: int = 0,
     cache_salt: str | None = None,
+    generated: tuple[SequenceOf[int] | None, ...] = (),
     **params: Any,
 ) -> EngineRequest:
     """Make a request from plain values."""
@@ -39,6 +41,7 @@ def request(
         arrival_time_s=0.0,
         priority=priority,
         cache_salt=cache_salt,
+        generated=tuple(None if drawn is None else np.array(drawn, dtype=np.int32) for drawn in generated),
     )
 
 
@@ -68,7 +71,7 @@ class Bench:
     def scheduler(self) -> Scheduler:
         return self.engine.scheduler
 
-    def step(self) -> None:
+    def step(self) -> StepOutputs:
         """Do one step, collect its outputs and check every invariant."""
         outputs = self.engine.step()
         self.steps += 1
@@ -76,6 +79,7 @@ class Bench:
             self.tokens[sequence.request_id, sequence.index].append(token)
         self.finished += [f"{sequence.request_id}/{sequence.index}" for sequence in outputs.finished]
         self.scheduler.check_integrity()
+        return outputs
 
     def run(self, limit: int = 5000) -> None:
         """Step until nothing is left to do."""
@@ -85,9 +89,9 @@ class Bench:
             assert limit > 0, f"no end in sight: {self.scheduler.load}"
 
 
-def bench(settings: SchedulerConfig, *, ahead: bool = True) -> Bench:
+def bench(settings: SchedulerConfig, *, ahead: bool = True, executor: type[OracleExecutor] = OracleExecutor) -> Bench:
     """Make an engine over the oracle executor."""
-    oracle = OracleExecutor(
+    oracle = executor(
         num_blocks=settings.num_blocks,
         block_size=settings.block_size,
         max_slots=settings.max_num_seqs,

@@ -13,7 +13,7 @@ from slipstream.comm.errors import CommMisuse
 from slipstream.comm.kv.checksum import frame_checksum
 from slipstream.comm.kv.frame import KvFrame, KvHeader
 from slipstream.comm.kv.incoming import Drop, Outcome, Write
-from slipstream.comm.kv.memory import KvMemory
+from slipstream.comm.kv.memory import KvMemory, KvStore, Runs
 from slipstream.comm.kv.outgoing import Post
 from slipstream.comm.kv.transfer import PeerRank, TransferId
 from slipstream.comm.kv.transport import Event, Gate, PeerDown, Released, Written, need
@@ -90,7 +90,8 @@ class MemoryTransport:
         self.closed = False
         network.ends[me] = self
 
-    def register(self, memory: KvMemory) -> None:
+    def register(self, memory: KvStore) -> None:
+        assert isinstance(memory, KvMemory)
         if self._memory is not None:
             raise CommMisuse("this KV transport has its memory already")
         self._memory = memory
@@ -191,7 +192,7 @@ class MemoryTransport:
         right = not self._checksums or frame_checksum(write.frame, runs) == header.checksum
         self._over(write, Outcome.APPLIED if right else Outcome.BAD_CHECKSUM)
 
-    def _store(self, write: Write, payload: bytes, *, half: int) -> list[memoryview]:
+    def _store(self, write: Write, payload: bytes, *, half: int) -> Runs:
         frame = write.frame
         runs = need(self._memory).runs(frame.layer, frame.heads, write.cuts, write.blocks)
         at = 0

@@ -9,6 +9,7 @@ what must come out, from the prompt alone.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,7 +55,11 @@ class OracleExecutor:
         self.computed_tokens = 0
         self.closed = False
 
-    def submit(self, plan: StepPlan) -> ReadyStep:
+    def submit(self, plan: StepPlan) -> ReadyStep | LateStep:
+        return ReadyStep(self.compute(plan))
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """Carry out a step."""
         for source, target in zip(plan.copy_sources, plan.copy_targets, strict=True):
             self.kv[target] = self.kv[source]
         for admitted in plan.admitted:
@@ -69,7 +74,7 @@ class OracleExecutor:
         drawn = np.full(len(plan.slots), -1, dtype=np.int32)
         for row in range(len(plan.slots)):
             drawn[row] = self._run_row(plan, row)
-        return ReadyStep(StepResult(step=plan.step, token_ids=drawn, execute_s=0.0))
+        return StepResult(step=plan.step, token_ids=drawn, execute_s=0.0)
 
     def _run_row(self, plan: StepPlan, row: int) -> int:
         slot, start, count = int(plan.slots[row]), int(plan.starts[row]), int(plan.counts[row])
@@ -105,3 +110,39 @@ class ReadyStep:
     def result(self, timeout: float | None = None) -> StepResult:
         del timeout
         return self._result
+
+
+class LateOracleExecutor(OracleExecutor):
+    """Computes a step when its result is asked for, as late as an executor may: whoever touches blocks that a step on
+    its way still reads or writes is found out by wrong tokens.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_slots: int, max_length: int) -> None:
+        super().__init__(num_blocks=num_blocks, block_size=block_size, max_slots=max_slots, max_length=max_length)
+        self._queued: deque[LateStep] = deque()
+
+    def submit(self, plan: StepPlan) -> LateStep:
+        step = LateStep(self, plan)
+        self._queued.append(step)
+        return step
+
+    def run_until(self, last: LateStep) -> None:
+        """Compute the steps that were submitted, in order, up to this one."""
+        while last.done is None:
+            step = self._queued.popleft()
+            step.done = self.compute(step.plan)
+
+
+class LateStep:
+    """A step of a ``LateOracleExecutor``."""
+
+    def __init__(self, executor: LateOracleExecutor, plan: StepPlan) -> None:
+        self.plan = plan
+        self.done: StepResult | None = None
+        self._executor = executor
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        del timeout
+        self._executor.run_until(self)
+        assert self.done is not None
+        return self.done

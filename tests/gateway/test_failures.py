@@ -83,7 +83,7 @@ async def test_a_client_that_leaves_aborts(prompt: Any, stream: bool, tokens_bef
 
 @asynchronous
 async def test_a_full_gateway_says_when_to_come_back() -> None:
-    async with serving(limits=RequestLimits(max_concurrent_requests=2)) as setup:
+    async with serving(limits=RequestLimits(max_concurrent_requests=2, max_waiting_requests=0)) as setup:
         setup.engine.hold.clear()
         running = [Connection(setup, {"prompt": "x"}) for _ in range(2)]
         await until(lambda: len(setup.engine.live) == 2)
@@ -116,7 +116,7 @@ async def test_a_draining_gateway_finishes_what_runs() -> None:
         setup.engine.hold.clear()
         running = Connection(setup, {"prompt": "x", "stream": True, "max_tokens": 3})
         await until(lambda: bool(setup.engine.live))
-        setup.gateway.admission.draining = True
+        setup.gateway.admission.close()
         answer = await setup.post("/v1/completions", {"prompt": "x"})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
         assert (await setup.client.get("/ready")).status_code == 503
@@ -134,7 +134,7 @@ async def test_what_a_stop_cuts_says_so() -> None:
         setup.engine.hold_after, setup.engine.fail_after = 1, 2
         running = Connection(setup, {"prompt": "x", "stream": True, "max_tokens": 9})
         await until(lambda: len(running.sent) > 1)
-        setup.gateway.admission.draining = True
+        setup.gateway.admission.close()
         setup.engine.hold.set()
         await running.task
         assert json.loads(parse_events(running.text)[-1])["error"]["code"] == "draining"

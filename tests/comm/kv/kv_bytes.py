@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.comm.kv.memory import KvMemory, KvShape
+from slipstream.comm.kv.memory import KvMemory
+from slipstream.comm.kv.runs import KvShape
 from slipstream.placement.kv_routes import KvLayout
 
 UNTOUCHED = 0xEE

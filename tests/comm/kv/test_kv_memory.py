@@ -16,7 +16,8 @@ from slipstream.comm.errors import BadFrame, CommMisuse
 from slipstream.comm.kv.checksum import frame_checksum
 from slipstream.comm.kv.coverage import Claim, Coverage, Part
 from slipstream.comm.kv.frame import HEADER_BYTES, KvFrame, pack_header, token_runs, unpack_header
-from slipstream.comm.kv.memory import KvMemory, KvShape
+from slipstream.comm.kv.memory import KvMemory
+from slipstream.comm.kv.runs import KvShape
 from slipstream.comm.kv.tensor_memory import memory_of
 from slipstream.comm.kv.transfer import TransferId
 from slipstream.comm.mesh import MeshShape

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from slipstream.comm.kv.channel import StreamLimits
 from slipstream.comm.kv.transfer import PeerRank
 from slipstream.comm.kv.transport import Event
-from slipstream.tests.comm.kv.kv_ends import join
+from slipstream.tests.comm.kv.kv_ends import join, join_staged
 from slipstream.tests.contracts.kv_transport import End, KvTransportContract
 from slipstream.tests.fakes.memory_kv import MemoryNetwork, MemoryTransport
 
@@ -27,8 +27,23 @@ class TestTcpOneStream(KvTransportContract):
 
 class TestShm(KvTransportContract):
     def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
+        return join(stack, "shm", source, target, limits=StreamLimits(max_queued_bytes=max_queued_bytes))
+
+
+class TestShmRing(KvTransportContract):
+    def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
         limits = StreamLimits(max_queued_bytes=max_queued_bytes, ring_bytes=1 << 16)
-        return join(stack, "shm", source, target, limits=limits)
+        return join(stack, "ring", source, target, limits=limits)
+
+
+class TestTcpStaged(KvTransportContract):
+    def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
+        return join_staged(stack, "tcp", source, target, limits=StreamLimits(max_queued_bytes=max_queued_bytes))
+
+
+class TestShmStaged(KvTransportContract):
+    def join(self, stack: ExitStack, source: End, target: End, *, max_queued_bytes: int) -> PeerRank:
+        return join_staged(stack, "shm", source, target, limits=StreamLimits(max_queued_bytes=max_queued_bytes))
 
 
 class _Steps:

@@ -1,0 +1,225 @@
+"""A device's KV for transports that move host memory: frames pass through buffers on the host, in and out.
+
+A frame's bytes lie in one piece in a buffer, so a device's copy and a socket's call are one each. What comes in goes to
+the cache only when it is whole and checked. Buffers are few: who finds none waits for one, for a bounded time; those
+out and those in are apart, so that two ends that send to one another cannot wait for each other's. On a GPU copies run
+on streams of their own, beside the model's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CommMisuse, CommTimeout
+from .memory import Runs, address_of
+from .runs import KvShape, Numbers
+
+_cuda: Any = torch.cuda  # its functions are annotated in part only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagingLimits:
+    """Bounds of what is staged. Units: buffers, each way, of a frame's size; timeout_s, of waiting for one."""
+
+    buffers: int = 8
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.buffers < 1 or self.timeout_s <= 0:
+            raise CommMisuse(f"staging needs buffers and time, got {self}")
+
+
+class Copier(Protocol):
+    """Copies rows between a device and the host; the bytes are there when a call returns."""
+
+    def mark(self) -> None:
+        """Note that what was enqueued by this thread before now writes what will be fetched after now."""
+        ...
+
+    def buffer(self, count: int) -> Tensor:
+        """Return host memory of so many bytes."""
+        ...
+
+    def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
+        """Copy some rows of a device's into a buffer. Shapes: rows [all, row]; index [some]; out [some, row]"""
+        ...
+
+    def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
+        """Copy a buffer into some rows of a device's. Shapes: as of ``fetch``"""
+        ...
+
+
+class HostCopier:
+    """For tensors on the CPU."""
+
+    def mark(self) -> None:
+        """Nothing: what was called has been done."""
+
+    def buffer(self, count: int) -> Tensor:
+        """Return memory."""
+        return torch.empty(count, dtype=torch.uint8)
+
+    def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
+        """Copy rows out."""
+        torch.index_select(rows, 0, index, out=out)
+
+    def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
+        """Copy rows in."""
+        rows.index_copy_(0, index, source)
+
+
+class CudaCopier:
+    """For tensors on a GPU, with a stream for each way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._out, self._in = _cuda.Stream(device), _cuda.Stream(device)
+        self._marked: Any = None
+
+    def mark(self) -> None:
+        """Have later fetches wait for what the caller's stream has to do."""
+        event = _cuda.Event()
+        event.record(_cuda.current_stream(self._device))
+        self._marked = event
+
+    def buffer(self, count: int) -> Tensor:
+        """Return memory that the device reads and writes by itself."""
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+
+    def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
+        """Copy rows out."""
+        with _cuda.stream(self._out):
+            if self._marked is not None:
+                self._out.wait_event(self._marked)
+            out.copy_(rows.index_select(0, index.to(self._device)), non_blocking=True)
+            self._wait(self._out)
+
+    def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
+        """Copy rows in."""
+        with _cuda.stream(self._in):
+            rows.index_copy_(0, index.to(self._device), source.to(self._device, non_blocking=True))
+            self._wait(self._in)
+
+    def _wait(self, stream: Any) -> None:
+        # For this copy alone: other threads go on to use the stream.
+        event = _cuda.Event()
+        event.record(stream)
+        event.synchronize()
+
+
+class Buffers:
+    """Host buffers, a bounded number of them, each used again."""
+
+    def __init__(self, copier: Copier, limits: StagingLimits) -> None:
+        self._copier = copier
+        self._limits = limits
+        self._free: list[Tensor] = []
+        self._lent = 0
+        self._changed = threading.Condition()
+
+    def take(self, count: int) -> Tensor:
+        """Return a buffer of at least so many bytes. Raises: CommTimeout when none is given back in time"""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._lent < self._limits.buffers, self._limits.timeout_s):
+                raise CommTimeout(f"all {self._limits.buffers} buffers for staging KV are in use")
+            self._lent += 1
+            buffer = self._free.pop() if self._free else None
+        try:
+            # One that is too small makes room for one that is not: frames are of few sizes.
+            return buffer if buffer is not None and len(buffer) >= count else self._copier.buffer(count)
+        except BaseException:
+            self._returned()
+            raise
+
+    def give(self, buffer: Tensor) -> None:
+        """Give a buffer back."""
+        self._free.append(buffer)
+        self._returned()
+
+    def _returned(self) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._changed.notify()
+
+
+class StagedStore:
+    """The KV of a rank that is on a device: a ``KvStore``.
+
+    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous, of one type and on one device
+    """
+
+    def __init__(
+        self, shape: KvShape, layers: Sequence[Tensor], copier: Copier, limits: StagingLimits | None = None
+    ) -> None:
+        if len(layers) != len(shape.layers) or any(layer.nbytes != shape.layer_bytes for layer in layers):
+            raise CommMisuse(f"{len(layers)} layers of a device's KV are not what its shape says: {shape}")
+        self.shape = shape
+        self._bytes = [layer.view(-1).view(torch.uint8) for layer in layers]
+        self._copier = copier
+        limits = limits or StagingLimits()
+        self._out, self._in = Buffers(copier, limits), Buffers(copier, limits)
+
+    def mark(self) -> None:
+        """Note that the calling thread has enqueued what writes the KV that is sent from now on."""
+        self._copier.mark()
+
+    def outward(self, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Staged:
+        """Return some heads' bytes of a layer, fetched."""
+        staged = self._staged(self._out, layer, heads, cuts, blocks)
+        try:
+            self._copier.fetch(staged.rows, staged.index, staged.piece)
+        except BaseException:
+            staged.end()
+            raise
+        return staged
+
+    def inward(self, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Staged:
+        """Return a buffer for some heads' bytes of a layer."""
+        return self._staged(self._in, layer, heads, cuts, blocks)
+
+    def _staged(self, buffers: Buffers, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Staged:
+        starts, lengths = self.shape.places(heads, cuts, blocks)
+        buffer = buffers.take(int(lengths.sum()))
+        return Staged(self._copier, buffers, buffer, self._bytes[layer - self.shape.layers.start], starts, lengths)
+
+
+class Staged:
+    """A frame in a buffer: a ``Passage``. ``rows``, ``index``: where it is in the cache; ``piece``: in the buffer."""
+
+    def __init__(
+        self, copier: Copier, buffers: Buffers, buffer: Tensor, layer: Tensor, starts: Numbers, lengths: Numbers
+    ) -> None:
+        self._copier = copier
+        self._buffers = buffers
+        self._buffer: Tensor | None = buffer
+        # The longest rows of which all runs consist.
+        row = gcd(int(np.gcd.reduce(starts)), int(np.gcd.reduce(lengths)))
+        counts = lengths // row
+        first = np.cumsum(counts) - counts
+        index = np.arange(counts.sum()) + np.repeat(starts // row - first, counts)
+        count = int(lengths.sum())
+        # Moved in words where rows consist of words.
+        unit = torch.int64 if row % 8 == 0 else torch.uint8
+        self.rows = layer.view(-1, row).view(unit)
+        self.index = torch.from_numpy(index)
+        self.piece = buffer[:count].view(-1, row).view(unit)
+        view = buffer.numpy().data
+        self.runs = Runs(view, address_of(view), np.zeros(1, dtype=np.int64), np.full(1, count, dtype=np.int64))
+
+    def store(self) -> None:
+        """Put what was filled in into the cache."""
+        self._copier.put(self.rows, self.index, self.piece)
+
+    def end(self) -> None:
+        """Give the buffer back."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._buffers.give(buffer)
