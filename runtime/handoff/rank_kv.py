@@ -8,11 +8,9 @@ for no peer. What may be written into which block is decided by the gate, on the
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from ...placement.kv_routes import KvLayout
 from ...sdk.errors import EngineError
 from ..clock import Clock
 from .meetings import Meetings
+from .own_folder import OwnFolder
 from .rank_orders import CloseTransfer, ForgetTransfer, KvOrder, OpenReceive, OpenSend, RankEnd, RankMoved, RankWord
 from .rank_sending import RankSending
 from .settings import KvSeat, KvShare
@@ -80,14 +79,14 @@ class RankKv:
         self._failure: BaseException | None = None
         self._over = self._closed = False
         self._closing = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="slipstream-kv-")
+        self._folder = OwnFolder()
         try:
-            folder = Path(self._folder.name)
+            folder = self._folder.path
             self._transports = open_transports(
                 share, seat, self.offer, self._gate, memory, folder=folder, events=self._events, clock=clock
             )
         except BaseException:
-            self._folder.cleanup()
+            self._folder.close()
             raise
         self._meetings = Meetings(
             self._transports, timeout_s=limits.connect_timeout_s, most=limits.max_connecting, clock=clock, wake=wake
@@ -152,7 +151,7 @@ class RankKv:
             for transport in self._transports.values():
                 transport.close()
             self._meetings.close()
-            self._folder.cleanup()
+            self._folder.close()
 
     # -------------------------------------------------------------- the thread
 
