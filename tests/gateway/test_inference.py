@@ -167,7 +167,7 @@ async def test_keys_are_asked_for_as_over_http() -> None:
 
 @asynchronous
 async def test_the_bound_on_requests_is_shared_with_http() -> None:
-    limits = RequestLimits(max_concurrent_requests=1)
+    limits = RequestLimits(max_concurrent_requests=1, turn_timeout_s=0.1)
     async with public(limits=limits) as (setup, channel):
         setup.engine.hold.clear()
         running = asyncio.ensure_future(setup.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}))

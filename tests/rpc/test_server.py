@@ -193,7 +193,9 @@ def test_a_gateway_that_does_not_read_loses_its_session() -> None:
                 while not await all_is_free(client):
                     pass
             _, status, details = await until_end(call)
-            assert status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED), (status, details)
+            # gRPC may tell a writer of its own failed write in place of why the stream ended.
+            told = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+            assert status in told, (status, details)
             await client.close()
 
     run(test())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.rpc.backoff import no_jitter
 from slipstream.runtime.rpc.client import GrpcEngineClient
+from slipstream.runtime.rpc.inference import AnswerNews, Ask, Caller, ModelFacts, TextLine
+from slipstream.runtime.rpc.inference_server import InferenceServer
 from slipstream.runtime.rpc.kv_client import GrpcKvTalker
 from slipstream.runtime.rpc.server import EngineServer
 from slipstream.runtime.rpc.tls import (
@@ -22,6 +25,7 @@ from slipstream.runtime.rpc.tls import (
     MAX_FILE_BYTES,
     NAME_VARIABLE,
     Tls,
+    open_channel,
     read_tls,
     tls_from,
 )
@@ -192,6 +196,35 @@ def test_drivers_talk_about_kv_over_mutual_tls_and_with_nobody_else(cluster: Tls
         await server.stop(grace_s=0.0)
 
     run(test())
+
+
+def test_the_public_service_is_behind_certificates_too(cluster: Tls) -> None:
+    async def test() -> None:
+        server = InferenceServer(NoGateway(), "127.0.0.1:0", max_requests=4, tls=cluster)
+        address = await server.start()
+        async with open_channel(address, (), cluster) as channel:
+            list_models: Any = channel.unary_unary("/slipstream.v1.Inference/ListModels")
+            assert await list_models(b"") == b""
+        async with open_channel(address, (), None) as channel:
+            list_models = channel.unary_unary("/slipstream.v1.Inference/ListModels")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await list_models(b"")
+        await server.stop(grace_s=0.0)
+
+    run(test())
+
+
+class NoGateway:
+    """A gateway that serves nothing, to everybody."""
+
+    def check(self, caller: Caller) -> None:
+        pass
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        return ()
+
+    def generate(self, ask: Ask, caller: Caller, line: TextLine | None) -> AsyncGenerator[AnswerNews]:
+        raise NotImplementedError
 
 
 def test_health_is_behind_the_certificates_too(cluster: Tls) -> None:
