@@ -12,6 +12,8 @@ of its own and follows a short unmeasured round.
   end at whole multiples of the step time on the clock that both processes read. A stream's tokens are counted from its
   fastest one; when the driver misses a step, all that comes later counts as late, so that the figure is too high rather
   than too low.
+- gRPC (``--grpc``): the same with all requests on one stream of the public gRPC service, whose messages hold what came
+  for all of them; its limit is 30,000 tokens/s.
 - held (``--hold SECONDS``): the same pace, but streams of mixed lengths, each followed by a new request when it ends.
   The gateway's resident memory every ten seconds, and the same latency.
 
@@ -43,9 +45,13 @@ import psutil
 from numpy.typing import NDArray
 
 from slipstream.benchmarks.report import write_report
+from slipstream.benchmarks.session_clients import SessionClients, SessionStream
 from slipstream.benchmarks.stream_clients import Clients, Stream
 
+AnyStream = Stream | SessionStream
+
 LIMIT_TOKENS_PER_S = 15_000
+LIMIT_GRPC_TOKENS_PER_S = 30_000
 LIMIT_ADDED_P99_MS = 20.0
 
 _LOOK_S = 0.5
@@ -70,7 +76,7 @@ class Look:
 class Run:
     """One round of streams, all of them ended."""
 
-    streams: list[Stream]
+    streams: Sequence[AnyStream]
     looks: list[Look]
     duration_s: float
 
@@ -97,8 +103,9 @@ class Run:
 class Gateway:
     """A gateway that runs, and its driver."""
 
-    def __init__(self, process_id: int, port: int) -> None:
+    def __init__(self, process_id: int, port: int, grpc_port: int) -> None:
         self.port = port
+        self.grpc_port = grpc_port
         self._process = psutil.Process(process_id)
         (self._driver,) = self._process.children()
 
@@ -135,7 +142,7 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
         line = process.stdout.readline()
         if not line:
             raise RuntimeError("the gateway did not start; its last lines say why")
-        gateway = Gateway(process.pid, json.loads(line)["port"])
+        gateway = Gateway(process.pid, **json.loads(line))
         gateway.take_cores()
         yield gateway
     finally:
@@ -151,10 +158,10 @@ def running_gateway(*, streams: int, step_time_s: float) -> Iterator[Gateway]:
 class Measured:
     """One round of streams before a gateway, and what is looked at meanwhile."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, *, grpc: bool) -> None:
         self._gateway = gateway
-        self._clients = Clients(gateway.port)
-        self._done: list[Stream] = []
+        self._clients: Any = SessionClients(gateway.grpc_port) if grpc else Clients(gateway.port)
+        self._done: list[AnyStream] = []
         self._looks: list[Look] = []
 
     def run(self, lengths: Sequence[int], *, hold_s: float = 0.0, look_every_s: float | None = None) -> Run:
@@ -166,7 +173,7 @@ class Measured:
         longest = max(lengths)
         start_s = time.monotonic()
 
-        def ended(stream: Stream) -> None:
+        def ended(stream: AnyStream) -> None:
             self._done.append(stream)
             if time.monotonic() < start_s + hold_s:
                 self._clients.connect(longest).ask()
@@ -211,34 +218,34 @@ def added_latency_s(arrivals_s: NDArray[np.float64], step_time_s: float) -> NDAr
     return added
 
 
-def latency_figures(streams: Sequence[Stream], step_time_s: float, *, skip: int) -> dict[str, float]:
+def latency_figures(streams: Sequence[AnyStream], step_time_s: float, *, skip: int) -> dict[str, float]:
     """Return percentiles of all streams' added latency, in milliseconds, without each stream's first tokens."""
     added_s = [added_latency_s(np.array(stream.arrivals_s), step_time_s)[skip:] for stream in streams]
     p50, p90, p99, most = np.percentile(np.concatenate(added_s) * 1e3, [50, 90, 99, 100]).tolist()
     return {"added_p50_ms": p50, "added_p90_ms": p90, "added_p99_ms": p99, "added_max_ms": most}
 
 
-def measure_throughput(streams: int, tokens: int) -> dict[str, Any]:
+def measure_throughput(streams: int, tokens: int, *, grpc: bool) -> dict[str, Any]:
     """Measure with an engine that answers at once."""
     with running_gateway(streams=streams, step_time_s=0.0) as gateway:
-        Measured(gateway).run([tokens // 4] * streams)
-        return Measured(gateway).run([tokens] * streams).figures
+        Measured(gateway, grpc=grpc).run([tokens // 4] * streams)
+        return Measured(gateway, grpc=grpc).run([tokens] * streams).figures
 
 
-def measure_latency(streams: int, tokens: int, step_time_s: float) -> dict[str, Any]:
+def measure_latency(streams: int, tokens: int, step_time_s: float, *, grpc: bool) -> dict[str, Any]:
     """Measure with an engine that steps at a pace, all streams in every step."""
     with running_gateway(streams=streams, step_time_s=step_time_s) as gateway:
-        Measured(gateway).run([tokens // 4] * streams)
-        run = Measured(gateway).run([tokens] * streams, look_every_s=_LOOK_S)
+        Measured(gateway, grpc=grpc).run([tokens // 4] * streams)
+        run = Measured(gateway, grpc=grpc).run([tokens] * streams, look_every_s=_LOOK_S)
     # The first tokens come while requests are still being read: their cost is that of starting.
     return {**run.figures, **latency_figures(run.streams, step_time_s, skip=tokens // 4)}
 
 
-def measure_held(streams: int, tokens: int, step_time_s: float, hold_s: float) -> dict[str, Any]:
+def measure_held(streams: int, tokens: int, step_time_s: float, hold_s: float, *, grpc: bool) -> dict[str, Any]:
     """Measure streams that end and begin all the time."""
     lengths = random.Random(_SEED).choices(range(tokens // 4, tokens + 1), k=streams)
     with running_gateway(streams=streams, step_time_s=step_time_s) as gateway:
-        run = Measured(gateway).run(lengths, hold_s=hold_s, look_every_s=_LOOK_HELD_S)
+        run = Measured(gateway, grpc=grpc).run(lengths, hold_s=hold_s, look_every_s=_LOOK_HELD_S)
     seconds = [round(look.at_s - run.looks[0].at_s) for look in run.looks]
     return {**run.figures, "seconds": seconds, **latency_figures(run.streams, step_time_s, skip=tokens // 4)}
 
@@ -248,32 +255,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each stream")
-    parser.add_argument("--load", type=int, default=LIMIT_TOKENS_PER_S, help="tokens/s at which latency is measured")
+    parser.add_argument("--load", type=int, help="tokens/s at which latency is measured; the limit when left out")
     parser.add_argument("--hold", type=float, default=0.0, help="seconds for which streams follow one another")
+    parser.add_argument("--grpc", action="store_true", help="over gRPC, all requests on one stream")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    streams, tokens = arguments.streams, arguments.tokens
-    step_time_s = streams / arguments.load
+    streams, tokens, grpc = arguments.streams, arguments.tokens, arguments.grpc
+    limit = LIMIT_GRPC_TOKENS_PER_S if grpc else LIMIT_TOKENS_PER_S
+    load = arguments.load or limit
+    step_time_s = streams / load
     # A pause of this process would count as the gateway's.
     gc.disable()
-    figures: dict[str, Any] = {"streams": streams, "tokens": tokens, "offered_tokens_per_s": arguments.load}
-    figures["throughput"] = measure_throughput(streams, tokens)
-    show("throughput", figures["throughput"])
-    figures["latency"] = measure_latency(streams, tokens, step_time_s)
-    show("latency", figures["latency"])
+    figures: dict[str, Any] = {"streams": streams, "tokens": tokens, "offered_tokens_per_s": load, "grpc": grpc}
+    figures["throughput"] = measure_throughput(streams, tokens, grpc=grpc)
+    show("throughput", figures["throughput"], limit)
+    figures["latency"] = measure_latency(streams, tokens, step_time_s, grpc=grpc)
+    show("latency", figures["latency"], limit)
     if arguments.hold:
-        figures["held"] = measure_held(streams, tokens, step_time_s, arguments.hold)
-        show("held", figures["held"])
+        figures["held"] = measure_held(streams, tokens, step_time_s, arguments.hold, grpc=grpc)
+        show("held", figures["held"], limit)
     if arguments.json:
-        limits = {"limit_tokens_per_s": LIMIT_TOKENS_PER_S, "limit_added_p99_ms": LIMIT_ADDED_P99_MS}
-        write_report(arguments.json, "gateway", figures | limits)
+        limits = {"limit_tokens_per_s": limit, "limit_added_p99_ms": LIMIT_ADDED_P99_MS}
+        write_report(arguments.json, "gateway-grpc" if grpc else "gateway", figures | limits)
 
 
-def show(name: str, figures: dict[str, Any]) -> None:
+def show(name: str, figures: dict[str, Any], limit: int) -> None:
     """Print what a round took."""
     speed = figures["tokens_per_s"]
     print(
-        f"{name}: {speed:.0f} tokens/s, {speed / LIMIT_TOKENS_PER_S:.2f} of {LIMIT_TOKENS_PER_S};"
+        f"{name}: {speed:.0f} tokens/s, {speed / limit:.2f} of {limit};"
         f" {figures['tokens_per_event']:.2f} tokens an event; processor time a token:"
         f" gateway {figures['gateway_us_per_token']:.1f} us, driver {figures['driver_us_per_token']:.1f} us,"
         f" clients {figures['clients_us_per_token']:.1f} us"

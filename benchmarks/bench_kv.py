@@ -7,6 +7,9 @@ from and into memory of that size (``raw walk``); and one thread copying as many
 interleaved, medians and ratios of one round are told. ``--json`` writes a report.
 
     python -P -m slipstream.benchmarks.bench_kv --json benchmarks/results/kv.json
+
+``--links 1000 5000``: instead, a prompt's KV over links of so many Mbit/s while it is computed (``kv/links.py``; needs
+root, for network namespaces).
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from typing import IO
 import numpy as np
 
 from slipstream.benchmarks.kv.ends import LAYERS, TOKEN_BYTES, WAYS, Sender, memory
+from slipstream.benchmarks.kv.links import measure_links
 from slipstream.benchmarks.kv.raw import RawSender
 from slipstream.benchmarks.report import write_report
 from slipstream.comm.kv.outgoing import DEFAULT_FRAME_BYTES
+from slipstream.tests.multinode.namespaces import missing
 
 MIB = 1 << 20
 
@@ -176,6 +181,41 @@ def measure(bench: Bench, mib: int, *, rounds: int, streams: int, frame_bytes: i
         )
 
 
+def over_links(speeds: list[int], report: Path | None) -> None:
+    """Measure links, print the table and write the report."""
+    if (why := missing()) is not None:
+        raise SystemExit(f"--links {why}")
+    columns = (
+        "Mbit/s",
+        "wire/prefill",
+        "prefill ms",
+        "unsent MiB",
+        "in layers",
+        "extra ms",
+        "extra",
+        "serial ms",
+        "extra",
+    )
+    print("  ".join(f"{name:>12}" for name in columns), flush=True)
+    points = []
+    for point in measure_links(speeds):
+        points.append(point)
+        row = (
+            f"{point.mbit_per_s}",
+            f"{point.wire_share:.2f}",
+            f"{point.prefill_s * 1e3:.0f}",
+            f"{point.unsent_mib:.2f}",
+            f"{point.unsent_layers:.2f}",
+            f"{point.extra_s * 1e3:.1f}",
+            f"{point.extra:.1%}",
+            f"{point.extra_serial_s * 1e3:.1f}",
+            f"{point.extra_serial:.1%}",
+        )
+        print("  ".join(f"{cell:>12}" for cell in row), flush=True)
+    if report:
+        write_report(report, "kv-links", {"points": [asdict(point) for point in points]})
+
+
 def main() -> None:
     """Measure, print the table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -183,8 +223,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--frame-kib", type=int, default=DEFAULT_FRAME_BYTES >> 10)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--links", type=int, nargs="+", metavar="MBIT_PER_S")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.links:
+        over_links(arguments.links, arguments.json)
+        return
     most_tokens = max(arguments.mib) * MIB // TOKEN_BYTES
     columns = ("way", "MiB", "ms", "CPU ms", "GiB/s", "x raw", "x raw walk", "x copy")
     print("  ".join(f"{name:>14}" for name in columns), flush=True)

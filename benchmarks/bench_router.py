@@ -89,7 +89,7 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
     yield Case(name="within ticks", arrivals=moved, speed=1.0, judged=whole)
     yield Case(name="as it is", arrivals=arrivals, speed=1.0, judged=whole)
     yield Case(name="within ticks, time x 0.75", arrivals=_faster(moved, 0.75), speed=0.75, judged=False)
-    yield Case(name="within ticks, time x 1.5", arrivals=_faster(moved, 1.5), speed=1.5, judged=False)
+    yield Case(name="within ticks, time x 1.25", arrivals=_faster(moved, 1.25), speed=1.25, judged=False)
 
 
 def run(case: Case, fleet: Fleet) -> dict[str, Outcome]:

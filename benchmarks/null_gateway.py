@@ -31,12 +31,14 @@ from slipstream.runtime.gateway.driver_process import DriverProcess
 from slipstream.runtime.gateway.garbage import collect_seldom
 from slipstream.runtime.gateway.gateway import make_gateway
 from slipstream.runtime.gateway.http_protocol import bounded_protocol
+from slipstream.runtime.gateway.inference import GatewayInference
 from slipstream.runtime.gateway.logs import log_as_json
 from slipstream.runtime.gateway.replica import Replica, model_text
 from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.gateway.supervisor import Supervisor
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.rpc.client import GrpcEngineClient
+from slipstream.runtime.rpc.inference_server import InferenceServer
 from slipstream.runtime.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 32_000
@@ -74,8 +76,11 @@ async def serve(*, streams: int, step_time_s: float, listening: socket.socket, f
         *("--max-model-len", "4096", "--null-step-time", str(step_time_s), MODEL_NAME),
     ]  # fmt: skip
 
+    inference = InferenceServer(GatewayInference(gateway), "127.0.0.1:0", max_requests=streams)
+    grpc_port = int((await inference.start()).rpartition(":")[2])
+
     def announce() -> None:
-        print(json.dumps({"port": listening.getsockname()[1]}), flush=True)
+        print(json.dumps({"port": listening.getsockname()[1], "grpc_port": grpc_port}), flush=True)
 
     supervisor = Supervisor(
         replica,
@@ -98,6 +103,7 @@ async def serve(*, streams: int, step_time_s: float, listening: socket.socket, f
         await server.serve(sockets=[listening])
     finally:
         await supervisor.stop(timeout_s=1.0)
+        await inference.stop(grace_s=0.0)
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
 

@@ -171,6 +171,7 @@ def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is all of them")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes any free one")] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="port of the gRPC service; without it there is none")] = None,
     served_model_name: ServedNamesOption = None,
     api_key_file: Annotated[Path | None, typer.Option(help="API keys that are let in, one a line")] = None,
     max_concurrent_requests: Annotated[int, typer.Option(help="prompts on their way at once; more get 429")] = 2048,
@@ -248,7 +249,9 @@ def _serve_options(given: dict[str, Any]) -> ServeOptions:
     if given["prefill"] or given["decode"]:
         names = ("prefill", "decode", "kv_transport", "split_from_tokens")
         split = LocalSplit(**{name: given[name] for name in names if given[name] is not None})
-    others = {name: given[name] for name in ("host", "port", "start_timeout_s", "drain_timeout_s", "log_level")}
+    others = {
+        name: given[name] for name in ("host", "port", "grpc_port", "start_timeout_s", "drain_timeout_s", "log_level")
+    }
     return ServeOptions(engine=engine, settings=settings, split=split, **others)
 
 

@@ -1,21 +1,25 @@
 """KV by NIXL, which moves it by RDMA where there is that: read by the receiver out of the sender's registered memory.
 
-Optional: the library is loaded when a transport of this kind is made. Words go over a socket, as for ``tcp``. Only the
-receiver reads, into what its gate has admitted. That a sender has not given up meanwhile cannot be seen at this end of
-a network: it says so after it heard that a frame was read, and until then nothing counts as applied.
+Optional: where the library cannot be imported, there are no transports of this kind. Words go over a socket, as for
+``tcp``. Only the receiver reads, into what its gate has admitted. That a sender has not given up meanwhile cannot be
+seen at this end of a network: it says so after it heard that a frame was read, and nothing is applied before that.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
+import secrets
 import socket
 import threading
 from struct import Struct
 from typing import Any, Protocol
 
 import numpy as np
+
+try:
+    from nixl._api import nixl_agent, nixl_agent_config
+except ImportError:
+    nixl_agent = None
 
 from ..errors import BadFrame, CommError, CommMisuse, CommTimeout, PeerLost
 from ..wire import Clock, Deadline
@@ -27,7 +31,6 @@ from .tcp import Tcp
 logger = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 1 << 20
-_LIBRARY = "nixl._api"
 _SIZE = Struct("!I")
 _DONE = b"d"
 _KEPT = b"k"
@@ -53,24 +56,22 @@ class Agent(Protocol):
 
 def available() -> bool:
     """Return whether the library is here."""
-    return importlib.util.find_spec(_LIBRARY.partition(".")[0]) is not None
+    return nixl_agent is not None
 
 
-def open_agent(name: str) -> Agent:
-    """Return an agent of the library's; every life of a rank has its own name. Raises: CommMisuse"""
-    try:
-        library: Any = importlib.import_module(_LIBRARY)
-    except ImportError as error:
-        raise CommMisuse(f"KV by NIXL needs its library (pip install nixl): {error}") from error
-    agent: Agent = library.nixl_agent(name, library.nixl_agent_config(backends=["UCX"]))
+def open_agent() -> Agent:
+    """Return an agent of the library's, under a name that no other has. Raises: CommMisuse"""
+    if nixl_agent is None:
+        raise CommMisuse("KV by NIXL needs its library: pip install nixl")
+    agent: Agent = nixl_agent(f"slipstream-{secrets.token_hex(16)}", nixl_agent_config(backends=["UCX"]))
     return agent
 
 
 class Nixl:
     """How streams make channels of TCP connections and NIXL agents."""
 
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+    def __init__(self, agent: Agent | None = None) -> None:
+        self._agent = open_agent() if agent is None else agent
         # An agent is for one thread at a time.
         self._lock = threading.Lock()
         self._registered: Any = None

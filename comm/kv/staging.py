@@ -1,4 +1,4 @@
-"""A device's KV for transports that move host memory: frames pass through buffers on the host, in and out.
+"""A device's KV for transports: frames pass through buffers, in and out, on the host or on the device itself.
 
 A frame's bytes lie in one piece in a buffer, so a device's copy and a socket's call are one each. What comes in goes to
 the cache only when it is whole and checked. Buffers are few: who finds none waits for one, for a bounded time; those
@@ -38,14 +38,18 @@ class StagingLimits:
 
 
 class Copier(Protocol):
-    """Copies rows between a device and the host; the bytes are there when a call returns."""
+    """Copies rows between a cache and buffers; the bytes are there when a call returns."""
 
     def mark(self) -> None:
         """Note that what was enqueued by this thread before now writes what will be fetched after now."""
         ...
 
     def buffer(self, count: int) -> Tensor:
-        """Return host memory of so many bytes."""
+        """Return memory of so many bytes for a frame to pass through."""
+        ...
+
+    def runs(self, buffer: Tensor, count: int) -> Runs:
+        """Return the first bytes of a buffer as a frame's."""
         ...
 
     def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
@@ -59,6 +63,10 @@ class Copier(Protocol):
 
 class HostCopier:
     """For tensors on the CPU."""
+
+    def runs(self, buffer: Tensor, count: int) -> Runs:
+        """Return memory of this process."""
+        return _host_runs(buffer, count)
 
     def mark(self) -> None:
         """Nothing: what was called has been done."""
@@ -94,6 +102,10 @@ class CudaCopier:
         """Return memory that the device reads and writes by itself."""
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
+    def runs(self, buffer: Tensor, count: int) -> Runs:
+        """Return memory of this process."""
+        return _host_runs(buffer, count)
+
     def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
         """Copy rows out."""
         with _cuda.stream(self._out):
@@ -115,8 +127,44 @@ class CudaCopier:
         event.synchronize()
 
 
+class DeviceRuns(Runs):
+    """A frame's bytes on a device: a transport that moves them there takes ``piece``; nobody else can have them."""
+
+    def __init__(self, piece: Tensor) -> None:
+        self.piece = piece
+
+    @property
+    def num_bytes(self) -> int:
+        """All bytes together."""
+        return len(self.piece)
+
+    def __len__(self) -> int:
+        raise CommMisuse("KV that stays on a device has no checksums: offer it without, or go through the host")
+
+
+class OnDevice:
+    """For transports that move a device's memory: frames pass through buffers over there, in one piece each."""
+
+    def __init__(self, copier: Copier, device: torch.device) -> None:
+        self._device = device
+        self.mark, self.fetch, self.put = copier.mark, copier.fetch, copier.put
+
+    def buffer(self, count: int) -> Tensor:
+        """Return the device's memory."""
+        return torch.empty(count, dtype=torch.uint8, device=self._device)
+
+    def runs(self, buffer: Tensor, count: int) -> DeviceRuns:
+        """Return the piece."""
+        return DeviceRuns(buffer[:count])
+
+
+def _host_runs(buffer: Tensor, count: int) -> Runs:
+    view = buffer.numpy().data
+    return Runs(view, address_of(view), np.zeros(1, dtype=np.int64), np.full(1, count, dtype=np.int64))
+
+
 class Buffers:
-    """Host buffers, a bounded number of them, each used again."""
+    """Buffers, a bounded number of them, each used again."""
 
     def __init__(self, copier: Copier, limits: StagingLimits) -> None:
         self._copier = copier
@@ -167,6 +215,11 @@ class StagedStore:
         limits = limits or StagingLimits()
         self._out, self._in = Buffers(copier, limits), Buffers(copier, limits)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether frames pass through buffers on the device."""
+        return isinstance(self._copier, OnDevice)
+
     def mark(self) -> None:
         """Note that the calling thread has enqueued what writes the KV that is sent from now on."""
         self._copier.mark()
@@ -211,8 +264,7 @@ class Staged:
         self.rows = layer.view(-1, row).view(unit)
         self.index = torch.from_numpy(index)
         self.piece = buffer[:count].view(-1, row).view(unit)
-        view = buffer.numpy().data
-        self.runs = Runs(view, address_of(view), np.zeros(1, dtype=np.int64), np.full(1, count, dtype=np.int64))
+        self.runs = copier.runs(buffer, count)
 
     def store(self) -> None:
         """Put what was filled in into the cache."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..errors import CommMisuse
 from .memory import KvMemory, KvStore
 from .runs import KvShape
-from .staging import CudaCopier, StagedStore
+from .staging import CudaCopier, OnDevice, StagedStore
 
 
-def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvStore:
-    """Return a rank's cache for its transports.
+def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_device: bool = False) -> KvStore:
+    """Return a rank's cache for its transports; ``on_device``: for one that moves a GPU's memory as it is.
 
     Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous
     ``first_layer`` and ``heads``: which of the model's these are
@@ -27,7 +27,8 @@ def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvS
         return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])
     if device.type != "cuda":
         raise CommMisuse(f"KV moves from and to CPUs and GPUs of CUDA or ROCm, not {device.type}")
-    return StagedStore(shape, layers, CudaCopier(device))
+    copier = CudaCopier(device)
+    return StagedStore(shape, layers, OnDevice(copier, device) if on_device else copier)
 
 
 def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:

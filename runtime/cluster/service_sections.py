@@ -103,14 +103,17 @@ class ObjectivesSection(Section):
 class KvTransportSection(Section):
     """How KV goes from prefill to decode replicas. ``auto``: the fastest that both ends have.
 
-    ``split_from_tokens``: prompts of which fewer tokens are to be computed stay at the decode replica; left out, as
-    many as gateways take to be worth it.
+    - ``split_from_tokens``: prompts of which fewer tokens are to be computed stay at the decode replica; left out, as
+      many as gateways take to be worth it.
+    - ``serial_below_tokens``: shorter prompts are sent when they are computed, longer ones layer by layer; left out, as
+      many as replicas take to be worth it.
     """
 
     kind: Literal["auto", "tcp", "shm", "nccl", "nixl"] = "auto"
     transfer_timeout_s: Positive = 30.0
     max_parked_bytes: Annotated[int, Field(ge=0)] = 2 << 30
     split_from_tokens: Annotated[int, Field(ge=1)] | None = None
+    serial_below_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class LimitsSection(Section):

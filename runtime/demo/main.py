@@ -6,6 +6,8 @@ The deployment has prefill and decode replicas: how much was moved between them 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +45,8 @@ PROMPTS = (
 )
 
 _REQUEST_TIMEOUT_S = 60.0
+_SETTLE_TIMEOUT_S = 3.0
+_LOOK_S = 0.1
 
 
 def run_demo(cluster: RunningCluster, body: dict[str, Any]) -> None:
@@ -73,5 +77,15 @@ async def _ask(base_url: str, body: dict[str, Any], show: Show) -> tuple[list[An
         answers = await ask_together(
             client, PROMPTS, {**body, "model": model}, show=show, clock=monotonic_clock, timeout_s=_REQUEST_TIMEOUT_S
         )
-        async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-            return answers, movement(before, await client.metrics())
+        return answers, await _moved(client, before)
+
+
+async def _moved(client: ApiClient, before: Mapping[str, float]) -> Movement:
+    """Return what was moved for the prompts. A hand-off may be heard of after the answer that it led to."""
+    moved = Movement()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+            while moved.hand_offs < len(PROMPTS):
+                moved = movement(before, await client.metrics())
+                await asyncio.sleep(_LOOK_S)
+    return moved

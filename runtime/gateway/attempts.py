@@ -310,6 +310,8 @@ class Attempts:
         )
         if route is not None:
             self._routes.append(route)
+            if choose.decode is not None and isinstance(route, Split):
+                self._gateway.metrics.resent.inc()
         stall_s = None
         if isinstance(route, Split):
             cost = route.cost

@@ -29,6 +29,7 @@ from ..rpc.tls import tls_from
 from ..rpc.view_watch import ViewWatch
 from .auth import read_api_keys
 from .gateway import make_gateway
+from .inference import grpc_server
 from .model_files import ModelFiles
 from .process import GatewayProcess, bound, event_loop, prepare_process, shown_address
 from .replica_set import SPLIT_FROM_TOKENS, ReplicaSet
@@ -80,7 +81,14 @@ async def _serve(options: argparse.Namespace, settings: GatewaySettings, listeni
         host, port = shown_address(listening)
         print(json.dumps({"ready": True, "address": f"{host}:{port}"}), flush=True)
 
-    process = GatewayProcess(gateway, replicas, listening, drain_timeout_s=options.drain_timeout_s, announce=announce)
+    process = GatewayProcess(
+        gateway,
+        replicas,
+        listening,
+        drain_timeout_s=options.drain_timeout_s,
+        announce=announce,
+        inference=grpc_server(gateway, options.host, options.grpc_port, tls=tls),
+    )
     _end_with_stdin(process.told)
     return await process.run()
 
@@ -130,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them")
     add("--port", type=int, default=8000, help="port to listen on; 0 takes any free one")
+    add("--grpc-port", type=int, metavar="N", help="port of the gRPC inference service; without it there is none")
     add(
         "--watch",
         nargs="+",

@@ -168,7 +168,7 @@ class PromptRun:
             if event.finish_reason is not None:
                 self._refuse_broken_end(event.finish_reason)
                 text += self._collector.end(event.index, event.finish_reason, event.stop_token_id, now_s=now_s)
-        if sample.finished:
+        if sample.finish_reason is not None:
             attempts.over(number, event.index)
         elif len(sample.token_ids) == first:
             return None

@@ -18,9 +18,11 @@ from ..clock import monotonic_clock, wall_clock
 from ..config import EngineOptions
 from ..driver_command import role_arguments
 from ..rpc.client import GrpcEngineClient
+from ..rpc.tls import tls_from
 from ..rpc.view_source import InProcessViewWatch, ViewBoard
 from .driver_process import DriverProcess, driver_command
 from .gateway import Gateway, make_gateway
+from .inference import grpc_server
 from .local_pools import LocalPools, LocalSplit
 from .model_files import read_model_text
 from .process import LAST_BYTES_S, LOOK_S, GatewayProcess, bound, event_loop, prepare_process, shown_address
@@ -46,6 +48,7 @@ class ServeOptions:
     start_timeout_s: float = 1800.0
     drain_timeout_s: float = 60.0
     log_level: str = "info"
+    grpc_port: int | None = None
     split: LocalSplit | None = None
 
 
@@ -88,7 +91,12 @@ async def _run(
         announce(_how_to_ask(gateway, listening))
 
     process = GatewayProcess(
-        gateway, supervisor, listening, drain_timeout_s=options.drain_timeout_s, announce=announce_when_ready
+        gateway,
+        supervisor,
+        listening,
+        drain_timeout_s=options.drain_timeout_s,
+        announce=announce_when_ready,
+        inference=grpc_server(gateway, options.host, options.grpc_port, tls=tls_from(os.environ)),
     )
     return await process.run()
 
@@ -134,7 +142,12 @@ async def _run_split(
         announce(_how_to_ask(gateway, listening))
 
     process = GatewayProcess(
-        gateway, pools, listening, drain_timeout_s=options.drain_timeout_s, announce=announce_when_ready
+        gateway,
+        pools,
+        listening,
+        drain_timeout_s=options.drain_timeout_s,
+        announce=announce_when_ready,
+        inference=grpc_server(gateway, options.host, options.grpc_port, tls=tls_from(os.environ)),
     )
     return await process.run()
 

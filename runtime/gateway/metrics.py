@@ -185,6 +185,7 @@ class GatewayMetrics:
         self.aborted = self._counter("aborted", "prompts given up before their end: client gone, error or stop")
         self.moved = self._counter("requests_moved", "prompts that one replica did not take or lost, and another has")
         self.gone_on = self._counter("gone_on", "prompts that the replica that waited for their KV computed itself")
+        self.resent = self._counter("hand_offs_resent", "prompts that another replica was to compute and send instead")
         self.hand_offs = HandOffTally()
         self._registry.register(self.hand_offs)
         self.engine_starts = self._counter("engine_starts", "engine processes that became ready")

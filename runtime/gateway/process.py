@@ -19,6 +19,7 @@ import uvloop
 from prometheus_client import disable_created_metrics
 
 from ...sdk.errors import ConfigError
+from ..rpc.inference_server import InferenceServer
 from .app import create_app
 from .garbage import collect_seldom
 from .gateway import Gateway
@@ -48,7 +49,7 @@ class Backend(Protocol):
 
 
 class GatewayProcess:
-    """One gateway from its first socket to its last, on the event loop that it is made on.
+    """One gateway from its first socket to its last, on the event loop that it is made on. ``inference``: its gRPC.
 
     ``announce`` runs beside it once it listens; ``told``: set when it has to drain and end, by a signal or by whoever
     has it.
@@ -62,12 +63,14 @@ class GatewayProcess:
         *,
         drain_timeout_s: float,
         announce: Callable[[], Awaitable[None]],
+        inference: InferenceServer | None = None,
     ) -> None:
         self._gateway = gateway
         self._backend = backend
         self._listening = listening
         self._drain_timeout_s = drain_timeout_s
         self._announce = announce
+        self._inference = inference
         self.told = asyncio.Event()
         self._told_again = asyncio.Event()
 
@@ -75,6 +78,8 @@ class GatewayProcess:
         """Serve; return the exit status, 0 when everything had finished."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._note_signal)
+        if self._inference is not None:
+            logger.info("gRPC is served at %s", await self._inference.start())
         server = _Server(_uvicorn_config(self._gateway))
         collect_seldom()
         serving = asyncio.create_task(server.serve(sockets=[self._listening]), name="http")
@@ -91,6 +96,8 @@ class GatewayProcess:
             announcing.cancel()
             self._gateway.admission.close()
             await self._backend.stop(timeout_s=0.0 if self._told_again.is_set() else LAST_BYTES_S)
+            if self._inference is not None:
+                await self._inference.stop(grace_s=0.0 if self._told_again.is_set() else LAST_BYTES_S)
             server.should_exit = True
             server.force_exit = self._told_again.is_set()
             supervising.cancel()
@@ -110,6 +117,8 @@ class GatewayProcess:
         """Let what runs finish and refuse what comes; return whether everything has finished."""
         admission = self._gateway.admission
         admission.close()
+        if self._inference is not None:
+            await self._inference.set_serving(False)
         logger.info("stopping: %d prompts may still finish", admission.in_flight)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_timeout_s):

@@ -44,11 +44,15 @@ class RequestRecord:
 def open_record(scope: Scope, *, now_s: float) -> RequestRecord:
     """Make the record of a request that arrived now, and leave it in its scope."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    request_id = given.decode("ascii") if _SAFE_ID.fullmatch(given) else secrets.token_hex(16)
     parent = next((value for name, value in scope["headers"] if name == b"traceparent"), None)
-    record = RequestRecord(request_id=request_id, arrival_s=now_s, trace=trace_of(parent))
+    record = RequestRecord(request_id=request_id_of(given), arrival_s=now_s, trace=trace_of(parent))
     scope[_SCOPE_KEY] = record
     return record
+
+
+def request_id_of(given: bytes) -> str:
+    """Return the id that a client gave its request, where it is safe to log; else a new one."""
+    return given.decode("ascii") if _SAFE_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def record_of(scope: Scope) -> RequestRecord:

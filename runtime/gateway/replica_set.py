@@ -26,7 +26,7 @@ from .loads import total_load
 from .replica import Arrivals, ServedModel
 from .replica_keeper import MakeClient, ReadModel, ReplicaKeeper, ReplicaState
 from .router import Router
-from .routes import Ask, ReplicaFacts, Route, RouterSettings, Split
+from .routes import Ask, ReplicaFacts, Route, RouterSettings, Split, Whole
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,25 @@ class ReplicaSet:
         away = {keeper.name for keeper in self._keepers.values() if not keeper.takes_requests}
         for keeper in self._named.values():
             self._take_report(keeper, now_s)
-        return self._router.route(replace(ask, exclude=ask.exclude | away) if away else ask, now_s)
+        route = self._router.route(replace(ask, exclude=ask.exclude | away) if away else ask, now_s)
+        return self._anybody(ask) if route is None and not ask.decode else route
+
+    def _anybody(self, ask: Ask) -> Route | None:
+        """Return a replica that the router would spare, for it to say itself that it is full, or what cannot be."""
+        able = [
+            keeper
+            for keeper in self._named.values()
+            if keeper.takes_requests
+            and _decodes(keeper)
+            and keeper.name not in ask.exclude
+            and keeper.model is not None
+            and ask.generation in (None, self._kind(keeper.model))
+        ]
+        return Whole(replica=min(able, key=self._busyness).name) if able else None
+
+    def _busyness(self, keeper: ReplicaKeeper) -> int:
+        load = self._reported.get(keeper.name)
+        return 0 if load is None else load.running + load.waiting
 
     def _take_report(self, keeper: ReplicaKeeper, now_s: float) -> None:
         """Tell the router of a report that has come since the last choice: reports come with every step."""

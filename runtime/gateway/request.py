@@ -101,8 +101,8 @@ class WayLimits:
     """Bounds of one request's way.
 
     Units: shun_s, for which a replica that failed is left out; stall_s, in which a split must show its next token;
-    commit_s, in which KV must have come whose sender was lost; max_losses, attempts that failed; max_sends, senders for
-    one that waits; max_splits, of one request
+    commit_s, in which KV must have come whose sender was lost; max_losses, replicas that were lost with it; max_sends,
+    senders for one that waits; max_splits, of one request
     """
 
     shun_s: float = 1.0
@@ -239,11 +239,10 @@ class RequestWay:
         return [*actions, GoOn(attempt=hold.number)]
 
     def _wait(self, now_s: float) -> list[Action]:
-        """Wait for a replica; one that has not been anywhere yet, or was refused as too much, does not."""
-        begun = any(self._delivered)
+        """Wait for a replica; one that has not been anywhere yet, or was only refused as too much, does not."""
         if self._error is None:
             return self._give_up(EngineUnavailable("no replica takes requests now"))
-        if isinstance(self._error, Overloaded) and not begun:
+        if isinstance(self._error, Overloaded) and not self._losses:
             return self._give_up(self._error)
         self._retry_s = now_s + self._limits.shun_s
         return []
@@ -336,9 +335,10 @@ class RequestWay:
         if not isinstance(error, EngineUnavailable | Overloaded):
             return self._give_up(error)
         self._error = error
-        self._losses += 1
-        if self._losses > self._limits.max_losses:
-            return self._give_up(error)
+        if isinstance(error, EngineUnavailable):
+            self._losses += 1
+            if self._losses > self._limits.max_losses:
+                return self._give_up(error)
         self._shun(one.replica, now_s)
         if one.part is not Part.SEND:
             return self._again(now_s)

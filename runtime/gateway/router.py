@@ -231,7 +231,7 @@ class Router:
                 [self._half(each, ask, cached, now_s, decodes=False) for each in beginners], long, now_s
             )
         alone = wholes
-        if pairs and not ask.decode:
+        if pairs:
             # A replica that only decodes computes a prompt when that is short there, or when no pair can do it.
             alone = [half for half in wholes if half.standing.facts.role == "mixed" or half.computed < short]
         least_decode_s = min(half.decode_s for half in wholes)

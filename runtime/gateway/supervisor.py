@@ -1,7 +1,7 @@
 """Keeps a driver running behind a gateway: starts it, meets it, notices its end, starts another.
 
-Owns when to try again. Requests in flight when a driver is lost have ended with an error by themselves; the gateway
-answers 503 until the next one has been met.
+Owns when to try again. Requests in flight when a driver is lost wait by themselves for the next one, and go on there;
+the gateway answers new ones with 503 until it has been met.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One rank's end of all KV that leaves its replica or comes to it: its transports, and the thread that serves them.
 
 Carries out the driver's orders, hears from the step thread what is computed, and says what became of it. One thread
-does all of that, with what is pure (``outgoing``, ``incoming``); it sleeps until there is something to do. Neither an
-order nor a step ever waits for it, and it waits for no peer: transports have threads of their own, and so have
-meetings. What may be written into which block is decided by the gate, on the threads of those who write.
+does all of that and sleeps until there is something to do. Neither an order nor a step ever waits for it, and it waits
+for no peer. What may be written into which block is decided by the gate, on the threads of those who write.
 """
 
 from __future__ import annotations
@@ -11,50 +10,27 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ...comm.errors import CommMisuse
-from ...comm.kv.frame import KvFrame
 from ...comm.kv.incoming import Incoming, Outcome, Write
 from ...comm.kv.layout import KvOffer
-from ...comm.kv.outgoing import Outgoing
-from ...comm.kv.streams import StreamTransport
 from ...comm.kv.tensor_memory import store_of
-from ...comm.kv.transfer import (
-    Drained,
-    Ending,
-    OpenReceiving,
-    OpenSending,
-    Peer,
-    PeerRank,
-    RankBroken,
-    RankDone,
-    TransferId,
-)
+from ...comm.kv.transfer import Drained, Ending, OpenReceiving, Peer, PeerRank, RankBroken, RankDone, TransferId
 from ...comm.kv.transport import Event, Events, LockedGate, PeerDown, Released, Written
-from ...placement.kv_routes import KvLayout, kv_routes
+from ...placement.kv_routes import KvLayout
 from ...sdk.errors import EngineError
 from ..clock import Clock
-from .meetings import Meetings, Met
-from .rank_orders import (
-    CloseTransfer,
-    ForgetTransfer,
-    KvOrder,
-    OpenReceive,
-    OpenSend,
-    RankEnd,
-    RankMoved,
-    RankWord,
-)
+from .meetings import Meetings
+from .rank_orders import CloseTransfer, ForgetTransfer, KvOrder, OpenReceive, OpenSend, RankEnd, RankMoved, RankWord
+from .rank_sending import RankSending
 from .settings import KvSeat, KvShare
-from .step_notes import Progress, StepNotes
+from .step_notes import StepNotes
 from .transports import open_transports
-from .wire_times import WireTimes
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +38,6 @@ WordListener = Callable[[RankWord], None]
 
 _IDLE_S = 3600.0
 """How long one wait for something to do lasts; whoever has something wakes the thread."""
-_REMEMBERED = 4096
-"""Forgotten transfers that a step on its way may still name."""
-
-
-@dataclass(slots=True)
-class _Opening:
-    """A transfer that may be sent once its target's ranks were met."""
-
-    order: OpenSend
-    missing: set[PeerRank]
 
 
 class RankKv:
@@ -89,12 +55,7 @@ class RankKv:
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
-        self._layout = layout
-        self._limits = share.limits
-        self._clock = clock
-        memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
-        self._memory = memory
-        self._row_bytes = memory.shape.row_bytes
+        memory = self._memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
         self.offer = KvOffer(
             replica=share.replica,
             incarnation=share.incarnation,
@@ -105,61 +66,41 @@ class RankKv:
             head_dim=cache[0].shape[-1],
             checksum="xxh3" if share.limits.checksums else "none",
         )
-        self._outgoing = Outgoing(
-            rank=rank, layout=layout, row_bytes=self._row_bytes, max_frame_bytes=share.limits.max_frame_bytes
-        )
-        self._gate = _CountingGate(
-            Incoming(
-                rank=rank,
-                incarnation=share.incarnation,
-                layout=layout,
-                num_blocks=memory.shape.num_blocks,
-                row_bytes=self._row_bytes,
-            ),
-            row_bytes=self._row_bytes,
-        )
+        shape = memory.shape
+        self._gate = _CountingGate(self.offer, num_blocks=shape.num_blocks, row_bytes=shape.row_bytes)
         self._events = Events()
-        self._notes = StepNotes(
-            serial_below_tokens=share.limits.serial_below_tokens, clock=clock, wake=self._events.wake
-        )
+        wake = self._events.wake
+        limits = share.limits
+        self._notes = StepNotes(serial_below_tokens=limits.serial_below_tokens, clock=clock, wake=wake)
+        # Bounded by the driver's machines: a few for each transfer, of which there are only so many.
         self._orders: deque[KvOrder] = deque()
         self._listener: WordListener = _nobody
         self._on_failed: Callable[[], None] = lambda: None
-        # The thread's own: what is open, who was met, and what was said of the prompts.
-        self._opening: dict[TransferId, _Opening] = {}
-        self._lines: dict[PeerRank, StreamTransport] = {}
-        self._blocks_known: dict[TransferId, int] = {}
-        self._targets: dict[TransferId, Peer] = {}
-        self._forgotten: OrderedDict[TransferId, None] = OrderedDict()
-        self._times = WireTimes()
         self._words: list[RankWord] = []
         self._failure: BaseException | None = None
-        self._over = False
+        self._over = self._closed = False
         self._closing = threading.Lock()
-        self._closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="slipstream-kv-")
         try:
+            folder = Path(self._folder.name)
             self._transports = open_transports(
-                share,
-                seat,
-                self.offer,
-                self._gate,
-                folder=Path(self._folder.name),
-                events=self._events,
-                clock=clock,
+                share, seat, self.offer, self._gate, memory, folder=folder, events=self._events, clock=clock
             )
         except BaseException:
             self._folder.cleanup()
             raise
         self._meetings = Meetings(
-            self._transports,
-            timeout_s=share.limits.connect_timeout_s,
-            most=share.limits.max_connecting,
-            clock=clock,
-            wake=self._events.wake,
+            self._transports, timeout_s=limits.connect_timeout_s, most=limits.max_connecting, clock=clock, wake=wake
         )
-        for transport in self._transports.values():
-            transport.register(memory)
+        self._sending = RankSending(
+            PeerRank(self._me, rank),
+            layout,
+            row_bytes=shape.row_bytes,
+            max_frame_bytes=limits.max_frame_bytes,
+            transports=self._transports,
+            meetings=self._meetings,
+            clock=clock,
+        )
         self.ends = tuple(RankEnd(kind, transport.address) for kind, transport in self._transports.items())
         """Where other replicas reach this rank, by kinds of transports, the one that is preferred first."""
         self._thread = threading.Thread(target=self._run, name=f"slipstream-kv-{rank}", daemon=True)
@@ -205,8 +146,7 @@ class RankKv:
         with self._closing:
             if self._closed:
                 return
-            self._closed = True
-            self._over = True
+            self._closed = self._over = True
             self._events.wake()
             self._thread.join()
             for transport in self._transports.values():
@@ -219,17 +159,7 @@ class RankKv:
     def _run(self) -> None:
         try:
             while not self._over:
-                events = self._events.take(_IDLE_S)
-                while self._orders:
-                    self._carry_out(self._orders.popleft())
-                for number, progress in self._notes.take().items():
-                    self._advance(number, progress)
-                for met in self._meetings.take():
-                    self._take_met(met)
-                for event in events:
-                    self._take_event(event)
-                self._post()
-                self._say()
+                self._turn(self._events.take(_IDLE_S))
         except BaseException as error:
             # Whatever it was: blocks may be read or written that nobody will say anything of any more, so that the
             # replica has to end. Its driver sees that by ``check``, another rank's by the end of its connection.
@@ -237,170 +167,77 @@ class RankKv:
             self._failure = error
             self._on_failed()
 
+    def _turn(self, events: list[Event]) -> None:
+        """Take in all that there is, then post, then say what came of it."""
+        while self._orders:
+            self._carry_out(self._orders.popleft())
+        for number, progress in self._notes.take().items():
+            self._sending.advance(number, progress)
+        for met in self._meetings.take():
+            self._sending.met(met)
+        for event in events:
+            self._take_event(event)
+        self._sending.post()
+        words, self._words = self._words, []
+        for word in (*words, *self._sending.take_words(), *self._gate.take_words()):
+            self._listener(word)
+
     def _carry_out(self, order: KvOrder) -> None:
         match order:
             case OpenSend():
-                self._begin_sending(order)
+                self._sending.open(order)
             case OpenReceive(grant=grant, source=source):
-                self._begin_receiving(grant, source)
+                self._open_receiving(grant, source)
             case CloseTransfer(transfer=transfer, generation=generation):
-                self._close_transfer(transfer, generation)
+                if transfer.source == self._me:
+                    self._sending.close(transfer, generation)
+                else:
+                    with self._gate.lock:
+                        self._gate.incoming.close(transfer, generation)
             case ForgetTransfer(transfer=transfer):
-                self._outgoing.forget(transfer)
-                self._blocks_known.pop(transfer, None)
-                self._targets.pop(transfer, None)
-                self._forgotten[transfer] = None
-                while len(self._forgotten) > _REMEMBERED:
-                    self._forgotten.popitem(last=False)
+                self._sending.forget(transfer)
 
-    def _begin_receiving(self, grant: OpenReceiving, source: KvLayout) -> None:
+    def _open_receiving(self, grant: OpenReceiving, source: KvLayout) -> None:
         try:
             with self._gate.lock:
                 self._gate.incoming.open(grant, source)
         except (CommMisuse, ValueError) as error:
             logger.error("%s cannot be received: %s", grant.transfer, error)
-            self._broken(grant, Ending.BAD_REFERENCE)
-
-    def _begin_sending(self, order: OpenSend) -> None:
-        grant, target = order.grant, order.target
-        try:
-            if len(target.ends) != target.layout.ranks:
-                raise ValueError(f"{len(target.ends)} ends were given for {target.layout.ranks} ranks")
-            routes = kv_routes(self._layout, target.layout)
-        except ValueError as error:
-            logger.error("%s cannot be sent: %s", grant.transfer, error)
-            self._broken(grant, Ending.BAD_REFERENCE)
-            return
-        to = {PeerRank(grant.to, route.target) for route in routes if route.source == self.rank and grant.tokens}
-        missing = to - self._lines.keys()
-        self._opening[grant.transfer] = _Opening(order, missing)
-        for peer in sorted(missing):
-            if not self._meetings.begin(peer, target.ends[peer.rank]):
-                del self._opening[grant.transfer]
-                self._broken(grant, Ending.TOO_MANY)
-                return
-        self._maybe_open(grant.transfer)
-
-    def _maybe_open(self, transfer: TransferId) -> None:
-        opening = self._opening[transfer]
-        if opening.missing:
-            return
-        del self._opening[transfer]
-        grant = opening.order.grant
-        self._targets[transfer] = grant.to
-        self._times.open(transfer, grant.generation)
-        self._outgoing.open(grant, opening.order.target.layout)
-
-    def _take_met(self, met: Met) -> None:
-        if met.met is not None and met.transport is not None:
-            self._lines[met.met] = met.transport
-        for transfer, opening in list(self._opening.items()):
-            if met.wanted not in opening.missing:
-                continue
-            if met.ending is not None:
-                del self._opening[transfer]
-                self._broken(opening.order.grant, met.ending)
-            else:
-                opening.missing.discard(met.wanted)
-                self._maybe_open(transfer)
-
-    def _close_transfer(self, transfer: TransferId, generation: int) -> None:
-        if transfer.source != self._me:
-            with self._gate.lock:
-                self._gate.incoming.close(transfer, generation)
-            return
-        opening = self._opening.get(transfer)
-        if opening is not None and opening.order.grant.generation == generation:
-            del self._opening[transfer]
-        self._outgoing.close(transfer, generation)
-        for transport in self._transports.values():
-            transport.cancel(transfer)
-
-    def _advance(self, number: int, progress: Progress) -> None:
-        """Take in how far a prompt is computed."""
-        transfer = TransferId(self._me.replica, self._me.incarnation, number)
-        if transfer in self._forgotten:
-            return
-        self._outgoing.track(transfer)
-        known = self._blocks_known.get(transfer, 0)
-        if len(progress.blocks) > known:
-            self._outgoing.add_blocks(transfer, progress.blocks[known:])
-            self._blocks_known[transfer] = len(progress.blocks)
-        own = self._layout.layers_of(self.rank)
-        if progress.stop:
-            for layer in own:
-                self._outgoing.computed(transfer, layer, progress.stop)
-            self._times.computed(progress.at_s, transfer)
-        for layer, stop in progress.layers.items():
-            self._outgoing.computed(transfer, own.start + layer, stop)
+            self._words.append(
+                RankBroken(
+                    transfer=grant.transfer,
+                    generation=grant.generation,
+                    rank=self.rank,
+                    ending=Ending.BAD_REFERENCE,
+                )
+            )
 
     def _take_event(self, event: Event) -> None:
         match event:
             case Released(frame=frame, sent=sent):
-                self._released(frame, sent=sent)
+                self._sending.released(frame, sent=sent)
             case PeerDown(peer=peer):
-                self._lines.pop(peer, None)
+                self._sending.down(peer)
                 self._words.append(event)
             case Written():
                 # The gate knows.
                 pass
 
-    def _released(self, frame: KvFrame, *, sent: bool) -> None:
-        count = frame.payload_bytes(self._row_bytes)
-        self._times.released(self._clock(), frame.transfer, count if sent else 0)
-        self._outgoing.released(frame, sent=sent)
-        if not sent and (to := self._targets.get(frame.transfer)) is not None:
-            # Nobody was there: whoever sends next meets them again.
-            for peer in [each for each in self._lines if each.peer == to]:
-                del self._lines[peer]
-
-    def _post(self) -> None:
-        """Bring what is ready to the transports, as much as they take."""
-        anyone = next(iter(self._transports.values()))
-        while (post := self._outgoing.next_post()) is not None:
-            # Without a way there the frame comes back unsent, as it would from one that has just broken.
-            if not self._lines.get(post.to, anyone).post(post):
-                return
-            self._times.posted(self._clock(), post.frame.transfer)
-            self._outgoing.posted()
-
-    def _broken(self, grant: OpenSending | OpenReceiving, ending: Ending) -> None:
-        self._words.append(
-            RankBroken(transfer=grant.transfer, generation=grant.generation, rank=self.rank, ending=ending)
-        )
-
-    def _say(self) -> None:
-        words, self._words = self._words, []
-        for report in self._outgoing.take_reports():
-            if isinstance(report, RankDone | Drained):
-                words += self._moved_out(report)
-            words.append(report)
-        words += self._gate.take_words(self.rank)
-        for word in words:
-            self._listener(word)
-
-    def _moved_out(self, report: RankDone | Drained) -> list[RankWord]:
-        """Return what was moved of a transfer up to a report of its end, unless that was said."""
-        time = self._times.take(report.transfer, report.generation)
-        if time is None:
-            return []
-        return [
-            RankMoved(
-                transfer=report.transfer,
-                generation=report.generation,
-                rank=self.rank,
-                bytes_out=time.sent_bytes,
-                wire_s=time.wire_s,
-                hidden_s=time.hidden_s,
-            )
-        ]
-
 
 class _CountingGate(LockedGate):
     """The rank's gate; counts what is written through it, by transfer."""
 
-    def __init__(self, incoming: Incoming, *, row_bytes: int) -> None:
-        super().__init__(incoming)
+    def __init__(self, offer: KvOffer, *, num_blocks: int, row_bytes: int) -> None:
+        super().__init__(
+            Incoming(
+                rank=offer.rank,
+                incarnation=offer.incarnation,
+                layout=offer.layout,
+                num_blocks=num_blocks,
+                row_bytes=row_bytes,
+            )
+        )
+        self._rank = offer.rank
         self._row_bytes = row_bytes
         self._counted: Counter[TransferId] = Counter()
 
@@ -411,14 +248,21 @@ class _CountingGate(LockedGate):
             if outcome is Outcome.APPLIED:
                 self._counted[write.frame.transfer] += write.frame.payload_bytes(self._row_bytes)
 
-    def take_words(self, rank: int) -> list[RankWord]:
+    def take_words(self) -> list[RankWord]:
         """Return what the driver has to know, and before each end of a transfer what was written of it."""
         words: list[RankWord] = []
         with self.lock:
             for report in self.incoming.take_reports():
-                if isinstance(report, RankDone | Drained) and (count := self._counted.pop(report.transfer, 0)):
-                    name = (report.transfer, report.generation)
-                    words.append(RankMoved(transfer=name[0], generation=name[1], rank=rank, bytes_in=count))
+                count = self._counted.pop(report.transfer, 0) if isinstance(report, RankDone | Drained) else 0
+                if count:
+                    words.append(
+                        RankMoved(
+                            transfer=report.transfer,
+                            generation=report.generation,
+                            rank=self._rank,
+                            bytes_in=count,
+                        )
+                    )
                 words.append(report)
         return words
 

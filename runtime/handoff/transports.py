@@ -9,6 +9,8 @@ from pathlib import Path
 from ...comm.errors import CommMisuse
 from ...comm.kv.channel import Carrier
 from ...comm.kv.layout import KvOffer
+from ...comm.kv.memory import KvStore
+from ...comm.kv.nixl import Nixl
 from ...comm.kv.shm import Shm
 from ...comm.kv.streams import StreamTransport
 from ...comm.kv.tcp import Tcp
@@ -16,7 +18,7 @@ from ...comm.kv.transport import Events, Gate
 from ..clock import Clock
 from .settings import KvSeat, KvShare
 
-_CARRIERS: dict[str, Callable[[], Carrier]] = {"shm": Shm, "tcp": Tcp}
+_CARRIERS: dict[str, Callable[[], Carrier]] = {"shm": Shm, "tcp": Tcp, "nixl": Nixl}
 
 
 def check_kinds(kinds: tuple[str, ...], address: str, *, across_hosts: bool) -> None:
@@ -26,7 +28,7 @@ def check_kinds(kinds: tuple[str, ...], address: str, *, across_hosts: bool) -> 
     """
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= _CARRIERS.keys():
         raise CommMisuse(f"KV goes by some of {', '.join(_CARRIERS)}, each once, got {', '.join(kinds) or 'none'}")
-    if "tcp" in kinds:
+    if not set(kinds) <= {"shm"}:
         Tcp().check_address(any_port(address), across_hosts=across_hosts)
 
 
@@ -35,12 +37,13 @@ def open_transports(
     seat: KvSeat,
     offer: KvOffer,
     gate: Gate,
+    memory: KvStore,
     *,
     folder: Path,
     events: Events,
     clock: Clock,
 ) -> dict[str, StreamTransport]:
-    """Listen with every kind of transport that the replica has; ``folder``: for sockets that have a name.
+    """Listen with every kind of transport that the replica has, and let others in; ``folder``: for sockets with names.
 
     Raises: CommMisuse
     """
@@ -61,6 +64,8 @@ def open_transports(
             )
             undo.callback(transport.close)
             opened[kind] = transport
+        for transport in opened.values():
+            transport.register(memory)
         undo.pop_all()
     return opened
 

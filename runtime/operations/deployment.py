@@ -36,6 +36,9 @@ _OF_THE_MODEL = ("model", *_OF_THE_ENGINE)
 _OF_NO_REPLICA = ("max_queued_requests", "seed")
 """Options that replace no replica: a limit holds for those that start from then on, seeds are drawn by gateways."""
 
+_OF_TRANSFERS = ("transfer_timeout_s", "max_parked_bytes", "serial_below_tokens")
+"""What replicas of a split are told of transfers."""
+
 _MOST_REASONS = 3
 
 
@@ -238,6 +241,8 @@ def _arguments(file: ClusterFile, role: Role, options: EngineOptions, *, hosts: 
         section = file.kv_transport
         timeout = ("--kv-transfer-timeout", str(section.transfer_timeout_s))
         shares += (*timeout, "--kv-max-parked-bytes", str(section.max_parked_bytes))
+        if section.serial_below_tokens is not None:
+            shares += ("--kv-serial-below-tokens", str(section.serial_below_tokens))
     own = ("--replica", "{replica}", "--rank", "{rank}", "--address", "{address}")
     near = ("--ranks-on-host", "{ranks_on_host}", "--ranks-per-host", "{ranks_per_host}")
     others = ("--start-timeout", str(file.limits.start_timeout_s), "--listen", "{address}:0")
@@ -258,7 +263,7 @@ def _record(file: ClusterFile, pool: Chosen, options: EngineOptions) -> PoolReco
     if pool.role is not Role.MIXED:
         section = file.kv_transport
         others["kv_transport"] = section.kind
-        others |= {name: getattr(section, name) for name in ("transfer_timeout_s", "max_parked_bytes")}
+        others |= {name: getattr(section, name) for name in _OF_TRANSFERS}
     others |= {f"label {label}": value for label, value in constraint.labels.items()}
     for name, several in (("device types", constraint.device_types), ("nodes", constraint.nodes)):
         if several:

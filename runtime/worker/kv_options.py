@@ -14,7 +14,7 @@ from ...comm.handshake import SECRET_VARIABLE, secret_from
 from ...comm.kv.transfer import TransferLimits
 from ...sdk.errors import ConfigError
 from ..clock import wall_clock
-from ..handoff.settings import KINDS, KvSettings
+from ..handoff.settings import KINDS, KvLimits, KvSettings
 
 ROLES = ("prefill", "decode", "mixed")
 TRANSPORTS = ("auto", *KINDS[::-1], "none")
@@ -47,6 +47,13 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="KV kept for receivers without room (default: 2 GiB)",
     )
+    group.add_argument(
+        "--kv-serial-below-tokens",
+        type=int,
+        default=KvLimits().serial_below_tokens,
+        metavar="N",
+        help="prompts shorter than this are sent when they are computed, not layer by layer (default: 256)",
+    )
 
 
 def check_kv_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -58,8 +65,8 @@ def check_kv_options(parser: argparse.ArgumentParser, options: argparse.Namespac
         parser.error("--null has no KV to move: leave --kv-transport")
     if transport != "none" and not options.replica:
         parser.error("--replica is missing: replicas that move KV are known by name")
-    if options.kv_transfer_timeout <= 0 or options.kv_max_parked_bytes < 0:
-        parser.error("--kv-transfer-timeout must be more than 0, --kv-max-parked-bytes at least 0")
+    if options.kv_transfer_timeout <= 0 or min(options.kv_max_parked_bytes, options.kv_serial_below_tokens) < 0:
+        parser.error("--kv-transfer-timeout must be more than 0, --kv-max-parked-bytes and --kv-serial-... at least 0")
 
 
 def kv_transport(options: argparse.Namespace) -> str:
@@ -89,6 +96,7 @@ def kv_settings(options: argparse.Namespace, environment: Mapping[str, str] = os
         address=options.kv_address or options.address or "127.0.0.1",
         kinds=KINDS if transport == "auto" else (transport,),
         across_hosts=options.kv_across_hosts,
+        limits=KvLimits(serial_below_tokens=options.kv_serial_below_tokens),
     )
 
 

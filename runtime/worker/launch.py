@@ -90,7 +90,7 @@ def launch_engine(
     device = choose_device(options.device)
     check_devices(device, mesh, placed=ranks_on_host is not None)
     if kv is not None:
-        _check_kv(kv, mesh, device)
+        _check_kv(kv, mesh)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     if options.deterministic and device.type != "cpu":
         raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
@@ -133,12 +133,10 @@ def launch_engine(
     )
 
 
-def _check_kv(kv: KvSettings, mesh: MeshShape, device: torch.device) -> None:
+def _check_kv(kv: KvSettings, mesh: MeshShape) -> None:
     """Refuse what KV cannot be moved with. Raises: ConfigError naming the option"""
     if mesh.sp > 1:
         raise ConfigError("sequence_parallel_size", f"{mesh.sp} ranks share prompts: their KV cannot be moved yet")
-    if device.type != "cpu":
-        raise ConfigError("device", f"KV is moved from and to CPUs in this version, the device is {device}")
     try:
         check_kinds(kv.kinds, kv.address, across_hosts=kv.across_hosts)
     except CommMisuse as error:

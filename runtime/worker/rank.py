@@ -125,20 +125,18 @@ def build_rank(
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
         settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=ranks_on_host or setup.mesh.size)
     thread = step_thread()
-
-    def load() -> Decoder:
-        return load_decoder(
-            path,
-            spec,
-            dtype=dtype,
-            device=device,
-            quantization=setup.quantization,
-            deterministic=setup.deterministic,
-            groups=groups,
-            shard=shard,
-            progress=progress,
-        )
-
+    load = partial(
+        load_decoder,
+        path,
+        spec,
+        dtype=dtype,
+        device=device,
+        quantization=setup.quantization,
+        deterministic=setup.deterministic,
+        groups=groups,
+        shard=shard,
+        progress=progress,
+    )
     try:
         model = thread.submit(load).result()
         cache = KvCache.allocate(
@@ -151,11 +149,7 @@ def build_rank(
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
-    grammars = GrammarCompiler(
-        Path(setup.tokenizer).expanduser() / "tokenizer.json",
-        vocab_size=spec.vocab_size,
-        eos_token_ids=setup.eos_token_ids,
-    )
+    grammars = _grammars(setup, spec)
     executor = ModelExecutor(
         model=model,
         layers=layers,
@@ -172,6 +166,14 @@ def build_rank(
         kv=kv,
     )
     return Rank(executor=executor, grammars=grammars, kv=kv)
+
+
+def _grammars(setup: RankSetup, spec: ModelSpec) -> GrammarCompiler:
+    return GrammarCompiler(
+        Path(setup.tokenizer).expanduser() / "tokenizer.json",
+        vocab_size=spec.vocab_size,
+        eos_token_ids=setup.eos_token_ids,
+    )
 
 
 def _rank_kv(

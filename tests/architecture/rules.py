@@ -121,6 +121,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("runtime/text/",),
     "jinja2": ("runtime/text/",),
     "psutil": ("runtime/worker/", "runtime/controller/marked_processes.py"),
+    "nixl": ("comm/kv/nixl.py",),
     "xxhash": ("comm/kv/checksum.py", "runtime/models/fingerprint.py"),
     "msgpack": ("runtime/worker/step_codec.py", "runtime/handoff/"),
     "llguidance": ("runtime/worker/grammar.py",),

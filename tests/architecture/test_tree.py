@@ -71,10 +71,10 @@ def test_tests_are_not_packages() -> None:
 
 
 def test_runtime_extra_covers_third_party_imports() -> None:
-    """What the package imports is what its base, ``[runtime]`` and ``[cluster]`` install, no more and no less."""
+    """What the package imports is what its base and those extras install that serve it, no more and no less."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["runtime"], *extras["cluster"]]
+    declared = [*project["dependencies"], *extras["runtime"], *extras["cluster"], *extras["nixl"]]
     names = {text.partition(">")[0].partition("[")[0].strip() for text in declared} - {project["name"]}
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in python_files(package=True)}
     imported = {

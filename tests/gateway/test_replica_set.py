@@ -341,6 +341,17 @@ async def test_a_replica_that_only_prefills_gets_no_requests() -> None:
         assert not world.nodes["p-1"].asked
 
 
+@asynchronous
+async def test_a_full_replica_says_so_itself() -> None:
+    async with cluster() as world:
+        (node,) = await world.serve("p-1")
+        node.session.stale = replace(node.session.newest, queue_room=0)
+        # What the router goes by is old: the engine knows whether it has room, and what never fits.
+        assert_answered(await world.ask(1), 1)
+        refused = await world.ask(*range(1, 90), max_tokens=4, n=17)
+        assert refused.status_code == 400, refused.text
+
+
 # ------------------------------------------------------------------ all at once
 
 

@@ -83,7 +83,7 @@ def test_a_whole_request_runs_and_ends() -> None:
     story = Story()
     assert story.start(Whole(replica="d1")) == [submit(1, "d1")]
     assert story.way.leads(1) and story.bring(1, 5, 6) == []
-    assert story.way.over(1, 0) == [] and not story.way.done
+    assert story.way.over(1, 0) == []
     assert story.way.ended(1, now_s=1.0) == [Finished()]
     assert story.way.done and story.delivered == [[5, 6]]
 
@@ -132,14 +132,18 @@ def test_a_refused_request_tries_another_and_is_told_at_once() -> None:
     assert story.routed(None) == [GiveUp(error=full)]
 
 
-def test_a_refused_request_with_tokens_waits() -> None:
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_request_that_was_taken_once_waits_where_all_are_full(tokens: int) -> None:
     story = Story()
     story.start(Whole(replica="d1"))
-    story.bring(1, 5)
+    story.bring(1, *range(tokens))
     story.way.failed(1, LOST, now_s=0.0)
-    story.routed(Whole(replica="d2"))
-    story.way.failed(2, Overloaded("full"), now_s=0.0)
-    assert story.routed(None) == [] and story.way.waits
+    # However often it is refused: that is not lost.
+    for attempt in range(2, 20):
+        assert story.routed(Whole(replica="d2"))
+        story.way.failed(attempt, Overloaded("full"), now_s=2.0 * attempt)
+        assert story.routed(None, 2.0 * attempt) == [] and story.way.waits
+        assert story.way.due(2.0 * attempt + 1.0) == [choose()]
 
 
 def test_what_no_other_replica_can_mend_ends_it() -> None:

@@ -56,8 +56,8 @@ class Cache:
     layers: list[torch.Tensor]
 
     @classmethod
-    def blank(cls, layout: KvLayout, rank: int) -> Cache:
-        shape = (2, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, ROW_BYTES)
+    def blank(cls, layout: KvLayout, rank: int, *, row_bytes: int = ROW_BYTES) -> Cache:
+        shape = (2, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, row_bytes)
         own = layout.layers_of(rank)
         return cls(layout, rank, [torch.full(shape, UNTOUCHED, dtype=torch.uint8) for _ in own])
 
@@ -98,10 +98,11 @@ class Replica:
         kinds: tuple[str, ...] = ("tcp",),
         limits: KvLimits = LIMITS,
         join: Callable[[list[RankKv]], KvRanks] = LocalKvRanks,
+        row_bytes: int = ROW_BYTES,
     ) -> None:
         self.me = Peer(replica, incarnation)
         self.layout = layout
-        self.caches = [Cache.blank(layout, rank) for rank in range(layout.ranks)]
+        self.caches = [Cache.blank(layout, rank, row_bytes=row_bytes) for rank in range(layout.ranks)]
         self.kv = [
             RankKv(
                 share_of(replica, incarnation, kinds, limits),

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from slipstream.comm.errors import CommMisuse
+from slipstream.comm.kv.frame import KvFrame, pack_header
+from slipstream.comm.kv.meeting import meet_receiver
 from slipstream.comm.kv.transfer import (
     Drained,
     Ending,
@@ -22,16 +24,20 @@ from slipstream.comm.kv.transfer import (
     TransferId,
 )
 from slipstream.comm.kv.transport import PeerDown
+from slipstream.comm.sockets import connect
+from slipstream.comm.wire import Deadline
 from slipstream.placement.kv_routes import KvLayout
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.handoff.rank_kv import RankKv
-from slipstream.runtime.handoff.rank_orders import KvTarget, OpenReceive, OpenSend, RankEnd
+from slipstream.runtime.handoff.rank_orders import CloseTransfer, KvTarget, OpenReceive, OpenSend, RankEnd
 from slipstream.runtime.handoff.settings import KvLimits, KvSeat
 from slipstream.runtime.worker.step_kv import StepKv
 from slipstream.tests.comm.kv.kv_bytes import UNTOUCHED
 from slipstream.tests.handoff.rank_beds import (
     LIMITS,
     NUM_BLOCKS,
+    PATIENCE_S,
+    ROW_BYTES,
     SECRET,
     Cache,
     Replica,
@@ -220,6 +226,33 @@ def test_a_peer_that_never_answers_is_given_up(seed: int) -> None:
         prefill.shut(prefill.transfer(1))
 
 
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+def test_a_peer_that_is_stopped_holds_nobody_up(kind: str) -> None:
+    """It takes no more, in the middle of a frame that no buffer holds: steps, orders and other peers go on."""
+    layout = KvLayout(layers=1, kv_heads=1, block_size=64)
+    limits = replace(LIMITS, max_frame_bytes=64 << 20, frame_timeout_s=0.5)
+    tokens, blocks = range(20 * 64), list(range(20))
+    prefill, stopped, other = (
+        Replica(name, layout, kinds=(kind,), limits=limits, row_bytes=16_384)
+        for name in ("prefill-0", "decode-0", "d-1")
+    )
+    with closing(prefill.ranks), closing(stopped.ranks), closing(other.ranks):
+        gate = stopped.kv[0]._gate
+        for number, target in ((1, stopped), (2, other)):
+            target.open_receive(prefill.transfer(number), layout, tokens, blocks)
+            prefill.open_send(number, target, tokens, blocks)
+        with gate.lock:
+            # Its threads stand where they would write.
+            prefill.kv[0].begin_step([1, 2], [blocks, blocks], [tokens.stop, tokens.stop])
+            prefill.kv[0].layer_done(0)
+            prefill.kv[0].end_step()
+            other.wait_all(RankDone, prefill.transfer(2))
+            prefill.shut(prefill.transfer(2))
+            # The frame is given up, and with it what it kept of the memory.
+            prefill.wait(lambda said: any(isinstance(word, RankBroken) for word in said))
+            prefill.shut(prefill.transfer(1))
+
+
 @pytest.mark.parametrize(
     ("ends", "ending"),
     [
@@ -284,6 +317,50 @@ def test_a_grant_that_cannot_be_is_refused_and_nothing_else(blocks: list[int], s
         decode.shut(transfer)
         assert not any(isinstance(word, RankOpened) for word in decode.said)
         send_all(prefill, decode, seed, number=2)
+
+
+def test_blocks_are_kept_until_a_write_is_over_and_then_are_others(seed: int) -> None:
+    """The request is aborted while a frame is half there: its blocks are not given back before the other half came."""
+    with pair(limits=replace(LIMITS, checksums=False)) as (prefill, decode):
+        first, second = prefill.transfer(1), prefill.transfer(2)
+        blocks = decode.caches[0].layers[0][:, 1:3]
+        decode.open_receive(first, prefill.layout, range(4), [1])
+        with connect(decode.ranks.ends[0][0].address, timeout_s=PATIENCE_S) as sock:
+            meet_receiver(sock, prefill.kv[0].offer, "decode-0", SECRET, Deadline(PATIENCE_S, monotonic_clock))
+            sock.settimeout(PATIENCE_S)
+            head, payload = by_hand(first, 0)
+            sock.sendall(head + payload[:40])
+            wait_until(lambda: int(blocks[0, 0].flatten()[39]) == payload[39])
+            decode.ranks.give(CloseTransfer(transfer=first, generation=1))
+            # Carried out after it; and still the block is not free.
+            decode.open_receive(second, prefill.layout, range(4), [2])
+            assert not any(isinstance(word, Drained) for word in decode.said)
+            sock.sendall(payload[40:])
+            decode.wait(lambda said: any(isinstance(word, Drained) for word in said))
+            # Now it is somebody else's. What comes for it all the same, late or twice, is read over.
+            blocks[:, 0] = 7
+            sock.sendall(head + payload + b"".join(by_hand(first, 1)))
+            for layer in range(3):
+                sock.sendall(b"".join(by_hand(second, layer)))
+            decode.wait_all(RankDone, second)
+        assert bool((blocks[:, 0] == 7).all()) and bool((blocks[:, 1] != UNTOUCHED).all())
+
+
+def by_hand(transfer: TransferId, layer: int) -> tuple[bytes, bytes]:
+    """Return a frame of four tokens of a layer, as another process would send it."""
+    frame = KvFrame(
+        transfer=transfer,
+        generation=1,
+        receiver=3,
+        layer=layer,
+        first_head=0,
+        num_heads=4,
+        first_token=0,
+        num_tokens=4,
+    )
+    payload = bytes(range(100, 228)) * 2
+    assert len(payload) == frame.payload_bytes(ROW_BYTES)
+    return pack_header(frame, len(payload), 0), payload
 
 
 @pytest.mark.parametrize("kind", ["tcp", "shm"])

@@ -41,7 +41,7 @@ OPTIONS = {
     },
     "serve": {
         # where, as what, and for whom
-        *("host", "port", "served_model_name", "api_key_file", "tool_call_parser", "log_level"),
+        *("host", "port", "grpc_port", "served_model_name", "api_key_file", "tool_call_parser", "log_level"),
         # what clients may cost, and how long starting and stopping may take
         *("max_concurrent_requests", "max_body_bytes", "request_timeout_s", "drain_timeout_s", "start_timeout_s"),
         # engine, named as in EngineOptions

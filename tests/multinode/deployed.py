@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -13,9 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from slipstream.comm.handshake import SECRET_VARIABLE
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.controller.records import from_json
 from slipstream.runtime.operations.status import DeploymentStatus
@@ -30,6 +34,13 @@ _COMMAND_TIMEOUT_S = 240.0
 _LOOK_PERIOD_S = 0.1
 _BUSY_STATUSES = frozenset({429, 500, 502, 503})
 """What a client may be told when a replica is lost under its request; all of them say that it may try again."""
+
+
+def secret_of(pid: int) -> str:
+    """Return the deployment's secret, as one of its processes has it."""
+    environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    (secret,) = [each.partition("=")[2] for each in environment if each.startswith(f"{SECRET_VARIABLE}=")]
+    return secret
 
 
 def processes(host: Host, *words: bytes) -> list[int]:
@@ -102,6 +113,36 @@ class Commands:
                 return seen
             assert monotonic_clock() - began_s < PATIENCE_S, f"{what}: it has not become so: {seen}"
             never.wait(_LOOK_PERIOD_S)
+
+
+class Views:
+    """What the controller tells gateways, as it is told, and when."""
+
+    def __init__(self, host: Host, address: str, secret: str) -> None:
+        command = host.command(sys.executable, "-P", "-m", "slipstream.tests.multinode.watch_views", address)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, env={**ENVIRONMENT, SECRET_VARIABLE: secret}, cwd=tempfile.gettempdir()
+        )
+        self.now: dict[str, str] = {}
+        self._at_s = 0.0
+
+    def until(self, what: str, check: Callable[[dict[str, str]], bool], *, began_s: float) -> float:
+        """Wait until those who serve are as they should be; the seconds since something began."""
+        deadline_s = monotonic_clock() + PATIENCE_S
+        while not check(self.now):
+            assert self._process.stdout is not None
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline_s - monotonic_clock()))
+            line = self._process.stdout.readline() if ready else b""
+            assert line, f"{what}: it has not become so; those who serve are {self.now}"
+            told: dict[str, Any] = json.loads(line)
+            self.now, self._at_s = told["replicas"], told["at_s"]
+        took_s = max(0.0, self._at_s - began_s)
+        print(f"{what}: {took_s:.1f} s")
+        return took_s
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 @dataclass(slots=True)

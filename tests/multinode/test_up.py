@@ -8,33 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from slipstream import LLM, SamplingParams
-from slipstream.comm.handshake import SECRET_VARIABLE
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.tests.multinode.deployed import (
     CONTROLLER,
     GATEWAYS,
     RANKS,
     Commands,
+    Views,
     ask,
     clients,
     local_sockets,
     processes,
+    secret_of,
 )
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
-from slipstream.tests.multinode.raylets import ENVIRONMENT, counting_calls, start_raylet, wait_for_nodes
+from slipstream.tests.multinode.raylets import counting_calls, start_raylet, wait_for_nodes
 
 pytest.importorskip("ray")
 
@@ -56,36 +53,6 @@ limits: {{drain_timeout_s: 20}}
 place_what_fits: true
 """
 PROMPTS = ("Once upon a time", "The little dog", "In the garden there was", "One day, a bird", "Lily had a red ball")
-
-
-class Views:
-    """What the controller tells gateways, as it is told, and when."""
-
-    def __init__(self, host: Host, address: str, secret: str) -> None:
-        command = host.command(sys.executable, "-P", "-m", "slipstream.tests.multinode.watch_views", address)
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, env={**ENVIRONMENT, SECRET_VARIABLE: secret}, cwd=tempfile.gettempdir()
-        )
-        self.now: dict[str, str] = {}
-        self._at_s = 0.0
-
-    def until(self, what: str, check: Callable[[dict[str, str]], bool], *, began_s: float) -> float:
-        """Wait until those who serve are as they should be; the seconds since something began."""
-        deadline_s = monotonic_clock() + PATIENCE_S
-        while not check(self.now):
-            assert self._process.stdout is not None
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline_s - monotonic_clock()))
-            line = self._process.stdout.readline() if ready else b""
-            assert line, f"{what}: it has not become so; those who serve are {self.now}"
-            told: dict[str, Any] = json.loads(line)
-            self.now, self._at_s = told["replicas"], told["at_s"]
-        took_s = max(0.0, self._at_s - began_s)
-        print(f"{what}: {took_s:.1f} s")
-        return took_s
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +171,7 @@ def test_a_deployment_over_hosts(
         assert after[controller] > before[controller] > 0, "calls are not counted"
 
         (pid,) = processes(by_name[narrow.devices[0][0]], *rank(0, narrow.replica))
-        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        (secret,) = [each.partition("=")[2] for each in environment if each.startswith(f"{SECRET_VARIABLE}=")]
-        views = Views(a, seen.watch_address, secret)
+        views = Views(a, seen.watch_address, secret_of(pid))
         opened.callback(views.close)
         views.until("the view", serving("wide", "narrow"), began_s=monotonic_clock())
 

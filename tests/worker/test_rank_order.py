@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from slipstream.runtime.handoff.settings import KvLimits, KvShare
 from slipstream.runtime.worker.rank import RankSetup
 from slipstream.runtime.worker.rank_order import RankOrder
 from slipstream.sdk.errors import ConfigError
@@ -30,6 +32,14 @@ SETUP = RankSetup(
     pp=2,
     sharded_norm=True,
     ranks_per_host=2,
+    kv=KvShare(
+        replica="chat-0",
+        incarnation=1_760_000_000_000,
+        model="0123456789abcdef0123456789abcdef",
+        kinds=("shm", "tcp"),
+        across_hosts=True,
+        limits=KvLimits(),
+    ),
 )
 ORDER = RankOrder(
     replica="chat/1",
@@ -39,6 +49,7 @@ ORDER = RankOrder(
     timeout_s=600.0,
     comm_timeout_s=60.0,
     setup=SETUP,
+    kv_bus="10.0.0.1:4002",
 )
 
 
@@ -55,6 +66,15 @@ def test_an_order_is_read_as_it_was_written_and_is_short_enough_for_its_keeper()
     assert RankOrder.from_json(line) == ORDER
     assert "\n" not in line
     assert len(json.dumps({"meeting": line})) < KEEPERS_LINE_BYTES
+
+
+def test_a_replica_that_moves_no_kv_says_nothing_of_it() -> None:
+    order = replace(ORDER, setup=replace(SETUP, kv=None), kv_bus="")
+    assert RankOrder.from_json(order.to_json()) == order
+
+
+def with_kv(**values: Any) -> str:
+    return with_setup(kv={**json.loads(ORDER.to_json())["setup"]["kv"], **values})
 
 
 def test_numbers_without_a_fraction_are_seconds_too() -> None:
@@ -78,6 +98,11 @@ def test_numbers_without_a_fraction_are_seconds_too() -> None:
         (changed(timeout_s="long"), "timeout_s must be float"),
         (changed(setup=[]), "setup must be an object"),
         (with_setup(model=7), "model must be str"),
+        (with_setup(kv=[]), "kv must be an object"),
+        (with_kv(kinds="tcp"), "kinds must be tuple"),
+        (with_kv(kinds=[1]), "kinds must be tuple"),
+        (with_kv(limits=None), "limits must be an object"),
+        (with_kv(secret="the cluster's"), "secret is unknown"),
         (with_setup(eos_token_ids=["a"]), "eos_token_ids must be"),
         (with_setup(sharded_norm=1), "sharded_norm must be bool"),
         (with_setup(num_threads=1.5), "num_threads must be int"),

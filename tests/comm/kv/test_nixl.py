@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 
 import pytest
 
 from slipstream.comm.errors import CommMisuse, PeerLost
+from slipstream.comm.kv import nixl
 from slipstream.comm.kv.channel import StreamLimits
 from slipstream.comm.kv.incoming import Outcome
-from slipstream.comm.kv.nixl import Nixl, open_agent
+from slipstream.comm.kv.nixl import Nixl
 from slipstream.comm.kv.streams import StreamTransport
 from slipstream.comm.kv.transfer import PeerRank
 from slipstream.comm.kv.transport import PeerDown
 from slipstream.placement.kv_routes import KvLayout
 from slipstream.runtime.clock import monotonic_clock
-from slipstream.tests.comm.kv.kv_bytes import UNTOUCHED
+from slipstream.tests.comm.kv.kv_bytes import UNTOUCHED, truth
 from slipstream.tests.comm.kv.kv_ends import SECRET, staged
-from slipstream.tests.contracts.kv_transport import PATIENCE_S, Bed, End, KvTransportContract, end_of
+from slipstream.tests.contracts.kv_transport import PATIENCE_S, ROW_BYTES, Bed, End, KvTransportContract, end_of
 from slipstream.tests.fakes.nixl_agents import FakeAgent, FakeAgents
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, block_size=4)
 
 
-def give(stack: ExitStack, end: End, agent: FakeAgent, limits: StreamLimits) -> StreamTransport:
+def give(stack: ExitStack, end: End, agent: FakeAgent | None, limits: StreamLimits) -> StreamTransport:
     transport = StreamTransport(
         Nixl(agent),
         end.offer,
@@ -106,15 +105,23 @@ def test_a_peer_that_nixl_does_not_know_is_not_let_in() -> None:
 
 
 def test_it_needs_its_library_and_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    monkeypatch.setattr(nixl, "nixl_agent", None)
     with pytest.raises(CommMisuse, match="KV by NIXL needs its library"):
-        open_agent("decode-0/3/0")
+        Nixl()
     with pytest.raises(CommMisuse, match="needs a cache in the host's memory"):
         Nixl(FakeAgents().agent("a")).register(staged(end_of("decode-0", LAYOUT, 0)))
-    made: list[object] = []
-    library = SimpleNamespace(
-        nixl_agent_config=lambda backends: backends, nixl_agent=lambda *arguments: made.append(arguments)
-    )
-    monkeypatch.setitem(sys.modules, "nixl._api", library)
-    open_agent("decode-0/3/0")
-    assert made == [("decode-0/3/0", ["UCX"])]
+
+
+@pytest.mark.skipif(not nixl.available(), reason="NIXL is not installed")
+def test_the_library_itself(seed: int) -> None:
+    with ExitStack() as stack:
+        source, target = end_of("prefill-0", LAYOUT, 0), end_of("decode-0", LAYOUT, 0)
+        listening, sending = (give(stack, end, None, StreamLimits()) for end in (target, source))
+        moved = Bed(source, target, sending.connect(listening.address, "decode-0", timeout_s=PATIENCE_S))
+        what = truth(LAYOUT, 8, ROW_BYTES, seed)
+        for layer in range(2):
+            source.kv.write(layer, range(8), [3, 5], what)
+        posts = moved.open(1, range(8), [3, 5], [6, 1])
+        moved.post_all(posts)
+        moved.wait(lambda: len(target.written()) == len(posts), "all frames are written")
+        assert target.kv.holds(range(8), [6, 1], what)
