@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -41,15 +42,15 @@ class Heard:
         self.gone.append(replica)
 
 
-def facts(replica: str, incarnation: int = 1, *, host: str = "here", **offer: object) -> KvFacts:
-    says: dict[str, object] = {"model": "m", "dtype": "float32", "head_dim": 4, **offer}
+def facts(replica: str, incarnation: int = 1, *, host: str = "here", **offer: Any) -> KvFacts:
+    says: dict[str, Any] = {"model": "m", "dtype": "float32", "head_dim": 4, **offer}
     return KvFacts(
         replica=replica,
         incarnation=incarnation,
         layout=LAYOUT,
         ends=({"tcp": f"{replica}:1", "shm": f"/{replica}"},),
         host_id=host,
-        offer=KvOffer(replica=replica, incarnation=incarnation, rank=0, layout=LAYOUT, **says),  # type: ignore[arg-type]
+        offer=KvOffer(replica=replica, incarnation=incarnation, rank=0, layout=LAYOUT, **says),
     )
 
 
@@ -118,7 +119,7 @@ def test_a_receiver_that_was_started_anew_is_met_anew() -> None:
 
 
 @pytest.mark.parametrize("what", [{"model": "other"}, {"dtype": "bfloat16"}, {"head_dim": 8}, {"checksum": "none"}])
-def test_kv_that_does_not_fit_is_refused_by_name(what: dict[str, object]) -> None:
+def test_kv_that_does_not_fit_is_refused_by_name(what: dict[str, Any]) -> None:
     talker = InProcessKvTalker()
     receiver, _ = lines_of(talker, facts("d"))
     talker.serve("there", receiver)

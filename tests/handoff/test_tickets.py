@@ -63,7 +63,7 @@ def test_a_hand_off_comes_as_it_went(k: int | None) -> None:
     scores = None
     if k is not None:
         ids = np.arange(1 + k, dtype=np.int32)
-        scores = TokenLogprobs(token_ids=ids, logprobs=-ids.astype(np.float32) / 3, rank=3)
+        scores = TokenLogprobs(token_ids=ids, logprobs=-ids.astype(np.float32) / np.float32(3), rank=3)
     came = decode_hand_off(encode_hand_off(HandOff(token_id=42, logprobs=scores)), vocab_size=VOCABULARY)
     assert came is not None and came.token_id == 42
     if scores is None:

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slipstream.comm.kv.transfer import FromSender, Granted, Reserve
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.messages import EngineRequest, FinishReason
 from slipstream.runtime.rpc.engine_client import (
     BlockChanges,
+    SendTo,
 )
 from slipstream.runtime.rpc.in_process import InProcessEngineClient
+from slipstream.runtime.rpc.kv_talk import KvFacts, KvLine
 from slipstream.sdk.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest
 from slipstream.tests.contracts.engine_client import Answer, same
 from slipstream.tests.engine.builders import request
@@ -359,6 +362,42 @@ def test_a_receiver_that_is_gone_or_was_started_anew_strands_no_blocks() -> None
             await to_anew.close()
 
     run(test())
+
+
+@pytest.mark.parametrize("grants", [False, True])
+def test_a_receiver_that_hangs_costs_a_bounded_time(grants: bool) -> None:
+    """It lets everybody connect, and says nothing more: from the beginning, or once it has given blocks."""
+
+    async def test() -> None:
+        async with pair() as two:
+            host = HangingHost(replace(two.decode.opened.lines.facts, replica="hangs"), grants=grants)
+            two.bench.talker.serve("hangs", host)
+            send_to = SendTo(replica="hangs", address="hangs", ticket="t")
+            sent = await follow(two.to_prefill.generate(ask(), timeout_s=PATIENCE_S, send_to=send_to))
+            assert sent.report is not None and sent.report.ending == "no_answer"
+            assert sent.tokens == expected_tokens(PROMPT, 7, 1), "its token needs nobody else"
+
+    run(test())
+
+
+class HangingHost:
+    """A receiving driver that answers the first reservation at most."""
+
+    def __init__(self, facts: KvFacts, *, grants: bool) -> None:
+        self.facts = facts
+        self._grants = grants
+
+    def greet(self, theirs: KvFacts, line: KvLine) -> None:
+        pass
+
+    def hear(self, line: KvLine, message: FromSender) -> None:
+        if self._grants and isinstance(message, Reserve):
+            self._grants = False
+            blocks = tuple(range(-(-message.tokens // 4)))
+            line.say(Granted(transfer=message.transfer, generation=message.generation, blocks=blocks, first_token=0))
+
+    def left(self, line: KvLine) -> None:
+        pass
 
 
 def test_what_is_cached_where_it_goes_is_not_sent_again() -> None:
