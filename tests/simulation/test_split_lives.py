@@ -11,21 +11,19 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from slipstream.comm.kv.receiver import KvReceiver
-from slipstream.comm.kv.sender import KvSender
 from slipstream.comm.kv.transfer import Drained, Ending
 from slipstream.runtime.engine.kv_lending import KvLending
+from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.gateway.request import Deliver, RequestWay
 from slipstream.runtime.gateway.router import Router
 from slipstream.runtime.handoff.desk import HandOffDesk
-from slipstream.runtime.handoff.receiving import ReceivingHalf
-from slipstream.runtime.handoff.tickets import Tickets
 from slipstream.runtime.worker.driver_hand_off import HandOffs
 from slipstream.tests.simulation.kv_replicas import Wrong
 from slipstream.tests.simulation.split_lives import Tally, live, live_all
 
 DEFAULT = 300
 ALL = 5_000
-_MOST_FOR_A_MUTANT = 600
+_MOST_FOR_A_MUTANT = 200
 
 
 @pytest.fixture(autouse=True)
@@ -94,16 +92,24 @@ def _the_desk_keeps_what_was_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandOffDesk, "adopted", lambda self, arrived: None)
 
 
+def _sent_blocks_are_never_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "release_sent", lambda self, number: None)
+
+
+def _sent_blocks_are_free_when_their_prompt_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_handed = HandOffs.is_handed
+
+    def and_freed(self, live, sequence):
+        handed = is_handed(self, live, sequence)
+        if sequence.transfer is not None:
+            self._engine.scheduler.release_sent(sequence.transfer)
+        return handed
+
+    monkeypatch.setattr(HandOffs, "is_handed", and_freed)
+
+
 def _who_leaves_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandOffs, "leave", lambda self, live: None)
-
-
-def _kv_for_nobody_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ReceivingHalf, "drop", lambda self, transfer: None)
-
-
-def _a_ticket_is_good_for_any_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tickets, "why_not", lambda self, reserve: None)
 
 
 def _sent_is_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,17 +134,6 @@ def _blocks_are_free_before_ranks_have_closed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(KvReceiver, "_end", at_once)
 
 
-def _leases_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    tick = KvReceiver.tick
-
-    def nobody_is_late(self, now_s):
-        for one in self._receiving.values():
-            one.heard_s, one.deadline_s = now_s, now_s + 1000.0
-        tick(self, now_s)
-
-    monkeypatch.setattr(KvReceiver, "tick", nobody_is_late)
-
-
 def _more_is_said_to_be_cached_than_is(monkeypatch: pytest.MonkeyPatch) -> None:
     lend = KvLending.lend
 
@@ -149,10 +144,6 @@ def _more_is_said_to_be_cached_than_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvLending, "lend", one_block_more)
 
 
-def _senders_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KvSender, "tick", lambda self, now_s: None)
-
-
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -161,14 +152,12 @@ def _senders_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         _nothing_is_ever_due,
         _routes_are_counted_for_ever,
         _the_desk_keeps_what_was_adopted,
+        _sent_blocks_are_never_given_back,
+        _sent_blocks_are_free_when_their_prompt_is_computed,
         _who_leaves_still_waits,
-        _kv_for_nobody_is_kept,
-        _a_ticket_is_good_for_any_prompt,
         _sent_is_delivered,
         _blocks_are_free_before_ranks_have_closed,
-        _leases_last_for_ever,
         _more_is_said_to_be_cached_than_is,
-        _senders_wait_for_ever,
     ],
     ids=lambda mutate: mutate.__name__.strip("_"),
 )
