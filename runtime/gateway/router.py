@@ -47,6 +47,7 @@ _CLOSE = 4
 """How many of the best of either side are paired with one another."""
 
 _SMOOTHING = 0.05
+_CROWDING_SMOOTHING = 0.2
 
 _MASK_64 = (1 << 64) - 1
 
@@ -105,6 +106,8 @@ class Router:
         self._breakers: dict[tuple[str, str], Breaker] = {}
         self._on_way: dict[Route, tuple[int, tuple[Standing, ...]]] = {}
         self._turn = 0
+        # How long prompts wait at present: computing one twice costs the more.
+        self._crowding_s = 0.0
         self._typical_rate = 0.0
         self._typical_token_s = 0.0
 
@@ -227,9 +230,9 @@ class Router:
         pairs: list[_Pair] = []
         if long and ask.may_split and ask.max_tokens > 1:
             beginners = self._looked_at(self._prefills, cached, tokens, lambda each: fits(each, tokens + 1))
-            pairs = self._pairs(
-                [self._half(each, ask, cached, now_s, decodes=False) for each in beginners], long, now_s
-            )
+            halves = [self._half(each, ask, cached, now_s, decodes=False) for each in beginners]
+            pairs = self._pairs(halves, long, now_s)
+            self._note_crowding(halves)
         alone = wholes
         if pairs:
             # A replica that only decodes computes a prompt when that is short there, or when no pair can do it.
@@ -301,12 +304,18 @@ class Router:
         queue_s = standing.queued_tokens(now_s, rate) / rate
         compute_s = computed / rate
         recent_s = standing.recent_tokens(now_s) / rate
-        weighed_s = queue_s + self._settings.compute_weight * compute_s + self._settings.recent_weight * recent_s
+        compute_weight = self._settings.compute_weight + self._settings.crowding_weight * self._crowding_s
+        weighed_s = queue_s + compute_weight * compute_s + self._settings.recent_weight * recent_s
         if not decodes:
             return _Half(standing, queue_s, compute_s, 0.0, weighed_s, have, computed)
         # While the prompt is computed, those that decode there wait.
         weighed_s += _STALL_WEIGHT * compute_s * standing.sequences
         return _Half(standing, queue_s, compute_s, self._decode_s(standing, ask), weighed_s, have, computed)
+
+    def _note_crowding(self, halves: list[_Half]) -> None:
+        if halves:
+            queue_s = sum(half.queue_s for half in halves) / len(halves)
+            self._crowding_s += _CROWDING_SMOOTHING * (queue_s - self._crowding_s)
 
     def _decode_s(self, standing: Standing, ask: Ask) -> float:
         """Return what the tokens after the first cost there once this request runs too."""

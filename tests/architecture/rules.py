@@ -92,6 +92,13 @@ PURE = (
             "transfer", "sender", "receiver", "outgoing", "incoming", "coverage", "parked", "endings", "frame", "layout"
         )
     ),
+    *(
+        f"runtime/gateway/{name}.py"
+        for name in (
+            "router", "routes", "standing", "prompt_digests", "prefix_index", "link_speeds", "decode_pace", "breaker",
+            "fair_share",
+        )
+    ),
 )  # fmt: skip
 """Cores that decide, folders or single files: synchronous and deterministic; time, randomness and membership are
 arguments."""

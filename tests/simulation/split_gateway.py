@@ -282,6 +282,8 @@ class Gateway:
         client.timer_s = float("inf")
         if not client.outcome:
             self._act(client, client.way.due(self._cluster.now_s))
+            if not client.way.done and client.way.wakes_s <= self._cluster.now_s:
+                raise Wrong(f"{client.request.request_id} is due and does nothing")
 
     def _forget(self, client: _Client, number: int) -> None:
         attempt = client.attempts.pop(number, None)

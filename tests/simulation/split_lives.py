@@ -80,6 +80,7 @@ class SplitLives:
         self.draw = draw = random.Random(seed)
         self.now_s = 0.0
         self.weather = weather(draw)
+        self._slowness_s = draw.choice([0.1, 0.5, 2.0])
         self.story: list[str] = []
         self._count = 0
         self._queue: list[tuple[float, int, Peer | None, Callable[[], None]]] = []
@@ -124,7 +125,8 @@ class SplitLives:
         """Carry a frame, unless the connection is cut before it is there."""
         way = frozenset((source.peer.replica, target.replica))
         cuts = self._cuts[way]
-        self.later(target, self.draw.random() * 0.2, lambda: arrive() if self._cuts[way] == cuts else None)
+        after_s = self.draw.random() * self._slowness_s
+        self.later(target, after_s, lambda: arrive() if self._cuts[way] == cuts else None)
 
     def spoils(self) -> bool:
         """Return whether a frame's bytes change on their way."""
@@ -179,13 +181,13 @@ class SplitLives:
         self.tally.lives += 1
         draw = self.draw
         bases = [[draw.randrange(VOCABULARY) for _ in range(24)] for _ in range(2)]
-        begins_s = sorted(0.1 + draw.random() * FAULTS_S / 2 for _ in range(draw.randint(1, 5)))
+        begins_s = sorted(0.1 + draw.random() * FAULTS_S / 2 for _ in range(draw.choice([1, 2, 3, 5, 8])))
         for place, begin_s in enumerate(begins_s):
             self.later(None, begin_s, lambda place=place: self._ask(place, draw.choice(bases)))  # type: ignore[misc]
         faults = [self._kill, self._kill, self._pause, self._cut, self._cut, self._lose_session, self._leave]
         for _ in range(self.weather.events):
             # While something moves, mostly.
-            self.later(None, draw.choice(begins_s) + draw.random() * draw.choice([0.5, 3.0]), draw.choice(faults))
+            self.later(None, draw.choice(begins_s) + draw.random() * draw.choice([0.3, 1.0, 3.0]), draw.choice(faults))
         self._go_on(until_s=FAULTS_S)
         self.weather = CALM
         self._go_on(until_s=FAULTS_S + QUIET_S)
