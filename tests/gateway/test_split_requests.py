@@ -15,10 +15,12 @@ import pytest
 from slipstream.comm.kv.transfer import Ending
 from slipstream.placement.plan import Role
 from slipstream.runtime.clock import monotonic_clock
+from slipstream.runtime.gateway import attempts
 from slipstream.runtime.gateway.app import create_app
 from slipstream.runtime.gateway.gateway import Gateway, make_gateway
 from slipstream.runtime.gateway.replica import ModelText, model_text
 from slipstream.runtime.gateway.replica_set import ReplicaSet
+from slipstream.runtime.gateway.request import WayLimits
 from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.reconcile.views import View
@@ -201,6 +203,25 @@ async def test_the_other_sender_takes_over_the_ticket() -> None:
         assert len(second.requests) >= 2 and not asked([first])
         tickets = sum(len(engine.tickets) for engine in world.of("d"))
         assert tickets == 4 and await world.metric("slipstream_requests_moved_total") == 0
+
+
+def test_a_sender_that_stalls_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "_LIMITS", WayLimits(stall_s=0.1))
+
+    @asynchronous
+    async def stalls() -> None:
+        async with pools() as world:
+            for engine in world.of("p"):
+                engine.hold.clear()
+            running = asyncio.create_task(world.ask())
+            await until(lambda: asked(world.of("p")) == 1)
+            world.assert_answered(await running)
+            # Whether another one is asked first is the router's to say; in the end whoever waited goes on by itself.
+            resent = await world.metric("slipstream_hand_offs_resent_total")
+            assert await world.metric("slipstream_gone_on_total") == 1
+            assert sum(len(engine.aborted) for engine in world.of("p")) == asked(world.of("p")) == 1 + resent
+
+    stalls()
 
 
 @asynchronous
