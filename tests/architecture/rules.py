@@ -77,8 +77,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "sdk": frozenset(),
     "placement": frozenset(),
     "kernels": frozenset({"torch", "triton", "numpy"}),
-    # xxhash: checksums of KV on its way, at the speed of memory.
-    "comm": frozenset({"torch", "numpy", "xxhash"}),
+    # xxhash: checksums of KV on its way, at the speed of memory. nixl: optional, moves KV by RDMA.
+    "comm": frozenset({"torch", "numpy", "xxhash", "nixl"}),
 }
 """Folder → what it may import from outside the standard library. ``runtime`` is held by ``OWNERS`` instead."""
 
