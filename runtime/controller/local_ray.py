@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
 }
 _OBJECT_STORE_BYTES = 100 << 20
+_LEAST_DEVICES = 2
 _END_PATIENCE_S = 20.0
 _LOOK_PERIOD_S = 0.1
 _LAST_BYTES = 2_000
@@ -139,8 +140,11 @@ def state_folder(environment: Mapping[str, str]) -> Path:
 
 
 def own_devices(cores: int, *, has_gpus: bool) -> dict[str, float]:
-    """Return the resources that stand for this machine's devices: its cores, unless Ray finds GPUs itself."""
-    return {} if has_gpus else {f"{DEVICE_RESOURCE}{index}": 1.0 for index in range(cores)}
+    """Return the resources that stand for this machine's devices: its cores, unless Ray finds GPUs itself.
+
+    Two at least: a prefill and a decode replica are to have a place on any machine.
+    """
+    return {} if has_gpus else {f"{DEVICE_RESOURCE}{index}": 1.0 for index in range(max(_LEAST_DEVICES, cores))}
 
 
 def _command(port: int) -> list[str]:

@@ -96,4 +96,5 @@ def test_where_notes_are_and_what_the_machine_has(tmp_path: Path) -> None:
     assert state_folder({"XDG_STATE_HOME": str(tmp_path)}) == tmp_path / "slipstream"
     assert state_folder({}).parts[-3:] == (".local", "state", "slipstream")
     assert own_devices(2, has_gpus=False) == {"slipstream_device_0": 1.0, "slipstream_device_1": 1.0}
+    assert own_devices(1, has_gpus=False) == own_devices(2, has_gpus=False)
     assert own_devices(2, has_gpus=True) == {}

@@ -152,8 +152,9 @@ def test_a_split_deployment_survives_its_parts(
         with stream_load(b, url, questions, clients=CLIENTS, patience_s=PATIENCE_S) as load:
             serving_requests(load, 2 * CLIENTS)
 
+            (decoding,) = drivers_on(a)
             killed_decode_s = monotonic_clock()
-            os.kill(*drivers_on(a), signal.SIGKILL)
+            os.kill(decoding, signal.SIGKILL)
             serving_requests(load, 2 * CLIENTS)
             killed_prefill_s = monotonic_clock()
             os.kill(drivers_on(b)[0], signal.SIGKILL)
