@@ -21,8 +21,8 @@ SECRET_SERVICE = "slipstream.v1.Secret"
 CHALLENGE = "Challenge"
 
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path, less its final zero
-_KEEPALIVE_MS = 10_000
-_KEEPALIVE_TIMEOUT_MS = 10_000
+_KEEPALIVE_MS = 2_000
+_KEEPALIVE_TIMEOUT_MS = 3_000
 _SIZES = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
