@@ -11,8 +11,7 @@ which no step holds while it computes. On a request's way: between the front end
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ...sdk.errors import EngineError
 from ..clock import Clock
@@ -44,8 +43,7 @@ class Executor(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
+class _InFlight(NamedTuple):
     plan: StepPlan
     handle: StepHandle
     submitted_s: float
@@ -118,9 +116,8 @@ class Engine:
         if plan is not None:
             submitted_s = self._clock()
             self._in_flight.append(_InFlight(plan, self._executor.submit(plan), submitted_s))
-        outputs = StepOutputs()
-        if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
-            outputs = self._take_in(self._in_flight.popleft())
+        due = self._in_flight and (plan is None or len(self._in_flight) > self._depth)
+        outputs = self._take_in(self._in_flight.popleft()) if due else StepOutputs()
         with self.lock:
             self.scheduler.take_adoptions(outputs)
         return outputs

@@ -15,7 +15,7 @@ from slipstream.tests.engine.builders import Bench, bench, config, request
 from slipstream.tests.engine.split_world import SendingOracle, SplitWorld
 from slipstream.tests.fakes.oracle_executor import VOCABULARY, expected_tokens
 
-RUNS_PER_TEST = 25
+RUNS_PER_TEST = 12
 TICKS_WITH_ARRIVALS = 150
 
 
@@ -107,4 +107,4 @@ def test_random_lives_over_two_engines(part: int, seed: int) -> None:
         committed += world.committed
         preemptions += world.decode.scheduler.load.preemptions + world.prefill.scheduler.load.preemptions
     # The lives must have had what they are for.
-    assert committed > 100 and preemptions > 20
+    assert committed > 30 and preemptions > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from slipstream.runtime.worker.grammar import GrammarCompiler
 from slipstream.runtime.worker.step_forward import StepForward, StepRows
 from slipstream.runtime.worker.step_kv import StepKv
 from slipstream.tests.engine.builders import request
+from slipstream.tests.kernels.native_ways import torch_alone
 from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -123,13 +125,23 @@ class CopyingKv:
         self.said.append("end")
 
 
-def ask(name: str, length: int, **options: object) -> EngineRequest:
+def ask(name: str, length: int, **options: Any) -> EngineRequest:
     draw = np.random.default_rng(length)
     return request(name, draw.integers(0, VOCABULARY, length).tolist(), max_tokens=8, seed=length, **options)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (4, 8), (8, 4)], ids=str)
 def test_prompts_go_on_in_another_replica_with_the_same_tokens(decoder: Decoder, sizes: tuple[int, int]) -> None:
+    check_going_on(decoder, sizes)
+
+
+def test_the_same_without_compiled_kernels(decoder: Decoder) -> None:
+    # They read keys by the block: what stands behind the last one must be a number.
+    with torch_alone():
+        check_going_on(decoder, (8, 8))
+
+
+def check_going_on(decoder: Decoder, sizes: tuple[int, int]) -> None:
     asks = [ask("a", 1), ask("b", 8), ask("c", 30, temperature=1.0), ask("d", 37, temperature=0.7, top_p=0.9)]
     # Begins as c does, so that the decode side has some of it when it comes.
     asks.append(replace(ask("e", 33), prompt_token_ids=np.append(asks[2].prompt_token_ids[:20], np.arange(13))))
