@@ -50,8 +50,6 @@ def test_five_thousand_lives(seed: int) -> None:
     wanted = {
         Ending.COMMITTED,
         Ending.NO_ANSWER,
-        Ending.LEASE_EXPIRED,
-        Ending.DEADLINE,
         Ending.PEER_LOST,
         Ending.PARKED_FULL,
         Ending.BAD_CHECKSUM,
