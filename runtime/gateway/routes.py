@@ -111,9 +111,10 @@ class RouterSettings:
     ``choices``: of larger pools so many replicas are looked at closely, half of them for what they have cached.
     ``token_weight``: a second more for each token counts as much as so many seconds more to the first one.
     ``compute_weight``: how much a second of computing counts against a second of waiting: computing also takes what
-    later requests would have had; ``crowding_weight`` is added for each second that prompts wait. ``recent_s``, ``recent_weight``: how long work that was sent counts beyond its end,
-    and how much, so that load between paced requests is not zero. ``tie_s``, ``tie_share``: costs that are nearer than
-    both together are equal, and then it goes by turns. ``report_lag_s``: how old a report may be when it comes.
+    later requests would have had; ``crowding_weight`` is added for each second that prompts wait. ``recent_s``,
+    ``recent_weight``: how long work that was sent counts beyond its end, and how much, so that load between paced
+    requests is not zero. ``tie_s``, ``tie_share``: costs that are nearer than both together are equal, and then it goes
+    by turns. ``report_lag_s``: how old a report may be when it comes.
     Units: first_tokens_per_s, first_token_s, first_link_bytes_per_s, first_kv_bytes: before anything was measured
     """
 
