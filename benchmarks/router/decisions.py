@@ -56,7 +56,8 @@ def measure(*, replicas: int, tokens: int, cached_share: float, count: int) -> D
             router.note_blocks(name, BlockChanges(stored=tuple(digests[:cached])))
     for name in names:
         router.note_load(name, load, 0.0)
-    first_s, again_s = [], []
+    first_s: list[float] = []
+    again_s: list[float] = []
     gc.collect()
     gc.disable()
     for turn in range(count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_look_up_asks_for_no_more_than_is_of_use() -> None:
     index.note("a", BlockChanges(stored=(b"0", b"1")))
     asked = []
 
-    def blocks():  # type: ignore[no-untyped-def]
+    def blocks() -> Iterator[tuple[bytes, ...]]:
         for place in range(100):
             asked.append(place)
             yield (str(place).encode(),)

@@ -265,7 +265,7 @@ class Rank:
                 self._oracle.blocks.pop(transfer.number, None)
 
     def _close(self, transfer: TransferId, generation: int) -> None:
-        one: _Send | _Receive | None = (self._sends if transfer.source == self._peer else self._receives).get(transfer)  # type: ignore[attr-defined]
+        one: _Send | _Receive | None = (self._sends if transfer.source == self._peer else self._receives).get(transfer)
         if one is None or one.order.grant.generation != generation:
             self._say(Drained(transfer=transfer, generation=generation, rank=0))
             return
@@ -274,7 +274,7 @@ class Rank:
 
     def _maybe_drained(self, transfer: TransferId, one: _Send | _Receive) -> None:
         if one.closing and not (one.reading if isinstance(one, _Send) else one.writing):
-            (self._sends if isinstance(one, _Send) else self._receives).pop(transfer, None)  # type: ignore[attr-defined]
+            (self._sends if isinstance(one, _Send) else self._receives).pop(transfer, None)
             self._say(Drained(transfer=transfer, generation=one.order.grant.generation, rank=0))
 
     def _read(self, transfer: TransferId, send: _Send, tokens: range) -> None:
