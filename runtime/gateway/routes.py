@@ -48,7 +48,8 @@ class Ask:
     ``max_tokens``: that may still come. ``may_split``: False of several samples, of the prompt's log-probabilities, and
     of whatever else one replica has to do alone. ``exclude``: replicas that it must not go to (again). ``generation``:
     that it was begun with, None of one that any may answer. ``decode``: where a ticket of it waits already; then only
-    another prefill replica is looked for, or that replica itself (``Whole``), to compute all of it.
+    another prefill replica is looked for, or that replica itself (``Whole``), to compute all of it. ``must_split``:
+    only a pair is of use, however short the prompt is.
     """
 
     prompt: Int32Array
@@ -57,6 +58,7 @@ class Ask:
     sequences: int = 1
     cache_salt: str | None = None
     may_split: bool = True
+    must_split: bool = False
     exclude: frozenset[str] = frozenset()
     generation: int | None = None
     decode: str = ""
@@ -111,9 +113,10 @@ class RouterSettings:
     ``choices``: of larger pools so many replicas are looked at closely, half of them for what they have cached.
     ``token_weight``: a second more for each token counts as much as so many seconds more to the first one.
     ``compute_weight``: how much a second of computing counts against a second of waiting: computing also takes what
-    later requests would have had; ``crowding_weight`` is added for each second that prompts wait. ``recent_s``, ``recent_weight``: how long work that was sent counts beyond its end,
-    and how much, so that load between paced requests is not zero. ``tie_s``, ``tie_share``: costs that are nearer than
-    both together are equal, and then it goes by turns. ``report_lag_s``: how old a report may be when it comes.
+    later requests would have had; ``crowding_weight`` is added for each second that prompts wait. ``recent_s``,
+    ``recent_weight``: how long work that was sent counts beyond its end, and how much, so that load between paced
+    requests is not zero. ``tie_s``, ``tie_share``: costs that are nearer than both together are equal, and then it goes
+    by turns. ``report_lag_s``: how old a report may be when it comes.
     Units: first_tokens_per_s, first_token_s, first_link_bytes_per_s, first_kv_bytes: before anything was measured
     """
 
