@@ -15,6 +15,7 @@ from typing import assert_never, cast
 
 import numpy as np
 
+from ...comm.kv.transfer import Ending
 from ...sdk.errors import EngineUnavailable, SlipstreamError
 from ..messages import EngineRequest, FinishReason
 from ..rpc.engine_client import RequestEvent, SampleEvent, SendTo, TakeToken
@@ -76,13 +77,14 @@ class Attempts:
     """One request's.
 
     ``delivered``: the tokens that were passed on, as ``RequestWay`` reads them. ``take_token``: offered tokens as
-    ``EngineClient.generate`` has it, of the one replica that has all of the request. Units: ends_s, on the gateway's
-    clock
+    ``EngineClient.generate`` has it, of the one replica that has all of the request. ``sender``: whose keys and values
+    the replica goes on with that has the request now, None where it has computed them itself. Units: ends_s, on the
+    gateway's clock
     """
 
     __slots__ = (
         "_delivered", "_dropped", "_failure", "_gateway", "_going_on", "_live", "_model", "_record", "_request",
-        "_routes", "_take_token", "_way",
+        "_routes", "_take_token", "_way", "sender",
     )  # fmt: skip
 
     def __init__(
@@ -116,6 +118,7 @@ class Attempts:
         # The newest is the last; one of a sender that was replaced still counts what its receiver has.
         self._routes: list[Route] = []
         self._failure: SlipstreamError | None = None
+        self.sender: ServedModel | None = None
 
     # ------------------------------------------------------------------ news
 
@@ -257,6 +260,8 @@ class Attempts:
 
     def _handed_off(self, one: _Attempt, event: RequestEvent) -> None:
         assert event.hand_off is not None, "asked of events that have one"
+        if event.hand_off.ending == Ending.COMMITTED:
+            self.sender = one.model
         self._note_hand_off(one, event)
         self._act(self._way.handed_off(one.number, event.hand_off.ending, now_s=self._now_s()))
         self._drop(one.number)
@@ -289,6 +294,7 @@ class Attempts:
 
     def _choose(self, choose: Choose) -> None:
         replicas, request, generated = self._gateway.replicas, self._request, self._delivered[0]
+        self.sender = None
         if choose.decode is None:
             self._end_routes()
         known = request.prompt_token_ids
@@ -364,6 +370,7 @@ class Attempts:
     def _go_on(self, number: int) -> None:
         one = self._live[number]
         self._gateway.metrics.gone_on.inc()
+        self.sender = None
         self._going_on.append(one)
 
     def _drop(self, number: int) -> None:

@@ -36,6 +36,7 @@ class Gateway:
 def make_gateway(settings: GatewaySettings, replicas: Replicas, *, clock: Clock, wall_clock: Clock) -> Gateway:
     """Put a gateway together around what serves behind it."""
     limits = settings.limits
+    readiness = Readiness(replicas, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s)
     admission = Admission(capacity=limits.max_concurrent_requests, max_waiting=limits.max_waiting_requests)
     return Gateway(
         settings=settings,
@@ -48,8 +49,9 @@ def make_gateway(settings: GatewaySettings, replicas: Replicas, *, clock: Clock,
             states=replicas.states,
             waiting=lambda: admission.waiting,
             open_breakers=lambda: replicas.open_breakers,
+            ready_paths=lambda: readiness.paths,
         ),
-        readiness=Readiness(replicas, clock=clock, cache_s=settings.ready_cache_s, timeout_s=settings.ready_timeout_s),
+        readiness=readiness,
         kept=KeptAnswers(),
         clock=clock,
         wall_clock=wall_clock,

@@ -51,8 +51,8 @@ class PromptRun:
     """One prompt on its way."""
 
     __slots__ = (
-        "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_record", "_request",
-        "output",
+        "_attempts", "_collector", "_gateway", "_held_to", "_index", "_last_token_s", "_line", "_model", "_record",
+        "_request", "output",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +79,7 @@ class PromptRun:
             request, prompt=text, tokenizer=model.tokenizer, eos_token_ids=model.facts.eos_token_ids
         )
         self._last_token_s: list[float | None] = [None] * request.params.n
+        self._attempts: Attempts | None = None
         self.output = self._collector.output
 
     async def pieces(self, *, timeout_s: float) -> AsyncGenerator[Piece]:
@@ -89,7 +90,7 @@ class PromptRun:
         """
         ended = False
         self._gateway.metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
-        attempts = Attempts(
+        attempts = self._attempts = Attempts(
             self._gateway,
             self._model,
             self._request,
@@ -206,7 +207,11 @@ class PromptRun:
             metrics.ttft_s.observe(ttft_s)
             if self._record.ttft_s is None:
                 self._record.ttft_s = ttft_s
-        self._gateway.readiness.saw_token(self._model, now_s=now_s)
+        sender = None
+        if self._attempts is not None and (last_s is not None or tokens > 1):
+            # The first token is its sender's own, whoever brings it.
+            sender = self._attempts.sender
+        self._gateway.readiness.saw_token(self._model, now_s=now_s, sender=sender)
 
 
 def run_together(runs: Sequence[PromptRun], *, timeout_s: float) -> AsyncGenerator[Piece]:

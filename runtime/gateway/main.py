@@ -153,7 +153,7 @@ async def _run_split(
 
 
 async def _until_ready(gateway: Gateway, there: Callable[[], bool]) -> None:
-    while not there() or await gateway.readiness.problem() is not None:
+    while not there() or (await gateway.readiness.look()).problem is not None:
         await asyncio.sleep(LOOK_S)
 
 

@@ -34,8 +34,10 @@ class _Gauges(Collector):
         states: Callable[[], Mapping[str, int]],
         waiting: Callable[[], int],
         open_breakers: Callable[[], int],
+        ready_paths: Callable[[], Mapping[str, bool]],
     ) -> None:
         self._load = load
+        self._ready_paths = ready_paths
         self._waiting = waiting
         self._open_breakers = open_breakers
         self._in_flight = in_flight
@@ -50,6 +52,11 @@ class _Gauges(Collector):
         yield GaugeMetricFamily("slipstream_gateway_waiting", text, value=self._waiting())
         text = "pairs of replicas over which no request is split for now, because that failed"
         yield GaugeMetricFamily("slipstream_open_breakers", text, value=self._open_breakers())
+        text = "whether a token came that way when it was last tried: of one replica, or handed over between two"
+        paths = GaugeMetricFamily("slipstream_ready_path", text, labels=["path"])
+        for path, works in self._ready_paths().items():
+            paths.add_metric([path], int(works))
+        yield paths
         if states := self._states():
             family = GaugeMetricFamily(
                 "slipstream_replicas", "replicas by how this gateway sees them", labels=["state"]
@@ -166,9 +173,10 @@ class GatewayMetrics:
         states: Callable[[], Mapping[str, int]] = dict,
         waiting: Callable[[], int] = int,
         open_breakers: Callable[[], int] = int,
+        ready_paths: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Gauges(load, in_flight, states, waiting, open_breakers))
+        self._registry.register(_Gauges(load, in_flight, states, waiting, open_breakers, ready_paths))
         self._requests = Counter(
             "slipstream_requests", "HTTP requests by endpoint and outcome", ["endpoint", "outcome"],
             registry=self._registry,

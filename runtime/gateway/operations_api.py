@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 from .gateway import Gateway
 from .metrics import CONTENT_TYPE
+from .readiness import Look
 from .responses import Health, Ready, to_json
 
 PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -25,10 +26,20 @@ def operations_routes(gateway: Gateway) -> APIRouter:
 
     @router.get("/ready", responses={200: {"model": Ready}, 503: not_ready})
     async def ready() -> Response:
-        """Say whether a token was generated end to end, a moment ago or now."""
-        problem = "the server is stopping" if gateway.admission.draining else await gateway.readiness.problem()
-        status: Ready = {"status": "ready"} if problem is None else {"status": "not ready", "problem": problem}
-        return Response(to_json(status), 200 if problem is None else 503, media_type="application/json")
+        """Say whether a token was generated end to end, a moment ago or now.
+
+        Where prompts are computed by replicas of their own, one was handed over; where only that fails, the answer has
+        ``degraded``.
+        """
+        draining = gateway.admission.draining
+        look = Look(problem="the server is stopping") if draining else await gateway.readiness.look()
+        if look.problem is not None:
+            status: Ready = {"status": "not ready", "problem": look.problem}
+        elif look.degraded is not None:
+            status = {"status": "ready", "degraded": look.degraded}
+        else:
+            status = {"status": "ready"}
+        return Response(to_json(status), 200 if look.problem is None else 503, media_type="application/json")
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -139,6 +139,11 @@ class Replicas(Protocol):
         """Return whether an engine of this incarnation serves now."""
         ...
 
+    @property
+    def splits(self) -> bool:
+        """Whether there are, or should be, engines that only compute prompts for others."""
+        ...
+
     def load(self) -> EngineLoadReport | None:
         """Return the newest load of all engines together, None without one."""
         ...
@@ -223,6 +228,11 @@ class Replica:
     def has(self, epoch: str) -> bool:
         """Return whether an engine of this incarnation serves now."""
         return self._model is not None and self._model.facts.epoch == epoch
+
+    @property
+    def splits(self) -> bool:
+        """False: there is one."""
+        return False
 
     def attach(self, client: EngineClient, facts: EngineFacts) -> None:
         """Serve with an engine that has been met."""

@@ -151,6 +151,14 @@ class ReplicaSet:
         """Pairs of replicas that no request is split over now, because that failed."""
         return len(self._router.open_breakers)
 
+    @property
+    def splits(self) -> bool:
+        """Whether the view has replicas, or wants some, that only compute prompts for others."""
+        view = self._view
+        return any(pool.wanted and pool.role is Role.PREFILL for pool in view.pools) or any(
+            each.role is Role.PREFILL for each in view.replicas
+        )
+
     # ------------------------------------------------------------------ following views
 
     async def run(self) -> None:
@@ -222,7 +230,7 @@ class ReplicaSet:
         for keeper in self._named.values():
             self._take_report(keeper, now_s)
         route = self._router.route(replace(ask, exclude=ask.exclude | away) if away else ask, now_s)
-        return self._anybody(ask) if route is None and not ask.decode else route
+        return self._anybody(ask) if route is None and not ask.decode and not ask.must_split else route
 
     def _anybody(self, ask: Ask) -> Route | None:
         """Return a replica that the router would spare, for it to say itself that it is full, or what cannot be."""

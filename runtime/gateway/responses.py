@@ -143,10 +143,11 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """GET /ready; ``problem`` says what stands in the way."""
+    """GET /ready; ``problem`` says what stands in the way, ``degraded`` what fails though requests are answered."""
 
     status: Literal["ready", "not ready"]
     problem: NotRequired[str]
+    degraded: NotRequired[str]
 
 
 def usage_of(outputs: Sequence[RequestOutput], *, without_output: bool = False) -> Usage:

@@ -225,7 +225,7 @@ class Router:
         if not decoders:
             return None
         wholes = [self._half(each, ask, cached, now_s, decodes=True) for each in decoders]
-        short = self._settings.whole_below_tokens
+        short = 0 if ask.must_split else self._settings.whole_below_tokens
         long = [half for half in wholes if half.standing.facts.receives_kv and half.computed >= short]
         pairs: list[_Pair] = []
         if long and ask.may_split and ask.max_tokens > 1:
@@ -234,7 +234,9 @@ class Router:
             pairs = self._pairs(halves, long, now_s)
             self._note_crowding(halves)
         alone = wholes
-        if pairs:
+        if ask.must_split:
+            alone = []
+        elif pairs:
             # A replica that only decodes computes a prompt when that is short there, or when no pair can do it.
             alone = [half for half in wholes if half.standing.facts.role == "mixed" or half.computed < short]
         least_decode_s = min(half.decode_s for half in wholes)

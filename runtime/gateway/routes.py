@@ -48,7 +48,8 @@ class Ask:
     ``max_tokens``: that may still come. ``may_split``: False of several samples, of the prompt's log-probabilities, and
     of whatever else one replica has to do alone. ``exclude``: replicas that it must not go to (again). ``generation``:
     that it was begun with, None of one that any may answer. ``decode``: where a ticket of it waits already; then only
-    another prefill replica is looked for, or that replica itself (``Whole``), to compute all of it.
+    another prefill replica is looked for, or that replica itself (``Whole``), to compute all of it. ``must_split``:
+    only a pair is of use, however short the prompt is.
     """
 
     prompt: Int32Array
@@ -57,6 +58,7 @@ class Ask:
     sequences: int = 1
     cache_salt: str | None = None
     may_split: bool = True
+    must_split: bool = False
     exclude: frozenset[str] = frozenset()
     generation: int | None = None
     decode: str = ""

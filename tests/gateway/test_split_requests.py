@@ -24,6 +24,7 @@ from slipstream.runtime.gateway.request import WayLimits
 from slipstream.runtime.gateway.settings import GatewaySettings, RequestLimits
 from slipstream.runtime.models.generation_defaults import GenerationDefaults
 from slipstream.runtime.reconcile.views import View
+from slipstream.runtime.rpc.engine_client import EngineFacts
 from slipstream.runtime.rpc.view_source import InProcessViewWatch, ViewBoard
 from slipstream.sdk.errors import EngineUnavailable, SlipstreamError
 from slipstream.tests.fakes.scripted_engine import ScriptedEngine
@@ -44,7 +45,13 @@ class WatchedEngine(ScriptedEngine):
             self.facts, epoch=f"epoch of {name}", replica=name, role=ROLES[name].value, sends_kv=prefills,
             receives_kv=not prefills,
         )  # fmt: skip
+        self.unreachable = False
         self.lost: asyncio.Future[SlipstreamError] = asyncio.get_running_loop().create_future()
+
+    async def connect(self, *, timeout_s: float) -> EngineFacts:
+        if self.unreachable:
+            raise EngineUnavailable("nobody answers")
+        return await super().connect(timeout_s=timeout_s)
 
     @property
     def live_requests(self) -> int:
@@ -84,7 +91,7 @@ class Pools:
 
 
 @asynccontextmanager
-async def pools() -> AsyncIterator[Pools]:
+async def pools(**settings: Any) -> AsyncIterator[Pools]:
     engines = {name: WatchedEngine(name) for name in ROLES}
     addresses = {f"host:{name[-1]}": engine for name, engine in engines.items()}
     for engine in engines.values():
@@ -104,8 +111,9 @@ async def pools() -> AsyncIterator[Pools]:
         linger_s=0.0,
         split_from_tokens=16,
     )
-    settings = GatewaySettings(served_model_names=("m",), limits=RequestLimits(request_timeout_s=20.0))
-    gateway = make_gateway(settings, replicas, clock=monotonic_clock, wall_clock=lambda: 1_700_000_000.0)
+    settings.setdefault("limits", RequestLimits(request_timeout_s=20.0))
+    chosen = GatewaySettings(served_model_names=("m",), **settings)
+    gateway = make_gateway(chosen, replicas, clock=monotonic_clock, wall_clock=lambda: 1_700_000_000.0)
     transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
     following = asyncio.create_task(replicas.run())
     try:

@@ -56,11 +56,14 @@ class Load:
             each for each in list(self.asked) if each.began_s <= at_s and (each.ended_s is None or each.ended_s > at_s)
         ]
 
+    def longest_wait_s(self, at_s: float) -> float:
+        """Return the longest time without news of a request that was on its way when something happened."""
+        return max((each.longest_wait_s(at_s) for each in self.in_flight(at_s)), default=0.0)
+
     def told(self, what: str, at_s: float) -> str:
         """Say how requests fared that were on their way when something happened."""
-        met = self.in_flight(at_s)
-        waited_s = max((each.longest_wait_s(at_s) for each in met), default=0.0)
-        return f"{what}: {len(met)} requests in flight, the longest wait for a token {waited_s:.2f} s"
+        met, waited_s = len(self.in_flight(at_s)), self.longest_wait_s(at_s)
+        return f"{what}: {met} requests in flight, the longest wait for a token {waited_s:.2f} s"
 
 
 @contextmanager

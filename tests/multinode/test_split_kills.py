@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -36,6 +37,13 @@ pytest.importorskip("ray")
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 PATIENCE_S = 90.0
 """A request that takes longer hangs."""
+
+LOST = 'slipstream_replicas{state="lost"}'
+NOTICED_S = 5.0
+"""A replica that says nothing is lost after so long: what clients wait longer is what recovery takes."""
+
+SLACK_S = 5.0
+"""For a machine that has other things to do, and for requests that met the fault twice."""
 
 COMMITTED = 'slipstream_hand_offs_total{ending="committed"}'
 CLIENTS = 12
@@ -117,6 +125,49 @@ def metrics(host: Host, url: str) -> dict[str, float]:
         return figures(pool.submit(httpx.get, f"{url}/metrics", timeout=PATIENCE_S, trust_env=False).result().text)
 
 
+@dataclass(slots=True)
+class Noticing:
+    """When the gateway saw a replica as lost: as its metrics say, asked all the time."""
+
+    seen: list[tuple[float, bool]] = field(default_factory=list)
+
+    def after_s(self, fault_s: float) -> float | None:
+        """Return how long after a fault a replica was lost that was not before, None if none was."""
+        return next((at_s - fault_s for at_s, lost in self.seen if at_s > fault_s and lost), None)
+
+
+@contextmanager
+def noticing(host: Host, url: str) -> Iterator[Noticing]:
+    """Look at a gateway from its own host, several times a second."""
+    noticed, ending = Noticing(), threading.Event()
+
+    def look() -> None:
+        with httpx.Client(timeout=PATIENCE_S, trust_env=False) as client:
+            while not ending.wait(0.2):
+                told = figures(client.get(f"{url}/metrics").text)
+                noticed.seen.append((monotonic_clock(), told.get(LOST, 0) > 0))
+
+    with ThreadPoolExecutor(1, initializer=host.enter) as pool:
+        looking = pool.submit(look)
+        try:
+            yield noticed
+        finally:
+            ending.set()
+            looking.result(PATIENCE_S)
+
+
+def recovery(load: Load, noticed: Noticing, what: str, fault_s: float) -> float:
+    """Say how requests fared that met a fault; return the longest wait for a token among them."""
+    waited_s = load.longest_wait_s(fault_s)
+    noticed_s = noticed.after_s(fault_s)
+    if noticed_s is None:
+        after = f"noticed by nobody; {max(0.0, waited_s - NOTICED_S):.2f} s longer than noticing takes at most"
+    else:
+        after = f"noticed after {noticed_s:.2f} s, gone on {max(0.0, waited_s - noticed_s):.2f} s later"
+    print(f"{load.told(what, fault_s)}; {after}")
+    return waited_s
+
+
 def wait_until(what: str, check: object, *, pause_s: float = 0.2) -> None:
     assert callable(check)
     deadline_s, never = monotonic_clock() + PATIENCE_S, threading.Event()
@@ -149,7 +200,10 @@ def test_a_split_deployment_survives_its_parts(
         opened.callback(views.close)
         views.until("the view", both_pools, began_s=monotonic_clock())
         first = set(views.now)
-        with stream_load(b, url, questions, clients=CLIENTS, patience_s=PATIENCE_S) as load:
+        with (
+            noticing(b, url) as noticed,
+            stream_load(b, url, questions, clients=CLIENTS, patience_s=PATIENCE_S) as load,
+        ):
             serving_requests(load, 2 * CLIENTS)
 
             (decoding,) = drivers_on(a)
@@ -185,7 +239,7 @@ def test_a_split_deployment_survives_its_parts(
             ("the way to a decode replica is cut for 10 s", cut_s),
             ("a decode driver stands still for 20 s, and the controller is killed", stopped_s),
         ):
-            print(load.told(what, at_s))
+            assert recovery(load, noticed, what, at_s) < NOTICED_S + SLACK_S, what
         told = metrics(b, url)
         print(
             f"{load.answered} answers, {len(load.failed)} failed, {len(load.wrong)} wrong; "
