@@ -210,4 +210,7 @@ def _pump(outgoing: Outgoing, transport: KvTransport, timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
-    {"receive": receive, "send": send}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "receive":
+        receive(sys.argv[2])
+    else:
+        send(sys.argv[2], sys.argv[3])

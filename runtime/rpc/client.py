@@ -21,7 +21,7 @@ from .errors import SecretRefused
 from .session import Command, Submit
 from .session_client import DEFAULT_MAX_LIVE_REQUESTS, SessionClient
 from .tls import CA_VARIABLE, Tls, open_channel
-from .wire import CLIENT_OPTIONS, FACTS, SERVICE, SESSION, is_socket, target_of
+from .wire import FACTS, SERVICE, SESSION, client_options, is_socket, target_of
 
 _MAX_UNSENT_BYTES = 64 << 20
 
@@ -55,7 +55,7 @@ class GrpcEngineClient(SessionClient):
         self._something_unsent = asyncio.Event()
 
     async def _connect(self) -> EngineFacts:
-        self._channel = open_channel(self._target, CLIENT_OPTIONS, self._tls)
+        self._channel = open_channel(self._target, client_options(self._target), self._tls)
         ask: Any = self._channel.unary_unary(f"/{SERVICE}/{FACTS}")
         open_session: Any = self._channel.stream_stream(f"/{SERVICE}/{SESSION}")
         try:

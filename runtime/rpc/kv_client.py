@@ -24,7 +24,7 @@ from .errors import SecretRefused
 from .kv_outlet import KvOutlet
 from .kv_talk import KvEar, KvFacts
 from .tls import Tls, open_channel
-from .wire import CLIENT_OPTIONS, KV_SERVICE, TALK, is_socket, target_of
+from .wire import KV_SERVICE, TALK, client_options, is_socket, target_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class _Connection:
 
         Raises: KvMismatch; SecretRefused; EngineUnavailable; always one of them
         """
-        async with open_channel(self._target, CLIENT_OPTIONS, self._tls) as channel:
+        async with open_channel(self._target, client_options(self._target), self._tls) as channel:
             try:
                 call = await self._greet(channel)
                 await self._carry(call, outlet)

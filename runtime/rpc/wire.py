@@ -29,7 +29,7 @@ _SIZES = (
 )
 
 _CLIENT: tuple[tuple[str, int], ...] = (
-    # A peer that is stopped, or behind a cut link, is noticed although the connection stands.
+    # A peer behind a cut link is noticed although the connection stands.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -42,7 +42,7 @@ _CLIENT: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-CLIENT_OPTIONS = (*_CLIENT, *_SIZES)
+_CLIENT_OPTIONS = (*_CLIENT, *_SIZES)
 WATCH_OPTIONS = (*_CLIENT, ("grpc.max_receive_message_length", MAX_VIEW_BYTES))
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -72,6 +72,19 @@ def target_of(address: str) -> str:
     if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError("address", f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, got {path!r}")
     return f"unix:{path}"
+
+
+def client_options(target: str) -> tuple[tuple[str, int], ...]:
+    """Return the options of a channel to a driver.
+
+    A keepalive is a ping, whose own time-out is a minute: the one above ends only a connection whose bytes nobody
+    acknowledges, and the kernel acknowledges those of a stopped process. Over a network others can do what a stopped
+    driver was to do, so it is lost as soon; the driver at a socket is its gateway's own, and better waited for than
+    started again.
+    """
+    if is_socket(target):
+        return _CLIENT_OPTIONS
+    return (*_CLIENT_OPTIONS, ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
 
 
 def is_socket(target: str) -> bool:

@@ -214,6 +214,26 @@ def test_a_gateway_follows_its_cluster(cluster: Cluster) -> None:
     eventually(lambda: cluster.replicas() == {"attached": 2}, what="what is gone is forgotten")
 
 
+def test_what_runs_on_a_driver_that_stands_still_goes_on_elsewhere(cluster: Cluster) -> None:
+    cluster.start("p-4", "p-5")
+    cluster.publish("p-4", "p-5")
+    eventually(lambda: cluster.replicas() == {"attached": 2}, what="two are there")
+    stopped = cluster.drivers["p-4"].process
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(cluster.complete, seed, max_tokens=300) for seed in range(8)]
+        eventually(lambda: cluster.metric("slipstream_requests_running") == 8, what="all run")
+        stopped.send_signal(signal.SIGSTOP)
+        try:
+            # Its connection stands, and nobody says anything: it is as good as gone.
+            assert [each.result() for each in running] == [(expected(seed, 300), None) for seed in range(8)]
+            eventually(lambda: cluster.replicas() == {"attached": 1, "lost": 1}, what="it is noticed")
+            cluster.check(4)
+        finally:
+            stopped.send_signal(signal.SIGCONT)
+    eventually(lambda: cluster.replicas() == {"attached": 2}, what="it is met again")
+    cluster.check(8)
+
+
 def test_whoever_does_not_know_the_secret_is_left_out(cluster: Cluster, model: Path) -> None:
     stranger = cluster.process(
         "worker.main", "--null", "--listen", "127.0.0.1:0", str(model), secret="the secret of another cluster"

@@ -62,6 +62,12 @@ def test_a_split_answers_as_one_engine_and_kv_is_moved(server: Server, expected:
     eventually(lambda: server.metric("slipstream_kv_bytes_moved_total") > 0, what="KV has been moved")
 
 
+def test_ready_is_the_way_from_one_to_the_other(server: Server) -> None:
+    # A pair may still be on its way to one another: requests are answered, and it says what is missing.
+    eventually(lambda: server.http.get("/ready").json() == {"status": "ready"}, what="a probe is handed over")
+    assert server.metric('slipstream_ready_path{path="split"}') == 1
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_lost_replica_is_replaced_and_its_answers_are_whole(
     server: Server, expected: dict[tuple[str, float], str], role: str
