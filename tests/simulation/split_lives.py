@@ -8,8 +8,12 @@ every block is free. A violation names its seed; run this file as a module with 
 
 from __future__ import annotations
 
+import argparse
 import heapq
+import json
+import logging
 import random
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +31,7 @@ from slipstream.tests.simulation.split_replica import Busy, Handed, Replica, Wor
 
 FAULTS_S = 6.0
 QUIET_S = 150.0
+_OTHER_TIMEOUT_S = 1800.0
 PREFILLS, DECODES = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
 
 
@@ -40,6 +45,14 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     moved: int = 0
     """Requests that were submitted more than once."""
+
+    def add(self, other: Tally) -> None:
+        """Count another's lives as well."""
+        self.lives += other.lives
+        self.outcomes.update(other.outcomes)
+        self.endings.update(other.endings)
+        self.faults.update(other.faults)
+        self.moved += other.moved
 
 
 @dataclass(frozen=True)
@@ -354,6 +367,46 @@ def live_all(first: int, count: int) -> Tally:
     return tally
 
 
+def live_all_on_two_cores(first: int, count: int) -> Tally:
+    """Run so many seeds' lives, half of them in another process. Raises: Wrong, also for what that one found"""
+    half = count // 2
+    command = [sys.executable, "-P", "-m", __name__, str(first + half), "--lives", str(count - half)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other:
+        try:
+            tally = live_all(first, half)
+            printed, complaint = other.communicate(timeout=_OTHER_TIMEOUT_S)
+        except BaseException:
+            other.kill()
+            raise
+    if other.returncode:
+        raise Wrong(complaint)
+    counts = json.loads(printed)
+    tally.add(
+        Tally(
+            lives=counts["lives"],
+            outcomes=Counter(counts["outcomes"]),
+            endings=Counter(counts["endings"]),
+            faults=Counter(counts["faults"]),
+            moved=counts["moved"],
+        )
+    )
+    return tally
+
+
+def main() -> None:
+    """Tell one seed's story, or run many and print what happened as a line of JSON."""
+    parser = argparse.ArgumentParser(description="Random lives of a cluster that splits requests.")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--lives", type=int, help="run so many, from this seed on")
+    options = parser.parse_args()
+    if options.lives is None:
+        print("\n".join(live(options.seed, Tally()).story))
+        return
+    # What desks log of thousands of broken connections is of no interest.
+    logging.disable(logging.WARNING)
+    # As it is and not as asdict has it, which makes pairs of what a Counter counts.
+    print(json.dumps(vars(live_all(options.seed, options.lives))))
+
+
 if __name__ == "__main__":
-    found = live(int(sys.argv[1]), Tally())
-    print("\n".join(found.story))
+    main()

@@ -38,7 +38,7 @@ from slipstream.runtime.engine.engine import Engine
 from slipstream.runtime.engine.kv_sending import sent_key
 from slipstream.runtime.engine.scheduler import Scheduler
 from slipstream.runtime.engine.sequence import Sequence, SequenceState
-from slipstream.runtime.handoff.desk import DeskEvent, HandOffDesk
+from slipstream.runtime.handoff.desk import DeskChanged, DeskEvent, HandOffDesk
 from slipstream.runtime.handoff.rank_orders import (
     CloseTransfer,
     ForgetTransfer,
@@ -551,6 +551,9 @@ class Replica:
                     if live is not None and self._hand_offs.is_over(live, ended):
                         self._drop(key)
                         self.world.news(self.peer, Handed(key, report))
+                case DeskChanged():
+                    # Its load is looked at after every step, and by whoever asks.
+                    continue
                 case other:
                     raise Wrong(f"{self.peer}: {other}")
         if not self.engine.has_work:
