@@ -134,7 +134,7 @@ class RankSending:
         if progress.stop:
             for layer in own:
                 self._outgoing.computed(transfer, layer, progress.stop)
-            self._times.computed(progress.at_s, transfer)
+            self._times.computed(progress.at_s, transfer, progress.stop)
         for layer, stop in progress.layers.items():
             self._outgoing.computed(transfer, own.start + layer, stop)
 
@@ -187,7 +187,7 @@ class RankSending:
         del self._opening[transfer]
         grant = opening.order.grant
         self._targets[transfer] = grant.to
-        self._times.open(transfer, grant.generation)
+        self._times.open(transfer, grant.generation, tokens=grant.tokens.stop)
         self._outgoing.open(grant, opening.order.target.layout)
 
     def _broken(self, grant: OpenSending, ending: Ending) -> None:

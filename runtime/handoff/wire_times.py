@@ -13,12 +13,14 @@ from ...comm.kv.transfer import TransferId
 
 @dataclass(slots=True)
 class WireTime:
-    """Of one generation of a transfer at one rank.
+    """Of one generation of a transfer at one rank. ``tokens``: of the prompt, ``computed``: by steps that have ended.
 
     Units: sent_bytes, that went out; wire_s and hidden_s as ``RankMoved`` has them
     """
 
     generation: int
+    tokens: int
+    computed: int = 0
     sent_bytes: int = 0
     wire_s: float = 0.0
     hidden_s: float = 0.0
@@ -32,9 +34,9 @@ class WireTimes:
     def __init__(self) -> None:
         self._times: dict[TransferId, WireTime] = {}
 
-    def open(self, transfer: TransferId, generation: int) -> None:
-        """Begin with a generation."""
-        self._times[transfer] = WireTime(generation)
+    def open(self, transfer: TransferId, generation: int, *, tokens: int) -> None:
+        """Begin with a generation of a prompt of so many tokens."""
+        self._times[transfer] = WireTime(generation, tokens)
 
     def posted(self, now_s: float, transfer: TransferId) -> None:
         """Note that a frame is on its way."""
@@ -51,10 +53,11 @@ class WireTimes:
         if not one.outstanding:
             one.wire_s += now_s - one.since_s
 
-    def computed(self, at_s: float, transfer: TransferId) -> None:
-        """Note that the prompt was computed as far as a step goes, a moment ago at most; its last step counts."""
+    def computed(self, at_s: float, transfer: TransferId, tokens: int) -> None:
+        """Note that a step has ended, a moment ago at most, and how far the prompt is now; its last one counts."""
         one = self._times.get(transfer)
         if one is not None:
+            one.computed = tokens
             one.hidden_s = one.wire_s + (max(at_s - one.since_s, 0.0) if one.outstanding else 0.0)
 
     def take(self, transfer: TransferId, generation: int) -> WireTime | None:
@@ -62,4 +65,7 @@ class WireTimes:
         one = self._times.get(transfer)
         if one is None or one.generation != generation or one.outstanding:
             return None
+        if one.computed < one.tokens:
+            # The last layer was sent before its step was over.
+            one.hidden_s = one.wire_s
         return self._times.pop(transfer)
