@@ -8,6 +8,7 @@ know text.
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
@@ -25,6 +26,8 @@ from .record import RequestRecord
 from .replica import ServedModel
 from .request import Action, Choose, Deliver, Drop, Finished, GiveUp, GoOn, Part, RequestWay, Submit, WayLimits
 from .routes import Ask, Route, Split
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 """How often one that waits for a replica looks whether the gateway is to end."""
@@ -213,7 +216,11 @@ class Attempts:
 
     def over(self, number: int, index: int) -> None:
         """Take that a sample has ended, all of whose tokens have been delivered."""
-        self._act(self._way.over(number, index))
+        received = (one := self._live.get(number)) is not None and one.submit.part is Part.HOLD
+        actions = self._way.over(number, index)
+        if received:
+            self._hear_out(actions)
+        self._act(actions)
 
     def given_up(self, number: int) -> None:
         """Take that a replica gave the request up."""
@@ -265,6 +272,26 @@ class Attempts:
         self._note_hand_off(one, event)
         self._act(self._way.handed_off(one.number, event.hand_off.ending, now_s=self._now_s()))
         self._drop(one.number)
+
+    def _hear_out(self, actions: list[Action]) -> None:
+        """Hear how the KV was moved of a request that its receiver has answered: nothing is left to abort there."""
+        for action in actions:
+            one = self._live.get(action.attempt) if isinstance(action, Drop) else None
+            if one is not None and one.submit.part is Part.SEND and not self._gateway.afterwards.full:
+                del self._live[one.number]
+                self._gateway.afterwards.begin(self._how_it_ended(one))
+
+    async def _how_it_ended(self, one: _Attempt) -> None:
+        try:
+            while (event := await one.ask()) is not None:
+                one.pending = None
+                if event.hand_off is not None:
+                    self._note_hand_off(one, event)
+                    return
+        except SlipstreamError as error:
+            logger.info("it is not known how KV was moved: %s", error, extra={"request_id": self._record.request_id})
+        finally:
+            await one.close()
 
     def _note_hand_off(self, one: _Attempt, event: RequestEvent | None) -> None:
         assert isinstance(one.route, Split), "only what was split is handed off"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..clock import Clock
 from .admission import Admission
+from .afterwards import Afterwards
 from .auth import ApiKeys
 from .idempotency import KeptAnswers
 from .metrics import GatewayMetrics
@@ -28,6 +29,7 @@ class Gateway:
     metrics: GatewayMetrics
     readiness: Readiness
     kept: KeptAnswers
+    afterwards: Afterwards
     clock: Clock
     wall_clock: Clock
     started_s: int
@@ -53,6 +55,7 @@ def make_gateway(settings: GatewaySettings, replicas: Replicas, *, clock: Clock,
         ),
         readiness=readiness,
         kept=KeptAnswers(),
+        afterwards=Afterwards(),
         clock=clock,
         wall_clock=wall_clock,
         started_s=int(wall_clock()),

@@ -5,7 +5,8 @@ test can say what must come out. ``hold`` stops all answers until it is set; ``f
 ``lose_ends`` does so when a sample's last token has come and its end has not.
 ``taken`` counts the tokens that ``take_token`` took.
 A request that is sent on goes to the one of ``peers`` that has its address; ``hand_off_ending`` says how that ends
-(None: badly, after its token came), and any ending but "committed" comes before a token.
+(None: badly, after its token came), and any ending but "committed" comes before a token. It is reported when
+``reports`` is set.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class ScriptedEngine:
         self.going_on: dict[str, asyncio.Event] = {}
         self.gone_on: list[str] = []
         self.hand_off_ending: str | None = "committed"
+        self.reports = asyncio.Event()
+        self.reports.set()
         self.aborted_samples: list[tuple[str, int]] = []
         self.changed = asyncio.Condition()
 
@@ -128,6 +131,7 @@ class ScriptedEngine:
         if ending == "committed":
             receiver = self.peers[to.address]
             receiver.going_on[receiver.tickets[to.ticket]].set()
+        await self.reports.wait()
         report = HandOffReport(ending=ending, bytes_moved=1000, prefill_s=2.0, wire_s=1.0, hidden_s=0.75, wait_s=0.25)
         yield RequestEvent(request_id=request.request_id, hand_off=report)
 

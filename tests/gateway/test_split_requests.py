@@ -154,6 +154,22 @@ async def test_a_long_prompt_is_split_and_counted(body: dict[str, Any]) -> None:
         assert await world.metric("slipstream_requests_moved_total") == 0
 
 
+@asynchronous
+async def test_a_hand_off_is_counted_also_when_its_report_comes_after_the_answer() -> None:
+    async with pools() as world:
+        for engine in world.of("p"):
+            engine.reports.clear()
+        answer = await world.ask()
+        assert answer.json()["choices"][0]["token_ids"] == PROMPT[:6]
+        assert await world.metric('slipstream_hand_offs_total{ending="committed"}') == 0
+        assert len(world.gateway.afterwards) == 1
+        for engine in world.of("p"):
+            engine.reports.set()
+        await until(lambda: not len(world.gateway.afterwards))
+        assert await world.metric('slipstream_hand_offs_total{ending="committed"}') == 1
+        world.assert_nothing_left()
+
+
 @pytest.mark.parametrize("body", [{"prompt": [1, 2, 3]}, {"n": 2}, {"max_tokens": 1}, {"prompt_logprobs": 1}])
 @asynchronous
 async def test_what_is_not_to_be_split_stays_whole(body: dict[str, Any]) -> None:
