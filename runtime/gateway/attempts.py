@@ -418,6 +418,8 @@ class Attempts:
         for number in list(self._live):
             self._drop(number)
         await self._settle()
+        # It is its owner's: the two must not keep one another for the garbage collector.
+        self._take_token = None
 
     def _end_routes(self) -> None:
         while self._routes:

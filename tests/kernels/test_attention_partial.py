@@ -106,7 +106,9 @@ def check(
             partial.attend(q_TND[places], cache, plan, first=turn == 0, scale=HEAD**-0.5, workspace=workspace)
     found_TND = partial.finish(dtype)
     assert found_TND.dtype == dtype
-    error = (found_TND.double() - expected_TND[places].double()).abs().max().item()
+    expected_TND = expected_TND[places].double()
+    # Both are rounded to the type, which for larger numbers is coarser.
+    error = ((found_TND.double() - expected_TND).abs() / (1 + expected_TND.abs())).max().item()
     assert error <= BOUNDS[dtype], f"{error:.2e}"
 
 
