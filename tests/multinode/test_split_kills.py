@@ -22,13 +22,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from slipstream import LLM, SamplingParams
 from slipstream.runtime.api_client.metrics_text import figures
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.runtime.demo.main import PROMPTS
 from slipstream.runtime.operations.status import DeploymentStatus
 from slipstream.tests.multinode.deployed import CONTROLLER, RANKS, Commands, Views, processes, secret_of
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
+from slipstream.tests.multinode.questions import Question, questions_of
 from slipstream.tests.multinode.raylets import start_raylet, wait_for_nodes
 from slipstream.tests.multinode.stream_load import Load, stream_load
 
@@ -74,18 +74,8 @@ def network() -> Iterator[tuple[Host, ...]]:
 
 
 @pytest.fixture(scope="module")
-def questions() -> list[tuple[dict[str, object], str]]:
-    """Requests, greedy ones and seeded ones, with what one engine answers to them."""
-    asked: list[tuple[dict[str, object], str]] = []
-    with LLM(str(MODEL), dtype="float32", max_model_len=256, kv_cache_memory_bytes=1 << 25, num_threads=1) as llm:
-        for seed, prompt in enumerate(PROMPTS):
-            for temperature in (0.0, 0.8):
-                given = SamplingParams(max_tokens=24, temperature=temperature, seed=seed, top_k=0, top_p=1.0)
-                (output,) = llm.generate([prompt], given, use_tqdm=False)
-                body = {name: getattr(given, name) for name in ("max_tokens", "temperature", "seed", "top_k", "top_p")}
-                body |= {"model": "demo", "prompt": prompt}
-                asked.append((body, output.outputs[0].text))
-    return asked
+def questions() -> list[Question]:
+    return questions_of(MODEL, PROMPTS)
 
 
 @contextmanager
@@ -183,7 +173,7 @@ def serving_requests(load: Load, count: int) -> None:
 
 
 def test_a_split_deployment_survives_its_parts(
-    network: tuple[Host, ...], questions: list[tuple[dict[str, object], str]], tmp_path: Path
+    network: tuple[Host, ...], questions: list[Question], tmp_path: Path
 ) -> None:
     a, b, c = network
     file = tmp_path / "kills.yaml"

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import LLM, SamplingParams
 from slipstream.runtime.clock import monotonic_clock
 from slipstream.tests.multinode.deployed import (
     CONTROLLER,
@@ -31,6 +30,7 @@ from slipstream.tests.multinode.deployed import (
     secret_of,
 )
 from slipstream.tests.multinode.namespaces import Host, hosts, missing
+from slipstream.tests.multinode.questions import Question, questions_of
 from slipstream.tests.multinode.raylets import counting_calls, start_raylet, wait_for_nodes
 
 pytest.importorskip("ray")
@@ -64,18 +64,8 @@ def network() -> Iterator[tuple[Host, ...]]:
 
 
 @pytest.fixture(scope="module")
-def questions() -> list[tuple[dict[str, object], str]]:
-    """Requests, greedy ones and seeded ones, with what one rank answers to them."""
-    asked: list[tuple[dict[str, object], str]] = []
-    with LLM(str(MODEL), dtype="float32", max_model_len=256, kv_cache_memory_bytes=1 << 25, num_threads=1) as llm:
-        for seed, prompt in enumerate(PROMPTS):
-            for temperature in (0.0, 0.8):
-                given = SamplingParams(max_tokens=24, temperature=temperature, seed=seed, top_k=0, top_p=1.0)
-                (output,) = llm.generate([prompt], given, use_tqdm=False)
-                body = {name: getattr(given, name) for name in ("max_tokens", "temperature", "seed", "top_k", "top_p")}
-                body |= {"model": "demo", "prompt": prompt}
-                asked.append((body, output.outputs[0].text))
-    return asked
+def questions() -> list[Question]:
+    return questions_of(MODEL, PROMPTS)
 
 
 def kill_one(host: Host, *words: bytes) -> float:
@@ -128,9 +118,7 @@ def raylets(
             raylet.wait()
 
 
-def test_a_deployment_over_hosts(
-    network: tuple[Host, ...], questions: list[tuple[dict[str, object], str]], tmp_path: Path
-) -> None:
+def test_a_deployment_over_hosts(network: tuple[Host, ...], questions: list[Question], tmp_path: Path) -> None:
     a, b, c, late = network
     by_name = dict(zip("abcd", network, strict=True))
     file = tmp_path / "acceptance.yaml"
