@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .native import native_for
+from .cpu.native import native_for
 
 
 def silu_and_mul(gate_up_TI: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_decode import PreparedDecode, attend_decode, prepare_decode
-from .attention_paged import PagedRows, PreparedPaged, attend_paged, prepare_paged
-from .attention_paged_prefill import PagedRuns, PreparedRuns, attend_paged_runs, prepare_paged_runs
 from .attention_plan import AttentionPlan
-from .attention_prefill import attend_prefill
-from .attention_prefill_plan import PrefillGroup
-from .attention_workspace import AttentionWorkspace
+from .cpu.attention_decode import PreparedDecode, attend_decode, prepare_decode
+from .cpu.attention_paged import PagedRows, PreparedPaged, attend_paged, prepare_paged
+from .cpu.attention_paged_prefill import PagedRuns, PreparedRuns, attend_paged_runs, prepare_paged_runs
+from .cpu.attention_prefill import attend_prefill
+from .cpu.attention_prefill_plan import PrefillGroup
+from .cpu.attention_workspace import AttentionWorkspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

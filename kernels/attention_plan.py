@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .attention_decode_plan import DecodePlan, build_decode_plan
-from .attention_keys import Int32Array, Int64Array, KeyLayout
-from .attention_paged import PagedRows, build_paged_rows
-from .attention_paged_prefill import PagedRuns, build_paged_runs
-from .attention_prefill_plan import PrefillGroup, build_prefill_plan
+from .cpu.attention_decode_plan import DecodePlan, build_decode_plan
+from .cpu.attention_keys import Int32Array, Int64Array, KeyLayout
+from .cpu.attention_paged import PagedRows, build_paged_rows
+from .cpu.attention_paged_prefill import PagedRuns, build_paged_runs
+from .cpu.attention_prefill_plan import PrefillGroup, build_prefill_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

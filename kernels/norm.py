@@ -5,20 +5,122 @@ Shapes: T tokens, H normalized size; a weight may have further axes that broadca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .native import Native, native_for
+from .backends import uses_triton
+from .compile_case import CompileCase, pointer
+from .cpu.native import Native, native_for
+from .launch import KernelConfig, jit, launch, next_power_of_2, tl
+from .tiles import rounded
 
 
-def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-    """Normalize the last axis; the variance is taken in float32, the weight is multiplied after casting back.
+def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    """Normalize the last axis: the variance is taken in float32, the weight is multiplied after casting back.
 
     Shapes: x_TH [..., size] any float type; weight_H [size], or [heads, size] for x [tokens, heads, size]
     Source: RMSNorm (arXiv 1910.07467), equation 4
     """
+    variance_T1 = x_TH.float().square().mean(-1, keepdim=True)
+    return (x_TH.float() * torch.rsqrt(variance_T1 + epsilon)).to(x_TH.dtype) * weight_H
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    total_ptr,
+    out_ptr,
+    heads,
+    size,
+    x_token_stride,
+    x_head_stride,
+    out_stride,
+    weight_stride,
+    epsilon,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program normalizes one row: a token's, or one of its heads'."""
+    row = tl.program_id(0).to(tl.int64)
+    token, head = row // heads, row % heads
+    columns = tl.arange(0, BLOCK)
+    is_there = columns < size
+    x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + columns, mask=is_there, other=0.0)
+    x = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row * size + columns, mask=is_there, other=0.0).to(tl.float32)
+        total = rounded(x, total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * size + columns, total, mask=is_there)
+        # What is normalized is the sum as it is kept.
+        x = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
+    normed = rounded(x * scale, out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + head * weight_stride + columns, mask=is_there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + columns, rounded(normed * weight, out_ptr.dtype.element_ty), mask=is_there)
+
+
+def norm_config(size: int) -> KernelConfig:
+    """Return how rows of a size are normalized: a row at once, some 16 numbers a thread."""
+    block = max(128, next_power_of_2(size))
+    return KernelConfig(tiles={"BLOCK": block}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Return what ``rms_norm`` and ``add_rms_norm`` launch."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size in (128, 256, 512, 1024, 2048, 4096, 8192, 16384):
+            for has_residual in (False, True):
+                kind = pointer(dtype)
+                strides = ("heads", "size", "x_token_stride", "x_head_stride", "out_stride", "weight_stride")
+                yield CompileCase(
+                    kernel=_rms_norm_kernel,
+                    name=f"{kind[1:]} {size}{' residual' if has_residual else ''}",
+                    config=norm_config(size),
+                    signature={
+                        **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr"), kind),
+                        **dict.fromkeys(strides, "i32"),
+                        "epsilon": "fp32",
+                    },
+                    constants={"HAS_RESIDUAL": has_residual},
+                )
+
+
+def _normalize_by_triton(
+    x_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, total_TH: Tensor | None, out_TH: Tensor, epsilon: float
+) -> None:
+    size = x_TH.shape[-1]
+    heads = x_TH.shape[1] if x_TH.dim() == 3 else 1
+    launch(
+        _rms_norm_kernel,
+        (x_TH.numel() // max(size, 1),),
+        norm_config(size),
+        x_ptr=x_TH,
+        residual_ptr=x_TH if residual_TH is None else residual_TH,
+        weight_ptr=weight_H,
+        total_ptr=out_TH if total_TH is None else total_TH,
+        out_ptr=out_TH,
+        heads=heads,
+        size=size,
+        x_token_stride=x_TH.stride(0),
+        x_head_stride=x_TH.stride(1) if x_TH.dim() == 3 else 0,
+        out_stride=size,
+        weight_stride=size if weight_H.dim() == 2 else 0,
+        epsilon=epsilon,
+        HAS_RESIDUAL=residual_TH is not None,
+    )
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    """As ``rms_norm_reference``."""
+    if uses_triton("norm", x_TH) and x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and weight_H.is_contiguous():
+        out_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
+        _normalize_by_triton(x_TH, None, weight_H, None, out_TH, epsilon)
+        return out_TH
     compiled = native_for(x_TH)
     if compiled is not None and x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and _is_weight(weight_H, x_TH):
         heads = x_TH.shape[1] if x_TH.dim() == 3 else 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .native import native_for
+from .cpu.native import native_for
 
 
 def apply_rope_(x_TSD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import native_for
+from .cpu.native import native_for
 
 COLDEST_TEMPERATURE = 1e-5
 """Lower temperatures are greedy: their quotients would leave the range where float64 resolves the noise."""

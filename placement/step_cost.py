@@ -59,7 +59,7 @@ def _as_many(rows: float) -> float:
 
 def filled_rows(rows: float) -> float:
     """Return the rows that a product on a CPU computes for so many: it is made for few sizes (a test holds this against
-    ``kernels/row_buckets.py``).
+    ``kernels/cpu/row_buckets.py``).
     """
     pieces, rest = divmod(math.ceil(rows), 256)
     if rest > 64:

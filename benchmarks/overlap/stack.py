@@ -28,8 +28,8 @@ from slipstream.comm.reduce_norm import own_share, reduce_add_norm
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention import PreparedAttention, paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
-from slipstream.kernels.attention_workspace import AttentionWorkspace
-from slipstream.kernels.linear_packed import linear_packed, pack_weight
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu.linear_packed import linear_packed, pack_weight
 from slipstream.kernels.moe_gemm import Product, expert_products, moe_mlp
 from slipstream.kernels.moe_route import route
 from slipstream.kernels.norm import add_rms_norm, rms_norm

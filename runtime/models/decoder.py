@@ -18,7 +18,7 @@ from torch import Tensor
 from ...comm.groups import ALONE, MeshGroups
 from ...comm.overlap import Parts, Steps, run_plain
 from ...kernels.attention import prepare_attention
-from ...kernels.attention_workspace import AttentionWorkspace
+from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import clear_blocks, kv_write_rows
 from .attention import Attention, AttentionInputs

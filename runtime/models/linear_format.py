@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.cpu.linear_int4 import can_pack_int4, linear_int4, pack_int4
+from ...kernels.cpu.linear_int8 import linear_int8, pack_int8
+from ...kernels.cpu.linear_packed import can_pack, linear_packed, pack_weight
 from ...kernels.linear import linear
-from ...kernels.linear_int4 import can_pack_int4, linear_int4, pack_int4
-from ...kernels.linear_int8 import linear_int8, pack_int8
-from ...kernels.linear_packed import can_pack, linear_packed, pack_weight
 from ...sdk.errors import ConfigError
 
 Product = Callable[[Tensor, Tensor | None], Tensor]

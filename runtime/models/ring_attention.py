@@ -19,8 +19,8 @@ from ...comm.collectives import Collectives
 from ...comm.overlap import Begun, Parts
 from ...comm.ring import RingPass
 from ...kernels.attention import PreparedAttention, paged_attention
-from ...kernels.attention_partial import PartialAttention
-from ...kernels.attention_workspace import AttentionWorkspace
+from ...kernels.cpu.attention_partial import PartialAttention
+from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.rope_kv import kv_write_rows, write_kv
 from .kv_cache import KvCache
 from .ring_batch import RingBatch

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...comm.ring_order import Hop, ring_hops
 from ...comm.sequence_split import Piece, StepDivision
-from ...kernels.attention_keys import KeyLayout
-from ...kernels.attention_partial_plan import Run, build_partial_plan
-from ...kernels.attention_prefill_plan import PrefillGroup
+from ...kernels.cpu.attention_keys import KeyLayout
+from ...kernels.cpu.attention_partial_plan import Run, build_partial_plan
+from ...kernels.cpu.attention_prefill_plan import PrefillGroup
 
 Int32Array = NDArray[np.int32]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...comm.groups import ALONE
-from ...kernels.linear_panels import takes_any_rows
+from ...kernels.cpu.linear_panels import takes_any_rows
 from ...sdk.errors import ConfigError
 from ..clock import Clock, monotonic_clock
 from ..messages import StepPlan

@@ -2,7 +2,7 @@
 
 Owns which steps that are, the recordings, and how a step's inputs get to the places where its recording looks for
 them. A pass that cannot be recorded, because it is not made of compiled kernels alone, is found out at the first try;
-after that no step is. How recording works is ``kernels.recorded``'s business, and the model knows nothing of it.
+after that no step is. How recording works is ``kernels.cpu.recorded``'s business, and the model knows nothing of it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...comm.overlap import run_plain
 from ...kernels.attention import PreparedAttention
-from ...kernels.attention_paged import PreparedPaged, renew_paged
-from ...kernels.native import Native, native
-from ...kernels.recorded import Recording, StepMemory, record, switched_on
+from ...kernels.cpu.attention_paged import PreparedPaged, renew_paged
+from ...kernels.cpu.native import Native, native
+from ...kernels.cpu.recorded import Recording, StepMemory, record, switched_on
 from ..messages import Int32Array
 from ..models.decoder import Decoder, PassInputs
 from ..models.forward import ForwardBatch

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from slipstream.kernels.native import SWITCH, Native, load, native
-from slipstream.kernels.native_build import NativeBuildError, find_compiler
+from slipstream.kernels.cpu.native import SWITCH, Native, load, native
+from slipstream.kernels.cpu.native_build import NativeBuildError, find_compiler
 
 
 def compiled_or_skip() -> Native:

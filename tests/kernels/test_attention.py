@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels import attention_decode, attention_prefill
 from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
-from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu import attention_decode, attention_prefill
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels import attention_prefill
 from slipstream.kernels.attention import paged_attention, prepare_attention
-from slipstream.kernels.attention_keys import KeyLayout
-from slipstream.kernels.attention_partial import PartialAttention
-from slipstream.kernels.attention_partial_plan import Run, build_partial_plan
 from slipstream.kernels.attention_plan import build_attention_plan
-from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu import attention_prefill
+from slipstream.kernels.cpu.attention_keys import KeyLayout
+from slipstream.kernels.cpu.attention_partial import PartialAttention
+from slipstream.kernels.cpu.attention_partial_plan import Run, build_partial_plan
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.linear_int4 import GROUP, MANY_ROWS, can_pack_int4, linear_int4, pack_int4, unpack_int4
-from slipstream.kernels.linear_int8 import linear_int8, pack_int8, quantize_rows
-from slipstream.kernels.linear_packed import can_pack, linear_packed, pack_weight
-from slipstream.kernels.row_buckets import in_buckets
+from slipstream.kernels.cpu.linear_int4 import GROUP, MANY_ROWS, can_pack_int4, linear_int4, pack_int4, unpack_int4
+from slipstream.kernels.cpu.linear_int8 import linear_int8, pack_int8, quantize_rows
+from slipstream.kernels.cpu.linear_packed import can_pack, linear_packed, pack_weight
+from slipstream.kernels.cpu.row_buckets import in_buckets
 
 CPU = torch.device("cpu")
 SHAPES = [(160, 64), (96, 1024), (48, 1056), (32, 4096), (513, 96), (7, 5)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from slipstream.kernels.attention import paged_attention, prepare_attention
-from slipstream.kernels.attention_paged import PagedRows
 from slipstream.kernels.attention_plan import build_attention_plan
-from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu.attention_paged import PagedRows
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from slipstream.kernels import native as native_module
-from slipstream.kernels import native_build
-from slipstream.kernels.native import SWITCH, native
-from slipstream.kernels.native_build import NativeBuildError, library
+from slipstream.kernels.cpu import native as native_module
+from slipstream.kernels.cpu import native_build
+from slipstream.kernels.cpu.native import SWITCH, native
+from slipstream.kernels.cpu.native_build import NativeBuildError, library
 
 VERSION = 'if [ "$1" = --version ]; then echo "cc 1.0"; exit 0; fi\n'
 WORKS = VERSION + 'while [ "$1" != -o ]; do shift; done\necho compiled >> "$2"\n'

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.linear_int4 import linear_int4, pack_int4, unpack_int4
-from slipstream.kernels.linear_int4_panels import Int4Panels
-from slipstream.kernels.linear_int8 import linear_int8, pack_int8
-from slipstream.kernels.linear_int8_panels import Int8Panels
-from slipstream.kernels.linear_packed import linear_packed, pack_weight
-from slipstream.kernels.linear_panels import Panels
+from slipstream.kernels.cpu.linear_int4 import linear_int4, pack_int4, unpack_int4
+from slipstream.kernels.cpu.linear_int4_panels import Int4Panels
+from slipstream.kernels.cpu.linear_int8 import linear_int8, pack_int8
+from slipstream.kernels.cpu.linear_int8_panels import Int8Panels
+from slipstream.kernels.cpu.linear_packed import linear_packed, pack_weight
+from slipstream.kernels.cpu.linear_panels import Panels
 from slipstream.tests.kernels.native_ways import torch_alone
 
 pytestmark = pytest.mark.usefixtures("compiled")

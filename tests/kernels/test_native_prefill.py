@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from slipstream.kernels.attention import paged_attention, prepare_attention
-from slipstream.kernels.attention_paged import PagedRows
-from slipstream.kernels.attention_paged_prefill import PagedRuns, attend_paged_runs, prepare_paged_runs
 from slipstream.kernels.attention_plan import AttentionPlan, build_attention_plan
-from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu.attention_paged import PagedRows
+from slipstream.kernels.cpu.attention_paged_prefill import PagedRuns, attend_paged_runs, prepare_paged_runs
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 from slipstream.tests.kernels.native_ways import compiled_or_skip, compiled_without
 
 pytestmark = pytest.mark.usefixtures("compiled")

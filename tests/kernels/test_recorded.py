@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.activation import silu_and_mul
-from slipstream.kernels.linear_int8 import linear_int8, pack_int8
-from slipstream.kernels.linear_packed import linear_packed, pack_weight
+from slipstream.kernels.cpu.linear_int8 import linear_int8, pack_int8
+from slipstream.kernels.cpu.linear_packed import linear_packed, pack_weight
+from slipstream.kernels.cpu.recorded import SWITCH, Recording, StepMemory, record, switched_on
 from slipstream.kernels.norm import add_rms_norm, normalize_heads_, rms_norm
-from slipstream.kernels.recorded import SWITCH, Recording, StepMemory, record, switched_on
 from slipstream.tests.kernels.native_ways import compiled_or_skip
 
 pytestmark = pytest.mark.usefixtures("compiled")

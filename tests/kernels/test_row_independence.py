@@ -15,10 +15,10 @@ import torch.nn.functional as functional
 
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.attention import paged_attention, prepare_attention
-from slipstream.kernels.attention_keys import SPAN_KEYS
 from slipstream.kernels.attention_plan import build_attention_plan
-from slipstream.kernels.attention_products import QUERY_UNIT, merge_spans
-from slipstream.kernels.attention_workspace import AttentionWorkspace
+from slipstream.kernels.cpu.attention_keys import SPAN_KEYS
+from slipstream.kernels.cpu.attention_products import QUERY_UNIT, merge_spans
+from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import apply_rope_
 from slipstream.tests.kernels.native_ways import torch_alone

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slipstream import LLM, RequestOutput, SamplingParams
-from slipstream.kernels.recorded import SWITCH
+from slipstream.kernels.cpu.recorded import SWITCH
 from slipstream.tests.kernels.native_ways import compiled_or_skip
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slipstream.kernels.row_buckets import LARGEST, bucket
+from slipstream.kernels.cpu.row_buckets import LARGEST, bucket
 from slipstream.placement.calibration import calibrate
 from slipstream.placement.device_table import DEVICE_TABLE
 from slipstream.placement.model_cut import Cut

@@ -153,7 +153,7 @@ class _Watch(TorchDispatchMode):
     """Sees every operation of torch's: gives allocations their places, and notes the first that computes."""
 
     def __init__(self, memory: StepMemory) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # torch's
         self._memory = memory
         self.refusal: str | None = None
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).with_name("native")
+SOURCES = Path(__file__).parents[1] / "native"
 FLAGS = (
     "-O2", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
     "-fno-trapping-math", "-w",

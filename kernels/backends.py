@@ -1,0 +1,84 @@
+"""The one table of which code carries out which operation, where.
+
+Every operation asks ``backend_for`` with its name and a tensor. Without a choice of one's own, ``Backend.TRITON`` is
+taken on GPUs, on a CPU the fastest that is there. A choice is made once for a process, before models are loaded
+(``use``), from a list such as ``"torch"`` or ``"norm=torch,sample=triton"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from .launch import HAS_TRITON, runs_triton
+
+
+class Backend(StrEnum):
+    """What an operation is made of: torch's operations (compiled C on a CPU, where there is any), or Triton."""
+
+    TORCH = "torch"
+    TRITON = "triton"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """A row of the table. ``batch_invariant``: a row's bits are the same whatever else is in the batch, by backend."""
+
+    name: str
+    summary: str
+    batch_invariant: Mapping[Backend, bool]
+
+
+_BOTH = {Backend.TORCH: True, Backend.TRITON: True}
+
+TABLE: Mapping[str, Operation] = {
+    each.name: each
+    for each in (Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),)
+}
+"""All operations that there is a choice for, by name."""
+
+_chosen: dict[str, Backend] = {}
+
+
+def backend_for(operation: str, x: Tensor) -> Backend:
+    """Return what carries out an operation on ``x``'s device."""
+    chosen = _chosen.get(operation)
+    if chosen is not None:
+        return chosen
+    assert operation in TABLE, operation
+    return Backend.TRITON if x.is_cuda and HAS_TRITON else Backend.TORCH
+
+
+def uses_triton(operation: str, x: Tensor) -> bool:
+    """Return whether an operation on ``x`` is carried out by its kernel."""
+    return backend_for(operation, x) is Backend.TRITON and runs_triton(x)
+
+
+def parse_choice(text: str) -> dict[str, Backend]:
+    """Return the backend of each operation that a list chooses: "auto", a backend, or operation=backend with commas.
+
+    Raises: ValueError naming what is not known
+    """
+    chosen: dict[str, Backend] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        operation, _, name = entry.rpartition("=")
+        if name not in (*Backend, "auto"):
+            raise ValueError(f"{name!r} is no backend: use one of auto, {', '.join(Backend)}")
+        if operation and operation not in TABLE:
+            raise ValueError(f"{operation!r} is no operation: use one of {', '.join(TABLE)}")
+        for each in (operation,) if operation else TABLE:
+            if name == "auto":
+                chosen.pop(each, None)
+            else:
+                chosen[each] = Backend(name)
+    return chosen
+
+
+def use(text: str) -> None:
+    """Choose backends for this process from now on, in place of what was chosen before. Raises: ValueError"""
+    chosen = parse_choice(text)
+    _chosen.clear()
+    _chosen.update(chosen)

@@ -1,0 +1,150 @@
+"""Compile kernels for devices that are not there, and say what each takes of them: registers, shared memory, spills.
+
+Every file with kernels has ``compile_cases``: one case for each dtype and tile configuration that its operation can
+launch. Nothing runs: it takes no GPU and no driver. ``python -m slipstream.kernels.compile_ahead`` compiles all of
+them, and ends with an error if one does not compile or spills more than its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .catalogue import MODULES, cases_of
+from .compile_case import CompileCase
+from .launch import INTERPRETED
+
+_AMD = "gfx"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a compiled kernel takes: registers and bytes spilled by a thread, shared memory in bytes by a program."""
+
+    kernel: str
+    case: str
+    config: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    spill_bound: int
+    error: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Return whether the kernel compiled, and spills no more than it may."""
+        return not self.error and self.spilled <= self.spill_bound
+
+
+def compile_case(case: CompileCase, target: str) -> Resources:
+    """Compile a case for a target ("sm_90", "gfx942"), optimized as when it is launched."""
+    constants = {**case.constants, **case.config.tiles}
+    names = case.kernel.arg_names
+    unknown = (case.signature.keys() | constants.keys()) ^ set(names)
+    if unknown:
+        raise ValueError(f"case {case.name!r} of {case.kernel.__name__} does not fit its parameters: {sorted(unknown)}")
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    # Pointers are aligned, as torch's memory is.
+    attributes = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    is_amd = target.startswith(_AMD)
+    gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": case.config.num_warps,
+        # AMD's pipeliner takes no more.
+        "num_stages": min(2, case.config.num_stages) if is_amd else case.config.num_stages,
+        "enable_fp_fusion": False,
+    }
+    about = {
+        "kernel": case.kernel.__name__,
+        "case": case.name,
+        "config": str(case.config),
+        "target": target,
+        "spill_bound": case.spill_bytes,
+    }
+    try:
+        compiled = triton.compile(source, target=gpu, options=options)
+        registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(compiled.asm["cubin"])
+    except Exception as error:  # whatever the compiler cannot do is a finding
+        text = f"{type(error).__name__}: {error}".strip()
+        return Resources(**about, registers=0, spilled=0, shared=0, error=text[-2000:])
+    return Resources(**about, registers=registers, spilled=spilled, shared=compiled.metadata.shared)
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    # What is on a thread's stack is what did not fit its registers: kernels have no arrays of their own.
+    return _number(r"REG:(\d+)", listed), max(_number(r"STACK:(\d+)", listed), _number(r"LOCAL:(\d+)", listed))
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    # Four bytes in each lane; scalar registers that are spilled go to lanes of vector registers.
+    return _number(r"\.vgpr_count:\s*(\d+)", assembly), 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in what the compiler says")
+    return int(found[1])
+
+
+def _compile_all(module: str, target: str | None) -> list[Resources]:
+    return [
+        compile_case(case, each)
+        for case in cases_of(module)
+        for each in case.targets
+        if target is None or each == target
+    ]
+
+
+def compile_modules(modules: Iterable[str], *, target: str | None = None, processes: int = 2) -> Iterator[Resources]:
+    """Compile the cases of some files with kernels, several files side by side."""
+    with ProcessPoolExecutor(max_workers=processes) as pool:
+        for done in [pool.submit(_compile_all, module, target) for module in modules]:
+            yield from done.result()
+
+
+def main() -> int:
+    """Compile everything; see the module. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compile kernels ahead of time, for GPUs that are not there.")
+    parser.add_argument("modules", nargs="*", default=list(MODULES), help="files with kernels; all by default")
+    parser.add_argument("--target", help="one target alone, as sm_90 or gfx942")
+    parser.add_argument("--json", type=Path, help="write what each takes to this file")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    all_resources = []
+    for each in compile_modules(arguments.modules, target=arguments.target):
+        all_resources.append(each)
+        verdict = each.error or f"{each.registers} registers, {each.spilled} bytes spilled, {each.shared} shared"
+        print(f"{'' if each.is_good else 'BAD '}{each.kernel} [{each.case}] {each.config} {each.target}: {verdict}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(each) for each in all_resources], indent=1))
+    bad = sum(not each.is_good for each in all_resources)
+    print(f"{len(all_resources)} compiled, {bad} bad")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

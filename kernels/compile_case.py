@@ -1,0 +1,43 @@
+"""What is compiled ahead of time: one case for each way in which a kernel is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .launch import KernelConfig
+
+_TYPES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8e4nv",
+    "int8": "i8",
+    "uint8": "u8",
+}
+
+
+def pointer(dtype: Any) -> str:
+    """Return how a signature spells a pointer to numbers of a torch type."""
+    name = str(dtype).removeprefix("torch.")
+    return "*" + _TYPES.get(name, name.replace("int", "i"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileCase:
+    """One way in which a kernel is launched.
+
+    - ``signature``: the type of each argument that is no constant ("*bf16", "i32", "fp32"), by name; ``constants``: the
+      others, the configuration's tiles left out.
+    - ``targets``: where it can run. Float8 numbers of NVIDIA's kind need sm_89.
+    - ``spill_bytes``: the most a thread may spill to memory.
+    """
+
+    kernel: Any
+    name: str
+    config: KernelConfig
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    spill_bytes: int = 0
