@@ -6,14 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
+from slipstream import LLM, RequestOutput, SamplingParams
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON, KernelConfig, observed_launches
 from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
