@@ -104,15 +104,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Sequences at once, and their tokens together; never less than what the points of a CPU take."""
+    """Sequences at once, and their tokens together; as it stands, what the points of a CPU take."""
 
     sequences: int = 64
     tokens: int = 40_000
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sequences", max(64, self.sequences))
-        # Every sequence may waste most of a block.
-        object.__setattr__(self, "tokens", max(40_000, self.tokens + 64 * self.sequences))
 
 
 _SHORT = [decode(1), decode(8), decode(32)]
@@ -140,10 +135,10 @@ def gpu_groups() -> list[Group]:
 def room_of(groups: list[Group]) -> Room:
     """Return what every contender makes room for, so that all points of the groups can run."""
     points = [point for group in groups for point in group.points]
-    return Room(
-        sequences=max((point.batch for point in points), default=1),
-        tokens=max((point.batch * (point.prompt_tokens + point.new_tokens) for point in points), default=1),
-    )
+    # Every sequence may waste most of a block.
+    tokens = (point.batch * (point.prompt_tokens + point.new_tokens + 64) for point in points)
+    least = Room()
+    return Room(sequences=max(least.sequences, *(point.batch for point in points)), tokens=max(least.tokens, *tokens))
 
 
 def quick_groups() -> list[Group]:

@@ -8,7 +8,7 @@ from ...comm.mesh import MeshShape
 from ...kernels.backends import uses_triton_on
 from ...sdk.errors import ConfigError
 
-CACHE_OPERATIONS = ("attention_decode", "attention_prefill", "rope_kv")
+CACHE_OPERATIONS = ("attention", "rope_kv")
 """What reads the cache or writes it: a cache of 8 bits is for their kernels alone."""
 
 _FP8_CAPABILITY = (8, 9)
