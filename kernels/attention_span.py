@@ -158,13 +158,14 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    ROWS_DIFFER: tl.constexpr,
 ):
     """Let a tile's rows attend to the keys from ``begin`` to before ``end``; return (result, peak, total).
 
-    ``keys_ptr``, ``values_ptr``: those of one KV head in block 0; ``table_ptr``: the blocks of one sequence. Row m sees
-    the keys ``lowest_M`` to ``position_M``, both included. Tiles of keys stand at multiples of BLOCK_N; nothing outside
-    of [begin, end) is read, in the table neither. Without MASKED every row must see all keys, and ``begin`` and ``end``
-    be multiples of BLOCK_N. Begin with zeros, -inf, zeros: partials are what comes back.
+    ``keys_ptr``, ``values_ptr``: those of one KV head in block 0; ``table_ptr``: the blocks of one sequence. Tiles of
+    keys stand at multiples of BLOCK_N; nothing outside of [begin, end) is read, in the table neither. With ROWS_DIFFER
+    row m sees only the keys ``lowest_M`` to ``position_M``, both included. Without MASKED ``begin`` and ``end`` must be
+    multiples of BLOCK_N, and all rows see all keys. Begin with zeros, -inf, zeros: partials are what comes back.
     """
     d_D = tl.arange(0, BLOCK_D)
     for first in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
@@ -191,8 +192,10 @@ def attend_keys(
         products_Mn = dot(q_MD, tl.trans(as_type_of(k_nD, q_MD.dtype)), tl.zeros((q_MD.shape[0], BLOCK_N), tl.float32))
         scores_Mn = log2_scores(products_Mn, scale, soft_cap, HAS_SOFT_CAP)
         if MASKED:
-            is_seen_Mn = (key_n[None, :] <= position_M[:, None]) & (key_n[None, :] >= lowest_M[:, None])
-            scores_Mn = tl.where(is_seen_Mn & is_there_n[None, :], scores_Mn, float("-inf"))
+            is_seen_Mn = is_there_n[None, :]
+            if ROWS_DIFFER:
+                is_seen_Mn &= (key_n[None, :] <= position_M[:, None]) & (key_n[None, :] >= lowest_M[:, None])
+            scores_Mn = tl.where(is_seen_Mn, scores_Mn, float("-inf"))
         weights_Mn, kept_M, peak_M, total_M = take_scores(scores_Mn, peak_M, total_M)
         result_MD = dot(rounded(weights_Mn, q_MD.dtype), as_type_of(v_nD, q_MD.dtype), result_MD * kept_M[:, None])
     return result_MD, peak_M, total_M
