@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
-from .launch import HAS_TRITON, runs_triton
+from .launch import HAS_TRITON, runs_triton_on
 
 
 class Backend(StrEnum):
@@ -48,16 +49,26 @@ _chosen: dict[str, Backend] = {}
 
 def backend_for(operation: str, x: Tensor) -> Backend:
     """Return what carries out an operation on ``x``'s device."""
+    return backend_on(operation, x.device)
+
+
+def backend_on(operation: str, device: torch.device) -> Backend:
+    """Return what carries out an operation on a device."""
     chosen = _chosen.get(operation)
     if chosen is not None:
         return chosen
     assert operation in TABLE, operation
-    return Backend.TRITON if x.is_cuda and HAS_TRITON else Backend.TORCH
+    return Backend.TRITON if device.type == "cuda" and HAS_TRITON else Backend.TORCH
 
 
 def uses_triton(operation: str, x: Tensor) -> bool:
     """Return whether an operation on ``x`` is carried out by its kernel."""
-    return backend_for(operation, x) is Backend.TRITON and runs_triton(x)
+    return uses_triton_on(operation, x.device)
+
+
+def uses_triton_on(operation: str, device: torch.device) -> bool:
+    """Return whether an operation on a device is carried out by its kernel."""
+    return backend_on(operation, device) is Backend.TRITON and runs_triton_on(device)
 
 
 def parse_choice(text: str) -> dict[str, Backend]:
