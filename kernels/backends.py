@@ -39,6 +39,9 @@ TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
         Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
+        Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
+        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
+        Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
     )
 }

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import attention_decode, attention_merge, attention_prefill, norm
+from . import (
+    attention_decode,
+    attention_merge,
+    attention_prefill,
+    moe_combine,
+    moe_gemm,
+    moe_route,
+    moe_sort,
+    norm,
+)
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_decode": attention_decode.compile_cases,
     "attention_merge": attention_merge.compile_cases,
     "attention_prefill": attention_prefill.compile_cases,
+    "moe_combine": moe_combine.compile_cases,
+    "moe_gemm": moe_gemm.compile_cases,
+    "moe_route": moe_route.compile_cases,
+    "moe_sort": moe_sort.compile_cases,
     "norm": norm.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
