@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import norm
+from . import attention_decode, attention_merge, norm
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
+    "attention_decode": attention_decode.compile_cases,
+    "attention_merge": attention_merge.compile_cases,
     "norm": norm.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
