@@ -38,6 +38,7 @@ TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
         Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
+        Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
     )
 }

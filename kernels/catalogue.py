@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import attention_decode, attention_merge, norm
+from . import attention_decode, attention_merge, mla, mla_prefill, norm
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_decode": attention_decode.compile_cases,
     "attention_merge": attention_merge.compile_cases,
+    "mla": mla.compile_cases,
+    "mla_prefill": mla_prefill.compile_cases,
     "norm": norm.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
