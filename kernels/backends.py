@@ -42,6 +42,7 @@ TABLE: Mapping[str, Operation] = {
         Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
         Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
         Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
+        Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
     )
 }
