@@ -33,10 +33,14 @@ class Operation:
 
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
+_ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
-    for each in (Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),)
+    for each in (
+        Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
+        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+    )
 }
 """All operations that there is a choice for, by name."""
 

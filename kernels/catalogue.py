@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import norm
+from . import linear_w4a16, norm, split_sums
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
+    "linear_w4a16": linear_w4a16.compile_cases,
     "norm": norm.compile_cases,
+    "split_sums": split_sums.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 
