@@ -39,7 +39,11 @@ TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
         Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
+        Operation(
+            name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
+        ),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

@@ -25,8 +25,8 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class Int4Codes:
     """A weight of 4-bit integers: input i of output o is ``(codes[o, i] - zeros[o, g]) * scales[o, g]``.
 
-    ``g`` is ``i // group``. ``order_I``: where the inputs were sorted by their groups (GPTQ's act-order), input i of the
-    codes is input ``order_I[i]`` of the layer.
+    ``g`` is ``i // group``. ``order_I``: where the inputs were sorted by their groups (GPTQ's act-order), input i of
+    the codes is input ``order_I[i]`` of the layer.
 
     Shapes: codes_OI [outputs, inputs] uint8 of 0 to 15; scales_OG [outputs, groups] float32; zeros_OG [outputs, groups]
     uint8 of 0 to 16; order_I [inputs] int64
@@ -99,8 +99,8 @@ def read_gptq(
 
     ``zeros_less_one``: zero points are stored one too low, as all files but those of "gptq_v2" have them.
 
-    Shapes: qweight_WO [inputs / 8, outputs], qzeros_GW [groups, outputs / 8] int32; scales_GO [groups, outputs] float16;
-    g_idx_I [inputs] int32, the group of each input
+    Shapes: qweight_WO [inputs / 8, outputs], qzeros_GW [groups, outputs / 8] int32; scales_GO [groups, outputs]
+    float16; g_idx_I [inputs] int32, the group of each input
     Source: GPTQ (arXiv 2210.17323), section 3 and "act-order"
     Raises: ValueError when the groups of ``g_idx_I`` are not all of one size
     """

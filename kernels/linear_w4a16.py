@@ -21,7 +21,7 @@ from .backends import uses_triton
 from .compile_case import CompileCase, pointer
 from .int4_codes import GROUPS, Int4Codes, in_kernel_groups
 from .launch import INTERPRETED, KernelConfig, jit, launch, tl
-from .split_sums import split_count, split_sums_
+from .split_sums import empty_outputs, split_count, split_sums_
 from .tiles import dot, rounded
 
 SPAN = 256
@@ -115,7 +115,7 @@ def linear_w4a16_reference(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | No
 def _plane(words, PLANE: tl.constexpr, MAGIC: tl.constexpr):
     """Return a plane of a tile of words as bits of 16-bit floats: its numbers added to 128 (bfloat16) or 1024.
 
-    Numbers of 4 bits are the last ones of such a float's mantissa. Planes p and p + 4 are made by the same instructions.
+    Numbers of 4 bits are the last ones of such a float's mantissa. The same instructions make planes p and p + 4.
     """
     pairs = ((words >> (4 * (PLANE % 4))) & 0x000F000F) | MAGIC
     if PLANE >= 4:
@@ -140,7 +140,7 @@ def _w4a16_kernel(
     bias_ptr,
     out_ptr,
     rows,
-    outputs,
+    outputs_16,
     output_units,
     spans,
     spans_each,
@@ -157,7 +157,7 @@ def _w4a16_kernel(
     outputs], and there is no bias. ``biases``: how many there are, all or none. Units say what sizes are multiples of:
     only then are loads known to be aligned.
     """
-    filled_up = output_units * _OUTPUTS
+    outputs, filled_up = outputs_16 * 16, output_units * _OUTPUTS
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     MAGIC: tl.constexpr = 0x43004300 if tl.bfloat16 == TYPE else 0x64006400
     GROUPS_: tl.constexpr = _SPAN_SIZE // GROUP
@@ -219,16 +219,14 @@ def compile_cases() -> Iterator[CompileCase]:
                             "x_ptr": pointer(dtype),
                             **dict.fromkeys(("words_ptr", "meta_ptr"), "*i32"),
                             **dict.fromkeys(("bias_ptr", "out_ptr"), pointer(out)),
-                            **dict.fromkeys(("rows", "outputs", "output_units", "spans", "spans_each"), "i32"),
+                            **dict.fromkeys(("rows", "outputs_16", "output_units", "spans", "spans_each"), "i32"),
                             **dict.fromkeys(("x_stride_8", "biases"), "i32"),
                         },
                         constants={"GROUP": group},
                     )
 
 
-def linear_w4a16(
-    x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None, *, one_way: bool = False
-) -> Tensor:
+def linear_w4a16(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None, *, one_way: bool = False) -> Tensor:
     """As ``linear_w4a16_reference``.
 
     ``one_way``: the same arithmetic for any number of rows, so that a row's bits never depend on how many there are
@@ -247,26 +245,24 @@ def linear_w4a16(
         x_TI = x_TI.contiguous()
     if bias_O is not None:
         bias_O = bias_O.to(x_TI.dtype).contiguous()
-    out_TO = torch.empty(x_TI.shape[0], matrix.outputs, dtype=x_TI.dtype, device=x_TI.device)
+    out_TO = empty_outputs(x_TI, matrix.outputs, x_TI.dtype)
     config = w4a16_config(x_TI.shape[0], one_way=one_way)
     spans, filled_up, _ = matrix.words_SOW.shape
     is_split = one_way or x_TI.shape[0] <= _MOST_SPLIT_ROWS
     splits = split_count(filled_up // config.tiles["BLOCK_N"], spans) if is_split else 1
     if splits == 1:
         _multiply(x_TI, matrix, bias_O, out_TO.unsqueeze(0), config)
-        return out_TO
+        return out_TO[:, : matrix.outputs].contiguous()
     for first in range(0, x_TI.shape[0], _ROWS_AT_ONCE):
-        rows_TI = x_TI[first : first + _ROWS_AT_ONCE]
-        parts_STO = torch.empty(splits, len(rows_TI), matrix.outputs, dtype=torch.float32, device=x_TI.device)
-        _multiply(rows_TI, matrix, None, parts_STO, config)
-        split_sums_(out_TO[first : first + _ROWS_AT_ONCE], parts_STO, bias_O=bias_O)
-    return out_TO
+        some = slice(first, first + _ROWS_AT_ONCE)
+        parts_STO = torch.empty(splits, *out_TO[some].shape, dtype=torch.float32, device=x_TI.device)
+        _multiply(x_TI[some], matrix, None, parts_STO, config)
+        split_sums_(out_TO[some], parts_STO, bias_O=bias_O)
+    return out_TO[:, : matrix.outputs].contiguous()
 
 
-def _multiply(
-    x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None, parts_STO: Tensor, config: KernelConfig
-) -> None:
-    """Multiply into ``parts_STO`` [splits, rows, outputs]."""
+def _multiply(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None, parts_STO: Tensor, config: KernelConfig) -> None:
+    """Multiply into ``parts_STO`` [splits, rows, outputs], these filled up to a multiple of 16."""
     spans, filled_up, _ = matrix.words_SOW.shape
     splits, rows, outputs = parts_STO.shape
     launch(
@@ -279,11 +275,11 @@ def _multiply(
         bias_ptr=parts_STO if bias_O is None else bias_O,
         out_ptr=parts_STO,
         rows=rows,
-        outputs=outputs,
+        outputs_16=outputs // 16,
         output_units=filled_up // _OUTPUT_UNIT,
         spans=spans,
         spans_each=-(-spans // splits),
         x_stride_8=x_TI.stride(0) // _ALIGNED,
-        biases=0 if bias_O is None else outputs,
+        biases=0 if bias_O is None else matrix.outputs,
         GROUP=matrix.group,
     )

@@ -49,26 +49,34 @@ def _split_sums_kernel(
     bias_ptr,
     out_ptr,
     splits,
-    outputs,
-    part_stride,
+    outputs_16,
+    part_stride_16,
     biases,
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program adds up a block of one row's outputs. ``biases``: how many there are, all or none."""
-    row = tl.program_id(1).to(tl.int64)
+    row, outputs = tl.program_id(1).to(tl.int64), outputs_16 * 16
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_there = columns < outputs
     part_at = parts_ptr + row * outputs + columns
     total = tl.load(part_at, mask=is_there, other=0)
     for _ in range(1, splits):
-        part_at += part_stride
+        part_at += part_stride_16 * 16
         total += tl.load(part_at, mask=is_there, other=0)
     total = total.to(tl.float32)
     if HAS_SCALES:
         total = total * tl.load(row_scales_ptr + row) * tl.load(output_scales_ptr + columns, mask=is_there, other=0.0)
     total += tl.load(bias_ptr + columns, mask=columns < biases, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * outputs + columns, rounded(total, out_ptr.dtype.element_ty), mask=is_there)
+
+
+def empty_outputs(x_TI: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    """Return room for a product's outputs, filled up to a multiple of 16: then stores are known to be aligned.
+
+    Shapes: returns [tokens, outputs filled up]
+    """
+    return torch.empty(x_TI.shape[0], outputs + -outputs % 16, dtype=dtype, device=x_TI.device)
 
 
 def split_count(tiles: int, steps: int) -> int:
@@ -87,7 +95,8 @@ def split_sums_(
 ) -> None:
     """As ``split_sums_reference``, into ``out_TO``; by Triton.
 
-    Shapes: out_TO [rows, outputs] contiguous; parts_STO contiguous
+    Shapes: out_TO [rows, outputs] contiguous, outputs as ``empty_outputs`` has them; parts_STO contiguous; as many
+    output_scales_O at least; bias_O as many or fewer
     """
     splits, rows, outputs = parts_STO.shape
     launch(
@@ -100,9 +109,9 @@ def split_sums_(
         bias_ptr=out_TO if bias_O is None else bias_O,
         out_ptr=out_TO,
         splits=splits,
-        outputs=outputs,
-        part_stride=rows * outputs,
-        biases=0 if bias_O is None else outputs,
+        outputs_16=outputs // 16,
+        part_stride_16=rows * (outputs // 16),
+        biases=0 if bias_O is None else bias_O.shape[0],
         HAS_SCALES=row_scales_T1 is not None,
     )
 
@@ -120,7 +129,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     "parts_ptr": pointer(parts),
                     **dict.fromkeys(("row_scales_ptr", "output_scales_ptr"), scales),
                     **dict.fromkeys(("bias_ptr", "out_ptr"), pointer(dtype)),
-                    **dict.fromkeys(("splits", "outputs", "part_stride", "biases"), "i32"),
+                    **dict.fromkeys(("splits", "outputs_16", "part_stride_16", "biases"), "i32"),
                 },
                 constants={"HAS_SCALES": has_scales},
             )
