@@ -34,6 +34,7 @@ class Operation:
 
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
+_ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
@@ -44,6 +45,11 @@ TABLE: Mapping[str, Operation] = {
         Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
         Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
+        Operation(
+            name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
+        ),
+        Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

@@ -8,6 +8,8 @@ from . import (
     attention_decode,
     attention_merge,
     attention_prefill,
+    linear_w4a16,
+    linear_w8a8,
     mla,
     mla_prefill,
     moe_combine,
@@ -15,6 +17,8 @@ from . import (
     moe_route,
     moe_sort,
     norm,
+    quantize_rows,
+    split_sums,
 )
 from .compile_case import CompileCase
 
@@ -22,6 +26,8 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_decode": attention_decode.compile_cases,
     "attention_merge": attention_merge.compile_cases,
     "attention_prefill": attention_prefill.compile_cases,
+    "linear_w4a16": linear_w4a16.compile_cases,
+    "linear_w8a8": linear_w8a8.compile_cases,
     "mla": mla.compile_cases,
     "mla_prefill": mla_prefill.compile_cases,
     "moe_combine": moe_combine.compile_cases,
@@ -29,6 +35,8 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "moe_route": moe_route.compile_cases,
     "moe_sort": moe_sort.compile_cases,
     "norm": norm.compile_cases,
+    "quantize_rows": quantize_rows.compile_cases,
+    "split_sums": split_sums.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

@@ -11,6 +11,9 @@ from .launch import KernelConfig
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """The targets, and the shared memory that a program can have there."""
 
+FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
+"""Where kernels with float8 numbers of NVIDIA's kind (e4m3fn) run, or are translated to what the GPU has."""
+
 _TYPES = {
     "float32": "fp32",
     "float16": "fp16",
