@@ -36,7 +36,10 @@ _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
-    for each in (Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),)
+    for each in (
+        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
+    )
 }
 """All operations that there is a choice for, by name."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import norm
+from . import norm, sample_tiles
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "norm": norm.compile_cases,
+    "sample_tiles": sample_tiles.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

@@ -12,6 +12,7 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 """The targets, and the shared memory that a program can have there."""
 
 _TYPES = {
+    "float64": "fp64",
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",

@@ -14,15 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.sample import (
-    COLDEST_TEMPERATURE,
-    DrawSettings,
-    add_to_logits_,
-    draw,
-    mask_tokens_,
-    penalize_repetition_,
-    token_logprobs,
-)
+from ...kernels.logit_edits import add_to_logits_, mask_tokens_, penalize_repetition_
+from ...kernels.sample import draw
+from ...kernels.sample_settings import COLDEST_TEMPERATURE, DrawSettings
+from ...kernels.token_logprobs import token_logprobs
 from ...kernels.token_mask import keep_allowed_
 from ..messages import AdmittedSequence, BoolArray, Int32Array, TokenLogprobs
 from .grammar_masks import TokenMasks
