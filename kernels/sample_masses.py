@@ -5,7 +5,6 @@ Owns what one unit of mass is, in torch and for kernels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .launch import jit, tl

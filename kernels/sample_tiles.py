@@ -21,7 +21,7 @@ from .launch import KernelConfig, jit, launch, tl
 from .sample_masses import mass_scale
 from .sample_noise import hash_tokens, row_keys
 from .sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
-from .sample_walk import estimate_again, exact_masses, floor_of_top_k, winner
+from .sample_walk import estimate_again, floor_of_top_k, is_outside, winner
 
 TILE = 256
 _DOUBT = 1e-4  # of the whole mass: nearer to the cut than this, estimates do not decide; they are good to about 1e-5
@@ -122,51 +122,36 @@ def _draw_kernel(
     temperature = tl.load(numbers_ptr + row)
     if (temperature > 0) & (best > float("-inf")) & (is_broken == 0):
         top_p = tl.load(numbers_ptr + rows + row)
-        key = tl.load(integers_ptr + row)
         top_k = tl.load(integers_ptr + rows + row)
         scale = (1.4426950408889634 / temperature).to(tl.float32)
-        lowest = tl.full((), float("-inf"), tl.float32)
+        the_row = (row_ptr, list_ptr, vocabulary)
+        drawing = (best, temperature, scale, tl.load(integers_ptr + row), first_id)
+        cut = tl.full((), float("-inf"), tl.float32)
         floor = (best.to(tl.float64) + temperature * tl.load(numbers_ptr + 2 * rows + row)).to(tl.float32)
         if top_k > 0:
-            floor = tl.maximum(
-                floor, floor_of_top_k(row_ptr, list_ptr, best_T, best, top_k, vocabulary, TILES, TILE, GROUP)
-            )
-        if floor > lowest:
+            floor = tl.maximum(floor, floor_of_top_k(the_row, best_T, best, top_k, TILES, TILE, GROUP))
+        # What is relative to a tile's best becomes relative to the row's.
+        level_T = (best_T - best) * scale
+        estimate_T = tl.load(estimate_ptr + tiles_T, mask=is_there_T, other=float("-inf")) + level_T
+        total = tl.full((), 0.0, tl.float32)
+        if floor > cut:
             estimate_T, total = estimate_again(
-                row_ptr, list_ptr, estimate_ptr, mass_ptr, best_T, best, floor, lowest, scale, key, first_id,
-                vocabulary, TILES, TILE, GROUP,
-            )  # fmt: skip
-        else:
-            # What is relative to a tile's best becomes relative to the row's.
-            level_T = (best_T - best) * scale
-            estimate_T = tl.load(estimate_ptr + tiles_T, mask=is_there_T, other=float("-inf")) + level_T
-            total = tl.full((), 0.0, tl.float32)
-            if top_p < 1.0:
-                mass_T = tl.load(mass_ptr + tiles_T, mask=is_there_T, other=0.0)
-                total = tl.sum(mass_T * tl.exp2(level_T), axis=0)
-        cut = lowest
+                the_row, drawing, estimate_ptr, mass_ptr, best_T, floor, cut, TILES, TILE, GROUP
+            )
+        elif top_p < 1.0:
+            total = tl.sum(tl.load(mass_ptr + tiles_T, mask=is_there_T, other=0.0) * tl.exp2(level_T), axis=0)
         is_open = temperature > 0
         while is_open:
-            token, score, value = winner(
-                row_ptr, list_ptr, estimate_T, best, floor, cut, temperature, scale, key, first_id, vocabulary,
-                TILES, TILE, GROUP,
-            )  # fmt: skip
+            token, score, value = winner(the_row, drawing, estimate_T, floor, cut, TILES, TILE, GROUP)
             is_open = top_p < 1.0
             if is_open:
                 cut = value
                 estimate_T, above = estimate_again(
-                    row_ptr, list_ptr, estimate_ptr, mass_ptr, best_T, best, floor, cut, scale, key, first_id,
-                    vocabulary, TILES, TILE, GROUP,
-                )  # fmt: skip
-                limit = top_p * total.to(tl.float64)
-                is_out = above.to(tl.float64) >= limit
-                if tl.abs(above.to(tl.float64) - limit) <= doubt * total.to(tl.float64):
-                    above_mass, mass = exact_masses(
-                        row_ptr, list_ptr, best_T, best, floor, cut, temperature, mass_scale, vocabulary,
-                        TILES, TILE, GROUP,
-                    )  # fmt: skip
-                    is_out = above_mass.to(tl.float64) >= top_p * mass.to(tl.float64)
-                is_open = is_out & (above > 0.0)
+                    the_row, drawing, estimate_ptr, mass_ptr, best_T, floor, cut, TILES, TILE, GROUP
+                )
+                is_open = is_outside(
+                    the_row, drawing, best_T, floor, cut, above, total, top_p, mass_scale, doubt, TILES, TILE, GROUP
+                )
     tl.store(ids_ptr + row, token.to(tl.int64) + first_id)
     tl.store(scores_ptr + row, score)
 
@@ -205,6 +190,8 @@ def compile_cases() -> Iterator[CompileCase]:
                 "mass_scale": "fp32",
                 "doubt": "fp32",
             },
+            # NVIDIA's assembler prefers 128 registers, and a row's settings in memory, to fewer threads at a time.
+            spill_bytes=64,
         )
 
 

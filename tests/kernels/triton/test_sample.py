@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slipstream.kernels import backends, sample_tiles
-from slipstream.kernels.sample import choose_best, draw, draw_best, draw_reference
+from slipstream.kernels import backends
+from slipstream.kernels.sample import draw, draw_reference
 from slipstream.kernels.sample_settings import DrawnTokens, DrawSettings
 from slipstream.tests.kernels.test_sample import settings
 
@@ -63,3 +62,16 @@ def test_kernels_draw_what_the_reference_draws(vocabulary: int, seed: int, launc
     assert torch.equal(logits_RV, before_RV)
     assert_same(drawn, draw_reference(logits_RV, drawing))
     assert_same(drawn, by_torch(logits_RV, drawing))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_no_distribution_are_reported(temperature: float) -> None:
+    nan, inf = math.nan, math.inf
+    logits_RV = torch.full((5, 700), -inf)
+    logits_RV[:, 0], logits_RV[3, 0] = 0.0, -inf
+    logits_RV[1, 600], logits_RV[2, 300] = nan, inf
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1, "top_p": 0.5}):
+        drawn = draw(logits_RV, settings(5, temperature=temperature, **filters))
+        assert drawn.valid_R.tolist() == [True, False, False, False, True]
+        assert drawn.token_ids_R[drawn.valid_R].tolist() == [0, 0]
+        assert all(0 <= token < 700 for token in drawn.token_ids_R.tolist())
