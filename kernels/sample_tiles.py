@@ -65,7 +65,7 @@ def _scan_kernel(
     temperature = tl.load(numbers_ptr + row)
     if temperature > 0:
         scale = (1.4426950408889634 / temperature).to(tl.float32)
-        level_G = tl.where(best_G > float("-inf"), best_G, 0.0)
+        level_G = tl.where((best_G > float("-inf")) & (best_G < float("inf")), best_G, 0.0)
         decay_GT = (x - level_G[:, None]) * scale
         hashed_GT = hash_tokens(tl.load(integers_ptr + row), columns_GT + first_id)
         estimate_GT = decay_GT - tl.log2((16777216 - hashed_GT).to(tl.float32))
@@ -218,6 +218,34 @@ def upload_settings(settings: DrawSettings, vocabulary: int, device: torch.devic
     return uploaded_5R[:3].view(torch.float64), uploaded_5R[3:]
 
 
+def scan(logits_RV: Tensor, numbers_3R: Tensor, integers_2R: Tensor, *, first_id: int = 0) -> Tensor:
+    """Return each tile's best logit (NaN where one is), estimate and mass; the latter where the settings ask for them.
+
+    Shapes: logits_RV [R, V] float32; numbers_3R, integers_2R as uploaded; returns [3, R, T] float32
+    """
+    rows, vocabulary = logits_RV.shape
+    tiles, groups = -(-vocabulary // TILE), -(-vocabulary // (TILE * _SCAN.tiles["GROUP"]))
+    partials_3RT = torch.empty((3, rows, tiles), dtype=torch.float32, device=logits_RV.device)
+    launch(
+        _scan_kernel,
+        (rows * groups,),
+        _SCAN,
+        logits_ptr=logits_RV,
+        numbers_ptr=numbers_3R,
+        integers_ptr=integers_2R,
+        best_ptr=partials_3RT[0],
+        estimate_ptr=partials_3RT[1],
+        mass_ptr=partials_3RT[2],
+        rows=rows,
+        vocabulary=vocabulary,
+        tiles=tiles,
+        groups=groups,
+        row_stride=logits_RV.stride(0),
+        first_id=first_id,
+    )
+    return partials_3RT
+
+
 def draw_by_tiles(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
     """As ``sample.draw``."""
     scores_R, ids_R = best_by_tiles(logits_RV, settings, first_id=0)
@@ -228,31 +256,27 @@ def best_by_tiles(logits_RV: Tensor, settings: DrawSettings, *, first_id: int) -
     """As ``sample.draw_best``, with filters within the slice."""
     rows, vocabulary = logits_RV.shape
     device = logits_RV.device
-    tiles, groups = -(-vocabulary // TILE), -(-vocabulary // (TILE * _SCAN.tiles["GROUP"]))
+    tiles = -(-vocabulary // TILE)
     numbers_3R, integers_2R = upload_settings(settings, vocabulary, device)
-    partials_3RT = torch.empty((3, rows, tiles), dtype=torch.float32, device=device)
+    partials_3RT = scan(logits_RV, numbers_3R, integers_2R, first_id=first_id)
     list_RT = torch.empty((rows, tiles), dtype=torch.int32, device=device)
     ids_R = torch.empty(rows, dtype=torch.int64, device=device)
     scores_R = torch.empty(rows, dtype=torch.float64, device=device)
-    shared = {
-        "logits_ptr": logits_RV,
-        "numbers_ptr": numbers_3R,
-        "integers_ptr": integers_2R,
-        "best_ptr": partials_3RT[0],
-        "estimate_ptr": partials_3RT[1],
-        "mass_ptr": partials_3RT[2],
-        "rows": rows,
-        "vocabulary": vocabulary,
-        "tiles": tiles,
-        "row_stride": logits_RV.stride(0),
-        "first_id": first_id,
-    }
-    launch(_scan_kernel, (rows * groups,), _SCAN, **shared, groups=groups)
     launch(
         _draw_kernel,
         (rows,),
         row_config(vocabulary),
-        **shared,
+        logits_ptr=logits_RV,
+        numbers_ptr=numbers_3R,
+        integers_ptr=integers_2R,
+        best_ptr=partials_3RT[0],
+        estimate_ptr=partials_3RT[1],
+        mass_ptr=partials_3RT[2],
+        rows=rows,
+        vocabulary=vocabulary,
+        tiles=tiles,
+        row_stride=logits_RV.stride(0),
+        first_id=first_id,
         list_ptr=list_RT,
         ids_ptr=ids_R,
         scores_ptr=scores_R,

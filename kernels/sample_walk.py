@@ -34,7 +34,7 @@ def list_tiles(row, is_wanted_T, TILES: tl.constexpr):
 
 @jit
 def load_listed(row, first, count, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """Return the logits of listed tiles ``first`` and the following, -inf where there are none; their columns, tiles."""
+    """Return the logits of listed tiles from ``first`` on, -inf where there are none; their columns and tiles."""
     row_ptr, list_ptr, vocabulary = row
     places_G = first + tl.arange(0, GROUP)
     tiles_G = tl.load(list_ptr + places_G, mask=places_G < count, other=0)
