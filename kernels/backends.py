@@ -50,6 +50,7 @@ TABLE: Mapping[str, Operation] = {
             name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
         ),
         Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
+        Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

@@ -10,6 +10,7 @@ from . import (
     attention_prefill,
     linear_w4a16,
     linear_w8a8,
+    logit_edits,
     mla,
     mla_prefill,
     moe_combine,
@@ -18,7 +19,10 @@ from . import (
     moe_sort,
     norm,
     quantize_rows,
+    sample_tiles,
     split_sums,
+    token_logprobs,
+    token_mask,
 )
 from .compile_case import CompileCase
 
@@ -28,6 +32,7 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_prefill": attention_prefill.compile_cases,
     "linear_w4a16": linear_w4a16.compile_cases,
     "linear_w8a8": linear_w8a8.compile_cases,
+    "logit_edits": logit_edits.compile_cases,
     "mla": mla.compile_cases,
     "mla_prefill": mla_prefill.compile_cases,
     "moe_combine": moe_combine.compile_cases,
@@ -36,7 +41,10 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "moe_sort": moe_sort.compile_cases,
     "norm": norm.compile_cases,
     "quantize_rows": quantize_rows.compile_cases,
+    "sample_tiles": sample_tiles.compile_cases,
     "split_sums": split_sums.compile_cases,
+    "token_logprobs": token_logprobs.compile_cases,
+    "token_mask": token_mask.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

@@ -15,6 +15,7 @@ FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
 """Where kernels with float8 numbers of NVIDIA's kind (e4m3fn) run, or are translated to what the GPU has."""
 
 _TYPES = {
+    "float64": "fp64",
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
