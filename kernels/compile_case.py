@@ -37,8 +37,8 @@ class CompileCase:
 
     - ``signature``: the type of each argument that is no constant ("*bf16", "i32", "fp32"), by name; ``constants``: the
       others, the configuration's tiles left out.
-    - ``aligned``: the integers that are multiples of 16 in this case, as strides and sizes mostly are. A launch sees that
-      for itself, and loads of whole vectors depend on it.
+    - ``aligned``: the integers that are multiples of 16 in this case, as strides and sizes mostly are. A launch sees
+      that for itself, and loads of whole vectors depend on it.
     - ``targets``: where it can run. Float8 numbers of NVIDIA's kind need sm_89.
     - ``spill_bytes``: the most a thread may spill to memory.
     """
