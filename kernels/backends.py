@@ -36,7 +36,14 @@ _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
-    for each in (Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),)
+    for each in (
+        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
+        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
+        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
+        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
+        Operation(name="rope_kv", summary="rotary positions, and KV written to its blocks", batch_invariant=_BOTH),
+    )
 }
 """All operations that there is a choice for, by name."""
 

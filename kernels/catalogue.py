@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import norm
+from . import activation, kv_blocks, kv_pack, norm, norm_quantized, quantize_rows, rope_kv
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
+    "activation": activation.compile_cases,
+    "kv_blocks": kv_blocks.compile_cases,
+    "kv_pack": kv_pack.compile_cases,
     "norm": norm.compile_cases,
+    "norm_quantized": norm_quantized.compile_cases,
+    "quantize_rows": quantize_rows.compile_cases,
+    "rope_kv": rope_kv.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 
