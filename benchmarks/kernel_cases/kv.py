@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from slipstream.kernels.kv_blocks import clear_blocks, clear_blocks_reference, copy_blocks, copy_blocks_reference
+from slipstream.kernels.kv_blocks import clear_blocks, clear_blocks_reference, copy_blocks
 from slipstream.kernels.kv_pack import pack_kv, pack_kv_reference, unpack_kv_, unpack_kv_reference_
 
 from .case import KernelCase, by_torch
@@ -34,7 +34,7 @@ def cases(device: torch.device) -> Iterator[KernelCase]:
         dtype=_DTYPE,
         run=partial(copy_blocks, caches, sources, targets),
         bytes=2 * moved_bytes,
-        baselines={"eager": partial(copy_blocks_reference, caches, sources[:1], targets[:1])} if not is_gpu else {},
+        baselines=by_torch(device, _copy_by_index, caches, blocks_B, order[moved:].to(device)),
         wanted=wanted,
     )
     yield KernelCase(
@@ -68,3 +68,8 @@ def cases(device: torch.device) -> Iterator[KernelCase]:
             baselines=by_torch(device, unpack_kv_reference_, packed, caches, blocks_B, heads),
             wanted=wanted,
         )
+
+
+def _copy_by_index(caches: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+    for cache in caches:
+        cache.index_copy_(1, targets, cache.index_select(1, sources))

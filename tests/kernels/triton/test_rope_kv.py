@@ -109,6 +109,7 @@ def test_reference_turns_pairs_as_complex_numbers(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_cache_of_float8_has_scales(dtype: torch.dtype, seed: int, launches: list[str]) -> None:
     step = step_of(seed, dtype=dtype, kept=FLOAT8, head_size=80)
+    step.qkv_TSD[0, 6, 0] = 5
     scales = {"k_scale": 0.03, "v_scale": 0.007}
     queries_TND, cache = step.run(rotate_and_write_, **scales)
     expected_TND, expected = step.run(rotate_and_write_reference_, **scales)
@@ -116,7 +117,7 @@ def test_a_cache_of_float8_has_scales(dtype: torch.dtype, seed: int, launches: l
     # Keys may be rounded to the neighbour where they differ before; values never differ.
     torch.testing.assert_close(cache[0], expected[0], rtol=0.126, atol=2**-9, equal_nan=True)
     torch.testing.assert_close(cache[1], expected[1], **EXACT)
-    # Some of the values are too large for their scale: they are cut off at the largest number that there is.
+    # What is too large for its scale is cut off at the largest number that there is.
     values = read_kv(step.rows, cache)[:, 2:]
     assert values.abs().max() == 448
     torch.testing.assert_close(values * 0.007, step.qkv_TSD[:, 6:].float().clamp(-3.136, 3.136), rtol=1 / 15, atol=1e-4)
