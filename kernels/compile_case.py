@@ -18,8 +18,14 @@ _TYPES = {
 }
 
 
+ALL_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
 """Where float8 numbers of NVIDIA's kind can be computed with; AMD's compiler converts them step by step."""
+
+
+def targets_for(*dtypes: Any) -> tuple[str, ...]:
+    """Return where numbers of all of some torch types can be computed with."""
+    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else ALL_TARGETS
 
 
 def pointer(dtype: Any) -> str:
@@ -43,5 +49,5 @@ class CompileCase:
     config: KernelConfig
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    targets: tuple[str, ...] = ALL_TARGETS
     spill_bytes: int = 0
