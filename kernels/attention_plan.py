@@ -61,8 +61,8 @@ def build_attention_plan(
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
-    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what Triton's kernels read is made, for whoever brings it to ``device`` with other things; None
-    is there at once.
+    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
+    is made, for whoever brings it to ``device`` with other things; None is there at once.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
