@@ -134,18 +134,32 @@ def _attention_decode_kernel(
         tl.store(totals_ptr + place_M, total_M, mask=in_group_M < GROUP)
 
 
-def attention_decode_configs(head_size: int, cache_dtype: torch.dtype) -> Sequence[KernelConfig]:
+# Keys of a tile and stages, by numbers of a head and bytes of a number: the first lets four programs share a processor,
+# the second reads further ahead.
+_TILES = {
+    (64, 2): ((128, 3), (64, 5)),
+    (128, 2): ((64, 3), (64, 5)),
+    (256, 2): ((32, 3), (32, 5)),
+    (64, 1): ((64, 5), (64, 3)),
+    (128, 1): ((32, 5), (64, 5)),
+    (256, 1): ((32, 3), (32, 5)),
+    (64, 4): ((32, 3),),
+    (128, 4): ((16, 3),),
+    (256, 4): ((16, 3),),
+}
+
+
+def attention_decode_configs(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Sequence[KernelConfig]:
     """Return how items can be computed, the default first. Heads are filled up to 64, 128 or 256 numbers."""
     block = max(64, next_power_of_2(head_size))
-    # Some four programs on a processor, each with the next tiles on their way.
-    keys = max(16, min(128, 8192 // (block * cache_dtype.itemsize) * 2))
-    default = KernelConfig(tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=4, num_stages=3)
-    if cache_dtype is torch.float32:
-        return (default,)
-    longer = KernelConfig(
-        tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": 2 * keys, "BLOCK_D": block}, num_warps=4, num_stages=2
+    return tuple(
+        KernelConfig(
+            tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block},
+            num_warps=8 if dtype is torch.float32 and block == 256 else 4,
+            num_stages=stages,
+        )
+        for keys, stages in _TILES[block, dtype.itemsize if dtype is torch.float32 else cache_dtype.itemsize]
     )
-    return (default, longer)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -154,9 +168,9 @@ def compile_cases() -> Iterator[CompileCase]:
         for cache_dtype in (dtype, torch.float8_e4m3fn):
             sizes = (64, 80, 96, 128, 192, 256) if dtype is torch.bfloat16 else (64, 128, 256)
             for size in sizes:
-                for config in attention_decode_configs(size, cache_dtype):
+                for config in attention_decode_configs(size, dtype, cache_dtype):
                     yield _case(dtype, cache_dtype, size, config, has_soft_cap=False)
-    config = attention_decode_configs(128, torch.bfloat16)[0]
+    config = attention_decode_configs(128, torch.bfloat16, torch.bfloat16)[0]
     yield _case(torch.bfloat16, torch.bfloat16, 128, config, has_soft_cap=True)
 
 
@@ -209,7 +223,7 @@ def decode_partials(
     launch(
         _attention_decode_kernel,
         (kv_heads * -(-group // TILE_ROWS), min(capacity, 4 * processors(q_TND.device))),
-        config or attention_decode_configs(head_size, layer_cache.dtype)[0],
+        config or attention_decode_configs(head_size, q_TND.dtype, layer_cache.dtype)[0],
         q_ptr=q_TND,
         keys_ptr=layer_cache[0],
         values_ptr=layer_cache[1],

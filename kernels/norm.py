@@ -87,6 +87,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "epsilon": "fp32",
                     },
                     constants={"HAS_RESIDUAL": has_residual},
+                    aligned=("size", "x_token_stride", "x_head_stride", "out_stride", "weight_stride"),
                 )
 
 
