@@ -134,18 +134,21 @@ def _attention_decode_kernel(
         tl.store(totals_ptr + place_M, total_M, mask=in_group_M < GROUP)
 
 
-# Keys of a tile and stages, by numbers of a head and bytes of a number: the first lets four programs share a processor,
-# the second reads further ahead.
+# Keys of a tile, warps and stages, by numbers of a head and bytes of queries and cached numbers: the first lets some
+# four programs share a processor, the second reads further ahead.
 _TILES = {
-    (64, 2): ((128, 3), (64, 5)),
-    (128, 2): ((64, 3), (64, 5)),
-    (256, 2): ((32, 3), (32, 5)),
-    (64, 1): ((64, 5), (64, 3)),
-    (128, 1): ((32, 5), (64, 5)),
-    (256, 1): ((32, 3), (32, 5)),
-    (64, 4): ((32, 3),),
-    (128, 4): ((16, 3),),
-    (256, 4): ((16, 3),),
+    (64, 2, 2): ((128, 4, 3), (64, 4, 5)),
+    (128, 2, 2): ((64, 4, 3), (64, 4, 5)),
+    (256, 2, 2): ((32, 4, 3), (32, 4, 5)),
+    (64, 2, 1): ((64, 4, 5), (64, 4, 3)),
+    (128, 2, 1): ((32, 4, 5), (64, 4, 5)),
+    (256, 2, 1): ((32, 4, 3), (32, 4, 5)),
+    (64, 4, 4): ((32, 4, 3),),
+    (128, 4, 4): ((16, 4, 3),),
+    (256, 4, 4): ((16, 8, 3),),
+    (64, 4, 1): ((32, 4, 3),),
+    (128, 4, 1): ((16, 4, 1),),
+    (256, 4, 1): ((16, 8, 1),),
 }
 
 
@@ -154,11 +157,9 @@ def attention_decode_configs(head_size: int, dtype: torch.dtype, cache_dtype: to
     block = max(64, next_power_of_2(head_size))
     return tuple(
         KernelConfig(
-            tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block},
-            num_warps=8 if dtype is torch.float32 and block == 256 else 4,
-            num_stages=stages,
+            tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages
         )
-        for keys, stages in _TILES[block, dtype.itemsize if dtype is torch.float32 else cache_dtype.itemsize]
+        for keys, warps, stages in _TILES[block, dtype.itemsize, cache_dtype.itemsize]
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention_decode import TILE_ROWS, attention_decode_configs, checked_cache, side_by_side
 from .attention_items import PrefillItems
-from .attention_merge import checked_sinks
+from .attention_merge import sinks_or_none
 from .attention_span import (
     NO_WINDOW,
     SPAN_KEYS,
@@ -351,7 +351,7 @@ def prefill_attention(
         first_tokens_ptr=items.first_tokens_R,
         tiles_ptr=items.tiles_2C,
         tile_count_ptr=items.tile_count_1,
-        sinks_ptr=None if options.sinks_N is None else checked_sinks(options.sinks_N, heads),
+        sinks_ptr=sinks_or_none(options.sinks_N, heads, q_TND.device),
         out_ptr=out_TND,
         q_stride=q_TND.stride(0),
         columns=items.tables_RB.shape[1],
