@@ -25,7 +25,7 @@ from .attention_span import (
     empty_partials,
 )
 from .backends import uses_triton
-from .compile_case import CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, next_power_of_2, processors, tl
 
 TILE_ROWS = 16
@@ -180,7 +180,6 @@ def _case(
 ) -> CompileCase:
     plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
     places = ("tables_ptr", "positions_ptr", "tokens_ptr", "first_items_ptr", "items_ptr", "item_count_ptr")
-    is_float8 = cache_dtype is torch.float8_e4m3fn
     return CompileCase(
         kernel=_attention_decode_kernel,
         name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{' soft cap' if has_soft_cap else ''}",
@@ -200,7 +199,7 @@ def _case(
             "BLOCK_SIZE": 16,
             "SPAN_KEYS": SPAN_KEYS,
         },
-        targets=("sm_90", "sm_100", "gfx942") if is_float8 else ("sm_80", "sm_90", "sm_100", "gfx942"),
+        targets=targets_for(dtype, cache_dtype),
     )
 
 

@@ -51,6 +51,10 @@ TABLE: Mapping[str, Operation] = {
         ),
         Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
         Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
+        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
+        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
+        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
+        Operation(name="rope_kv", summary="rotary positions, and KV written to its blocks", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

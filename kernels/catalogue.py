@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from . import (
+    activation,
     attention_decode,
     attention_merge,
     attention_prefill,
+    kv_blocks,
+    kv_pack,
     linear_w4a16,
     linear_w8a8,
     logit_edits,
@@ -18,7 +21,9 @@ from . import (
     moe_route,
     moe_sort,
     norm,
+    norm_quantized,
     quantize_rows,
+    rope_kv,
     sample_tiles,
     shared_prefix,
     split_sums,
@@ -28,9 +33,12 @@ from . import (
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
+    "activation": activation.compile_cases,
     "attention_decode": attention_decode.compile_cases,
     "attention_merge": attention_merge.compile_cases,
     "attention_prefill": attention_prefill.compile_cases,
+    "kv_blocks": kv_blocks.compile_cases,
+    "kv_pack": kv_pack.compile_cases,
     "linear_w4a16": linear_w4a16.compile_cases,
     "linear_w8a8": linear_w8a8.compile_cases,
     "logit_edits": logit_edits.compile_cases,
@@ -41,7 +49,9 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "moe_route": moe_route.compile_cases,
     "moe_sort": moe_sort.compile_cases,
     "norm": norm.compile_cases,
+    "norm_quantized": norm_quantized.compile_cases,
     "quantize_rows": quantize_rows.compile_cases,
+    "rope_kv": rope_kv.compile_cases,
     "sample_tiles": sample_tiles.compile_cases,
     "shared_prefix": shared_prefix.compile_cases,
     "split_sums": split_sums.compile_cases,
