@@ -24,6 +24,10 @@ _TYPES = {
 }
 
 
+FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
+"""Where float8 numbers of NVIDIA's kind can be computed with; AMD's compiler converts them step by step."""
+
+
 def pointer(dtype: Any) -> str:
     """Return how a signature spells a pointer to numbers of a torch type."""
     name = str(dtype).removeprefix("torch.")
