@@ -51,7 +51,7 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
+QuantizationOption = Annotated[str, typer.Option(help="weights: none, int8, int4, or fp8 on a GPU")]
 DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
