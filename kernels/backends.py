@@ -35,6 +35,7 @@ class Operation:
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 _ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
+"""Deterministic engines ask these for one way for any number of rows, which is invariant."""
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
@@ -45,6 +46,9 @@ TABLE: Mapping[str, Operation] = {
         Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
         Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
+        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
+        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
         Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
         Operation(
             name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
