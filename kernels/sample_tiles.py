@@ -166,7 +166,11 @@ def compile_cases() -> Iterator[CompileCase]:
         "integers_ptr": pointer(torch.int64),
         **dict.fromkeys(("rows", "vocabulary", "tiles", "row_stride", "first_id"), "i32"),
     }
-    yield CompileCase(kernel=_scan_kernel, name="scan", config=_SCAN, signature={**shared, "groups": "i32"})
+    aligned = ("vocabulary", "row_stride")
+    for name, multiples in (("aligned rows", aligned), ("any rows", ())):
+        yield CompileCase(
+            kernel=_scan_kernel, name=name, config=_SCAN, signature={**shared, "groups": "i32"}, aligned=multiples
+        )
     for tiles in _ROW_TILES:
         yield CompileCase(
             kernel=_draw_kernel,
@@ -180,6 +184,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 "mass_scale": "fp32",
                 "doubt": "fp32",
             },
+            aligned=aligned,
             # NVIDIA's assembler prefers 128 registers, and a row's settings in memory, to fewer threads at a time.
             spill_bytes=64,
         )
