@@ -8,7 +8,14 @@ from typing import Any
 
 from .launch import KernelConfig
 
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""The targets, and the shared memory that a program can have there."""
+
+FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
+"""Where kernels with float8 numbers of NVIDIA's kind (e4m3fn) run, or are translated to what the GPU has."""
+
 _TYPES = {
+    "float64": "fp64",
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -18,14 +25,9 @@ _TYPES = {
 }
 
 
-ALL_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
-"""Where float8 numbers of NVIDIA's kind can be computed with; AMD's compiler converts them step by step."""
-
-
 def targets_for(*dtypes: Any) -> tuple[str, ...]:
     """Return where numbers of all of some torch types can be computed with."""
-    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else ALL_TARGETS
+    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else tuple(SHARED_BYTES)
 
 
 def pointer(dtype: Any) -> str:
@@ -40,6 +42,8 @@ class CompileCase:
 
     - ``signature``: the type of each argument that is no constant ("*bf16", "i32", "fp32"), by name; ``constants``: the
       others, the configuration's tiles left out.
+    - ``aligned``: the integers that are multiples of 16 in this case, as strides and sizes mostly are. A launch sees
+      that for itself, and loads of whole vectors depend on it.
     - ``targets``: where it can run. Float8 numbers of NVIDIA's kind need sm_89.
     - ``spill_bytes``: the most a thread may spill to memory.
     """
@@ -49,5 +53,26 @@ class CompileCase:
     config: KernelConfig
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    targets: tuple[str, ...] = ALL_TARGETS
+    aligned: tuple[str, ...] = ()
+    targets: tuple[str, ...] = tuple(SHARED_BYTES)
     spill_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a compiled kernel takes: registers and bytes spilled by a thread, shared memory in bytes by a program."""
+
+    kernel: str
+    case: str
+    config: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    spill_bound: int
+    error: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Return whether the kernel compiled, spills no more than it may, and fits the target's shared memory."""
+        return not self.error and self.spilled <= self.spill_bound and self.shared <= SHARED_BYTES[self.target]
