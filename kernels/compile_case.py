@@ -11,8 +11,9 @@ from .launch import KernelConfig
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """The targets, and the shared memory that a program can have there."""
 
+ALL_TARGETS = tuple(SHARED_BYTES)
 FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
-"""Where kernels with float8 numbers of NVIDIA's kind (e4m3fn) run, or are translated to what the GPU has."""
+"""Where float8 numbers of NVIDIA's kind (e4m3fn) can be computed with; AMD's compiler converts them step by step."""
 
 _TYPES = {
     "float64": "fp64",
@@ -27,7 +28,7 @@ _TYPES = {
 
 def targets_for(*dtypes: Any) -> tuple[str, ...]:
     """Return where numbers of all of some torch types can be computed with."""
-    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else tuple(SHARED_BYTES)
+    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else ALL_TARGETS
 
 
 def pointer(dtype: Any) -> str:
@@ -54,7 +55,7 @@ class CompileCase:
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
-    targets: tuple[str, ...] = tuple(SHARED_BYTES)
+    targets: tuple[str, ...] = ALL_TARGETS
     spill_bytes: int = 0
 
 

@@ -111,7 +111,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "epsilon": "fp32",
                     },
                     constants={"HAS_RESIDUAL": has_residual},
-                    aligned=("size", *strides, "weight_stride"),
+                    aligned=("size", "weight_stride", *strides),
                 )
 
 
