@@ -58,11 +58,13 @@ def build_attention_plan(
     cache_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     items_on: torch.device | None = None,
+    decode_room: int | None = None,
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
     ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
-    is made, for whoever brings it to ``device`` with other things; None is there at once.
+    is made, for whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many
+    spans of keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
@@ -81,6 +83,7 @@ def build_attention_plan(
             tile_rows=prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
             window=window,
             device=items_on or device,
+            decode_room=decode_room,
         )
     layout = KeyLayout(block_size=block_size, kv_heads=kv_heads, window=window, dtype=dtype, device=device)
     starts64, counts64 = starts.astype(np.int64), counts.astype(np.int64)
@@ -117,6 +120,7 @@ def _plan_of_items(
     tile_rows: int,
     window: int | None,
     device: torch.device,
+    decode_room: int | None,
 ) -> AttentionPlan:
     """Build the plan for Triton's kernels."""
     longest = int((starts + counts).max(initial=0))
@@ -127,7 +131,14 @@ def _plan_of_items(
     several = ~single
     decode: DecodeItems | None = None
     if single.any():
-        decode = decode_items(starts[single], first_tokens[single], block_tables[single], window=window, device=device)
+        decode = decode_items(
+            starts[single],
+            first_tokens[single],
+            block_tables[single],
+            window=window,
+            device=device,
+            capacity=decode_room,
+        )
     prefill: tuple[PrefillGroup, ...] | PrefillItems = ()
     if several.any():
         prefill = prefill_items(
