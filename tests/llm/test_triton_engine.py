@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "attention_bias": True,
@@ -140,6 +140,21 @@ def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], s
         for each in ("torch", "triton")
     ]
     assert drawn[0] == drawn[1]
+
+
+def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Behind a whole span of keys that they share, in the layer without a window."""
+    draw = random.Random(seed)
+    prompt = {"prompt_token_ids": [draw.randrange(3, VOCABULARY) for _ in range(520)]}
+    options = {**OPTIONS, "max_model_len": 544, "num_gpu_blocks_override": 96}
+    params = SamplingParams(n=4, temperature=1.0, seed=seed, max_tokens=3, ignore_eos=True)
+    drawn = []
+    for kernels in ("torch", "triton"):
+        with counted() as launches, LLM(str(checkpoint("dense")), **options, kernels=kernels) as llm:
+            (output,) = llm.generate(prompt, params)
+            drawn.append([list(sample.token_ids) for sample in output.outputs])
+    assert drawn[0] == drawn[1]
+    assert launches["_shared_prefix_kernel"] == 2, "one for each decoding step of four rows"
 
 
 def test_a_cache_of_8_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
