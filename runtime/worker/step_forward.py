@@ -155,6 +155,7 @@ class StepForward:
             spec=self._model.spec,
             deterministic=self._deterministic,
             dtype=self._model.dtype,
+            cache_dtype=self._cache.layers[0].dtype,
             device=self._model.device,
         )
 
