@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .cpu.native import native_for
 from .launch import KernelConfig, jit, launch, tl
 from .quantize_rows import LARGEST, by_scale, quantize_rows, quantize_rows_reference, scale_of
@@ -103,7 +103,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 config=_QUANTIZED,
                 signature={"gate_up_ptr": kind, "out_ptr": pointer(out_dtype), "scales_ptr": "*fp32", **numbers},
                 constants={"LARGEST": LARGEST[out_dtype]},
-                **({"targets": FLOAT8_TARGETS} if out_dtype == torch.float8_e4m3fn else {}),
+                targets=targets_for(out_dtype),
             )
 
 

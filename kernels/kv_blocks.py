@@ -111,7 +111,9 @@ def copy_blocks(layer_caches: Sequence[Tensor], sources: NDArray[np.int32], targ
         if by_triton:
             _launch(_copy_blocks_kernel, layer_caches, blocks_2C, last - first, copies=last - first)
             continue
-        for cache in layer_caches:
+        for layer_cache in layer_caches:
+            # Torch copies float8 blocks as bytes only.
+            cache = layer_cache.view(torch.uint8) if layer_cache.element_size() == 1 else layer_cache
             cache.index_copy_(1, blocks_2C[1], cache.index_select(1, blocks_2C[0]))
 
 

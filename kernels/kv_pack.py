@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, tl
 from .pointer_table import memory_at, pointer_table
 from .tiles import rounded
@@ -178,7 +178,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     config=_CONFIG,
                     signature={**signature, "packed_ptr": pointer(packed)},
                     constants={"GATHERS": gathers, "PARTS": 2, **_converting(kept, 16).constants},
-                    **({"targets": FLOAT8_TARGETS} if _FLOAT8 in (kept, packed) else {}),
+                    targets=targets_for(kept, packed),
                 )
 
 

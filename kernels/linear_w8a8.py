@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, SHARED_BYTES, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import INTERPRETED, KernelConfig, jit, launch, tl
 from .quantize_rows import quantize_rows
 from .split_sums import empty_outputs, split_count, split_sums_
@@ -191,7 +191,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         **dict.fromkeys(("x_stride_16", "biases"), "i32"),
                     },
                     constants={"SUMS": is_split},
-                    targets=FLOAT8_TARGETS if kind == torch.float8_e4m3fn else tuple(SHARED_BYTES),
+                    targets=targets_for(kind),
                 )
 
 

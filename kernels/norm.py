@@ -111,8 +111,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "epsilon": "fp32",
                     },
                     constants={"HAS_RESIDUAL": has_residual},
-                    # Two words more than the assembler wants a thread to have, for more threads at once.
-                    spill_bytes=16 if has_residual and size >= 4096 else 0,
+                    aligned=("size", "weight_stride", *strides),
                 )
 
 

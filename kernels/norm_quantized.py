@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, tl
 from .norm import add_rms_norm, add_rms_norm_reference, norm_config, normalized, rms_norm, rms_norm_reference
 from .quantize_rows import LARGEST, by_scale, quantize_rows, quantize_rows_reference, row_scale
@@ -99,7 +99,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "epsilon": "fp32",
                     },
                     constants={"HAS_RESIDUAL": has_residual, "LARGEST": LARGEST[out_dtype]},
-                    **({"targets": FLOAT8_TARGETS} if out_dtype == torch.float8_e4m3fn else {}),
+                    targets=targets_for(out_dtype),
                 )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, next_power_of_2, tl
 from .tiles import rounded
 
@@ -107,7 +107,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "x_stride": "i32",
                     },
                     constants={"LARGEST": LARGEST[out_dtype]},
-                    **({"targets": FLOAT8_TARGETS} if out_dtype == torch.float8_e4m3fn else {}),
+                    targets=targets_for(out_dtype),
                 )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import FLOAT8_TARGETS, CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .cpu.native import native_for
 from .launch import KernelConfig, jit, launch, next_power_of_2, tl
 from .tiles import rounded
@@ -192,7 +192,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         **dict.fromkeys(("k_factor", "v_factor"), "fp32"),
                     },
                     constants={"IS_SCALED": kept == _FLOAT8},
-                    **({"targets": FLOAT8_TARGETS} if kept == _FLOAT8 else {}),
+                    targets=targets_for(kept),
                 )
 
 

@@ -51,6 +51,8 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face model", metavar="MODEL")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+KernelsOption = Annotated[str, typer.Option(help="auto, torch, triton, or operation=backend with commas")]
+KvCacheDtypeOption = Annotated[str, typer.Option(help="numbers of the KV cache: auto is dtype; fp8 on GPUs")]
 QuantizationOption = Annotated[str, typer.Option(help="weights: none, int8, int4, or fp8 on a GPU")]
 DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
@@ -107,6 +109,8 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
+    kernels: KernelsOption = "auto",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,
@@ -131,6 +135,8 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantization": quantization,
+        "kernels": kernels,
+        "kv_cache_dtype": kv_cache_dtype,
         "num_threads": num_threads,
         "deterministic": deterministic,
         "tensor_parallel_size": tensor_parallel_size,
@@ -186,6 +192,8 @@ def serve(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
+    kernels: KernelsOption = "auto",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,

@@ -15,7 +15,7 @@ from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
-from ...kernels.moe_gemm import moe_mlp
+from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_route import route
 from .expert_ranks import ExpertRanks, SlotProducts
 from .linear import Linear

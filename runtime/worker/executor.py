@@ -26,6 +26,7 @@ from ..clock import monotonic_clock
 from ..messages import AdmittedSequence, Int32Array, StageTime, StepPlan, StepResult, TokenLogprobs
 from ..models.decoder import Decoder
 from ..models.kv_cache import KvCache
+from ..models.upload import upload
 from .expert_balance import ExpertBalance
 from .grammar import GrammarCompiler
 from .grammar_masks import GrammarMasks, TokenMasks
@@ -235,9 +236,8 @@ class ModelExecutor:
 
     def _forward(self, plan: StepPlan, rows: _Rows, division: StepDivision | None) -> torch.Tensor:
         """Return the hidden states of the step's tokens; of a divided step, of this rank's."""
-        token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
         step_rows = StepRows(
-            token_ids_T=token_ids_T.to(self._device),
+            token_ids_T=torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64)),
             starts=plan.starts,
             counts=plan.counts,
             prompt_lengths=self._prompt_length[plan.slots],
@@ -285,7 +285,7 @@ class ModelExecutor:
         positions = (plan.starts + plan.counts)[drawing].astype(np.int64)
         sampled = SampledRows(token_ids=tokens[drawing])
         if self._sequences.draws:
-            last = torch.from_numpy(rows.last[drawing].astype(np.int64)).to(self._device)
+            last = upload(torch.from_numpy(rows.last[drawing].astype(np.int64)), self._device)
             logits_RL = self._model.logits(hidden_TH.index_select(0, last))
             # The step's own deadline bounds the wait.
             allowed = None if masks is None else masks.result()

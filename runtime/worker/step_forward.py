@@ -31,7 +31,7 @@ from .token_split import TokenSplit
 class StepRows:
     """The rows of a step, as arrays; tokens one row after the other.
 
-    Shapes: token_ids_T [tokens] int64 on the device; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
+    Shapes: token_ids_T [tokens] int64 on the host; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
     most blocks] int32
     """
 
@@ -155,6 +155,7 @@ class StepForward:
             spec=self._model.spec,
             deterministic=self._deterministic,
             dtype=self._model.dtype,
+            cache_dtype=self._cache.layers[0].dtype,
             device=self._model.device,
         )
 
