@@ -31,27 +31,25 @@ if find_spec("slipstream") is None:  # a checkout that is not installed: the pac
     (_PATH / "slipstream").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
     sys.path.insert(0, str(_PATH))
 
-<<<<<<< HEAD
-from slipstream.benchmarks.kernel_cases import attention, elementwise, kv, norm
-=======
-from slipstream.benchmarks.kernel_cases import elementwise, kv, norm, sample
->>>>>>> sample8
+from slipstream.benchmarks.kernel_cases import (
+    attention,
+    elementwise,
+    kv,
+    linear,
+    norm,
+    sample,
+)
 from slipstream.benchmarks.kernel_cases.case import CasesOf, KernelCase, Run
 from slipstream.benchmarks.kernel_cases.timing import Stopwatch, interleaved, ratio
 from slipstream.benchmarks.report import write_report
 
 FILES: Mapping[str, CasesOf] = {
-<<<<<<< HEAD
     "attention": attention.cases,
     "elementwise": elementwise.cases,
     "kv": kv.cases,
-    "norm": norm.cases,
-=======
-    "elementwise": elementwise.cases,
-    "kv": kv.cases,
+    "linear": linear.cases,
     "norm": norm.cases,
     "sample": sample.cases,
->>>>>>> sample8
 }
 _COPY, _PRODUCT = "copy", "product"
 
