@@ -33,10 +33,19 @@ class Operation:
 
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
+_TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
-    for each in (Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),)
+    for each in (
+        Operation(
+            name="linear_fixed",
+            summary="the product with weights in one order of sums, for deterministic",
+            batch_invariant=_TRITON_ALONE,
+        ),
+        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="tree_sum", summary="parts of a sum, added up as a tree", batch_invariant=_BOTH),
+    )
 }
 """All operations that there is a choice for, by name."""
 

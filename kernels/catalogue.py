@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import norm
+from . import linear_fixed, norm, tree_sum
 from .compile_case import CompileCase
 
 MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
+    "linear_fixed": linear_fixed.compile_cases,
     "norm": norm.compile_cases,
+    "tree_sum": tree_sum.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

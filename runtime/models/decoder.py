@@ -9,23 +9,25 @@ Shapes: T tokens, H hidden size, N selected tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...comm.collectives import Collectives
 from ...comm.groups import ALONE, MeshGroups
 from ...comm.overlap import Parts, Steps, run_plain
+from ...comm.tree_sum import TreeGroup
 from ...kernels.attention import prepare_attention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import clear_blocks, kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
+from .formats import choose_formats
 from .forward import ForwardBatch
 from .kv_cache import KvCache
-from .linear_format import choose_format
 from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
@@ -75,7 +77,12 @@ class Decoder:
         self.spec = spec
         self.vocabulary = shard.vocabulary(spec.vocab_size)
         self._groups = groups
-        self._layers = tuple(_take_layer(spec, parameters, index, groups, shard) for index in range(spec.num_layers))
+        self._sums = groups.tp
+        if groups.tp is not None and shard.fixed_order:
+            self._sums = TreeGroup(groups.tp, parameters.tensor("layers.0.input_norm").dtype)
+        self._layers = tuple(
+            _take_layer(spec, parameters, index, groups, shard, self._sums) for index in range(spec.num_layers)
+        )
         self._embedding_VH = self._final_norm_H = self._head = None
         if groups.place.is_first_stage:
             self._embedding_VH = parameters.tensor("embedding")
@@ -126,7 +133,7 @@ class Decoder:
         self, inputs: PassInputs, cache: KvCache, *, sharded_norm: bool = False, layer_done: LayerDone | None = None
     ) -> Parts:
         """Run this stage's layers over what ``open_parts`` has returned. As ``forward_parts``."""
-        epsilon, tp = self.spec.rms_norm_eps, self._groups.tp
+        epsilon, tp = self.spec.rms_norm_eps, self._sums
         residual, residual_TH = open_residual(
             inputs.hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
         )
@@ -234,20 +241,29 @@ def load_decoder(
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
-    linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
+    shard = replace(shard, fixed_order=deterministic)
     local_spec = shard.local_spec(spec)
-    parameters = Parameters(linear_format)
+    parameters = Parameters(
+        choose_formats(quantization, dtype=dtype, device=device, deterministic=deterministic, shard=shard)
+    )
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)
 
 
-def _take_layer(spec: ModelSpec, parameters: Parameters, index: int, groups: MeshGroups, shard: Shard) -> DecoderLayer:
+def _take_layer(
+    spec: ModelSpec,
+    parameters: Parameters,
+    index: int,
+    groups: MeshGroups,
+    shard: Shard,
+    sums: Collectives | None,
+) -> DecoderLayer:
     name, layer = f"layers.{index}", spec.layers[index]
     return DecoderLayer(
         input_norm_H=parameters.tensor(f"{name}.input_norm"),
         attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
-        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard),
+        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard, sums=sums),
         ladder=layer.ladder,
     )
