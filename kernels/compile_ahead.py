@@ -2,7 +2,7 @@
 
 Every file with kernels has ``compile_cases``: one case for each dtype and tile configuration that its operation can
 launch. Nothing runs: it takes no GPU and no driver. ``python -m slipstream.kernels.compile_ahead`` compiles all of
-them, and ends with an error if one does not compile or spills more than its bound.
+them, and ends with an error if one does not compile, spills more than its bound or does not fit a target's memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
@@ -24,30 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .catalogue import MODULES, cases_of
-from .compile_case import CompileCase
+from .compile_case import CompileCase, Resources
+from .compile_report import write_table
 from .launch import INTERPRETED
 
 _AMD = "gfx"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What a compiled kernel takes: registers and bytes spilled by a thread, shared memory in bytes by a program."""
-
-    kernel: str
-    case: str
-    config: str
-    target: str
-    registers: int
-    spilled: int
-    shared: int
-    spill_bound: int
-    error: str = ""
-
-    @property
-    def is_good(self) -> bool:
-        """Return whether the kernel compiled, and spills no more than it may."""
-        return not self.error and self.spilled <= self.spill_bound
 
 
 def compile_case(case: CompileCase, target: str) -> Resources:
@@ -109,20 +91,22 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _compile_all(module: str, target: str | None) -> list[Resources]:
-    return [
-        compile_case(case, each)
-        for case in cases_of(module)
-        for each in case.targets
-        if target is None or each == target
-    ]
+def _compile_nth(module: str, place: int, target: str) -> Resources:
+    return compile_case(cases_of(module)[place], target)
 
 
-def compile_modules(modules: Iterable[str], *, target: str | None = None, processes: int = 2) -> Iterator[Resources]:
-    """Compile the cases of some files with kernels, several files side by side."""
-    with ProcessPoolExecutor(max_workers=processes) as pool:
-        for done in [pool.submit(_compile_all, module, target) for module in modules]:
-            yield from done.result()
+def compile_modules(modules: Iterable[str], *, target: str | None = None) -> Iterator[Resources]:
+    """Compile the cases of some files with kernels, as many side by side as there are cores."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        running = [
+            pool.submit(_compile_nth, module, place, each)
+            for module in modules
+            for place, case in enumerate(cases_of(module))
+            for each in case.targets
+            if target is None or each == target
+        ]
+        for done in running:
+            yield done.result()
 
 
 def main() -> int:
@@ -131,6 +115,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", default=list(MODULES), help="files with kernels; all by default")
     parser.add_argument("--target", help="one target alone, as sm_90 or gfx942")
     parser.add_argument("--json", type=Path, help="write what each takes to this file")
+    parser.add_argument("--document", type=Path, help="renew the table in this document (docs/kernels.md)")
     arguments = parser.parse_args()
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -141,6 +126,8 @@ def main() -> int:
         print(f"{'' if each.is_good else 'BAD '}{each.kernel} [{each.case}] {each.config} {each.target}: {verdict}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(each) for each in all_resources], indent=1))
+    if arguments.document:
+        write_table(arguments.document, all_resources)
     bad = sum(not each.is_good for each in all_resources)
     print(f"{len(all_resources)} compiled, {bad} bad")
     return 1 if bad else 0

@@ -8,6 +8,9 @@ from typing import Any
 
 from .launch import KernelConfig
 
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""The targets, and the shared memory that a program can have there."""
+
 _TYPES = {
     "float32": "fp32",
     "float16": "fp16",
@@ -39,5 +42,25 @@ class CompileCase:
     config: KernelConfig
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    targets: tuple[str, ...] = tuple(SHARED_BYTES)
     spill_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a compiled kernel takes: registers and bytes spilled by a thread, shared memory in bytes by a program."""
+
+    kernel: str
+    case: str
+    config: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    spill_bound: int
+    error: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Return whether the kernel compiled, spills no more than it may, and fits the target's shared memory."""
+        return not self.error and self.spilled <= self.spill_bound and self.shared <= SHARED_BYTES[self.target]

@@ -113,3 +113,8 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def triton_version() -> str:
+    """Return the version of Triton; "none" without it."""
+    return str(triton.__version__) if HAS_TRITON else "none"

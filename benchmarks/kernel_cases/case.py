@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -32,6 +33,14 @@ class KernelCase:
     baselines: Mapping[str, Run] = field(default_factory=dict)
     wanted: float | None = None
     wanted_over: str | None = None
+
+
+def by_torch(device: torch.device, way: Callable[..., object], *arguments: object) -> dict[str, Run]:
+    """Return torch's operations as they are written ("eager"), and on a GPU what torch makes of them ("compile")."""
+    ways: dict[str, Run] = {"eager": partial(way, *arguments)}
+    if device.type == "cuda":  # on a CPU it needs a compiler, and takes half a minute for each shape
+        ways["compile"] = partial(torch.compile(way, dynamic=False), *arguments)
+    return ways
 
 
 CasesOf = Callable[[torch.device], Iterator[KernelCase]]

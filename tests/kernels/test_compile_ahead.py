@@ -1,0 +1,107 @@
+"""Every kernel, in every way it can be launched, compiles for GPUs that are not there; what is found out is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slipstream.kernels.catalogue import MODULES, cases_of
+from slipstream.kernels.compile_case import CompileCase, Resources
+from slipstream.kernels.compile_report import BEGIN, END, write_table
+from slipstream.kernels.launch import HAS_TRITON
+
+if HAS_TRITON:
+    from slipstream.kernels.compile_ahead import compile_case
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: pip install triton")
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+FINE = Resources(
+    kernel="_x_kernel",
+    case="bf16",
+    config="block=128 warps=4 stages=2",
+    target="sm_90",
+    registers=40,
+    spilled=0,
+    shared=2048,
+    spill_bound=0,
+)
+
+
+@pytest.mark.timeout(1200)
+@needs_triton
+def test_every_kernel_compiles_for_every_target(tmp_path: Path) -> None:
+    report = tmp_path / "kernels.json"
+    # A process of its own: here kernels are interpreted.
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "slipstream.kernels.compile_ahead", "--json", str(report)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=1150,
+        check=False,
+    )
+    bad = [line for line in run.stdout.splitlines() if line.startswith("BAD")]
+    assert run.returncode == 0, "\n".join(bad) or run.stderr
+    compiled = {
+        (each["kernel"], each["case"], each["config"], each["target"]) for each in json.loads(report.read_text())
+    }
+    asked = [case for module in MODULES for case in cases_of(module)]
+    assert compiled == {
+        (case.kernel.__name__, case.name, str(case.config), target) for case in asked for target in case.targets
+    }
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_cases_differ_and_name_targets(module: str) -> None:
+    cases = cases_of(module)
+    assert cases
+    names = [(case.kernel.__name__, case.name, str(case.config)) for case in cases]
+    assert len(set(names)) == len(names)
+    assert all(case.targets for case in cases)
+
+
+def test_document_names_every_kernel() -> None:
+    text = DOCUMENT.read_text()
+    told = text[text.index(BEGIN) : text.index(END)]
+    for module in MODULES:
+        for case in cases_of(module):
+            assert f"`{case.kernel.__name__.strip('_')}`" in told, (
+                "docs/kernels.md is behind: python -P -m slipstream.kernels.compile_ahead --document docs/kernels.md"
+            )
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_good"),
+    [({}, True), ({"spilled": 8}, False), ({"shared": 1 << 20}, False), ({"error": "does not compile"}, False)],
+)
+def test_what_is_bad(changed: dict[str, int | str], is_good: bool) -> None:
+    values = {name: getattr(FINE, name) for name in Resources.__slots__}
+    assert Resources(**{**values, **changed}).is_good is is_good
+
+
+def test_the_table_takes_the_most_of_all_cases(tmp_path: Path) -> None:
+    values = {name: getattr(FINE, name) for name in Resources.__slots__}
+    larger = Resources(**{**values, "case": "fp32", "registers": 90, "shared": 1024})
+    elsewhere = Resources(**{**values, "target": "gfx942"})
+    document = tmp_path / "kernels.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_table(document, [FINE, larger, elsewhere])
+    text = document.read_text()
+    assert "| `x_kernel` | 2 | 90 / 0 / 2.0 | 40 / 0 / 2.0 |" in text
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        write_table(document, [FINE])
+
+
+@needs_triton
+def test_a_case_that_does_not_fit_its_kernel_is_refused() -> None:
+    case = cases_of("norm")[0]
+    wrong = CompileCase(kernel=case.kernel, name="wrong", config=case.config, signature={"nothing": "i32"})
+    with pytest.raises(ValueError, match="'wrong' of _rms_norm_kernel does not fit its parameters"):
+        compile_case(wrong, "sm_90")
