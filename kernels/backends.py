@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from .launch import HAS_TRITON, runs_triton
@@ -54,11 +55,16 @@ _chosen: dict[str, Backend] = {}
 
 def backend_for(operation: str, x: Tensor) -> Backend:
     """Return what carries out an operation on ``x``'s device."""
+    return backend_on(operation, x.device)
+
+
+def backend_on(operation: str, device: torch.device) -> Backend:
+    """Return what carries out an operation on a device."""
     chosen = _chosen.get(operation)
     if chosen is not None:
         return chosen
     assert operation in TABLE, operation
-    return Backend.TRITON if x.is_cuda and HAS_TRITON else Backend.TORCH
+    return Backend.TRITON if device.type == "cuda" and HAS_TRITON else Backend.TORCH
 
 
 def uses_triton(operation: str, x: Tensor) -> bool:

@@ -5,8 +5,8 @@ for a type, each output adds up its inputs in their order, and nothing is split 
 outputs that a rank has decide anything that changes bits.
 
 Sums over ``leaves`` chunks of the inputs are trees (``tree_sum``). Where there are few tiles each chunk is a program's
-own and a second kernel adds the sums up; otherwise one program computes them one after the other. Tiles and order are
-the same, and so are the bits.
+own, otherwise one program computes up to four of them one after the other; a second kernel adds up what is left. Tiles
+and order are the same, and so are the bits.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -80,9 +80,10 @@ def _fixed_linear_kernel(
     bias_ptr,
     out_ptr,
     tokens,
-    inputs,
     outputs,
-    leaf_size,
+    leaves,
+    leaf_units,
+    UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LEAVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,8 +93,11 @@ def _fixed_linear_kernel(
     """One program computes one tile of outputs: the tree over LEAVES leaves, the first being LEAVES times its place on
     the second axis, whose sums stand behind one another in ``out``.
 
-    Tiles of the same outputs are neighbours, so that a weight is read from memory once.
+    A leaf has ``leaf_units`` times UNIT inputs: as a product of a constant, the compiler sees how they are aligned. Tiles
+    of the same outputs are neighbours, so that a weight is read from memory once.
     """
+    leaf_size = leaf_units * UNIT
+    inputs = leaf_size * leaves
     row_tiles = tl.cdiv(tokens, BLOCK_M)
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -110,18 +114,31 @@ def _fixed_linear_kernel(
         )
         if HAS_BIAS and leaf == 0:
             # Only the first leaf of all has it.
-            bias = tl.load(bias_ptr + columns, mask=w_is_there & (part == 0), other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + columns, mask=w_is_there, other=0.0).to(tl.float32)
             acc = tl.where(part == 0, acc + bias[None, :], acc)
         total, one, two, four = add_leaf(leaf, acc, one, two, four)
     out = out_ptr + (part * tokens + rows.to(tl.int64))[:, None] * outputs + columns[None, :]
     tl.store(out, rounded(total, out_ptr.dtype.element_ty), mask=x_is_there[:, None] & w_is_there[None, :])
 
 
-def fixed_linear_config(dtype: torch.dtype, *, is_tree: bool) -> KernelConfig:
-    """Return the one configuration for a type, of sums that are trees or of others: nothing else decides.
+_MOST_AT_ONCE = 4
+"""Leaves that a program computes: the sums that wait for one another must fit its registers."""
+_ALIGNED = 16
+"""Inputs of which a leaf is a multiple where it can be read in whole vectors."""
 
-    A tree keeps up to four sums of a tile at once, so its tiles are smaller.
+
+def _unit(leaf_size: int) -> int:
+    return 1 if leaf_size % _ALIGNED else _ALIGNED
+
+
+def fixed_linear_config(dtype: torch.dtype, *, is_tree: bool, unit: int = _ALIGNED) -> KernelConfig:
+    """Return the one configuration for a type, of sums that are trees or of others, of aligned leaves or not. Nothing
+    else decides, and these are the same on all ranks.
+
+    A tree keeps up to three sums of a tile at once, so its tiles are smaller.
     """
+    if unit == 1 and dtype != torch.float32:
+        return KernelConfig(tiles={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         # No tensor cores: float32 is multiplied as it is.
         tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}
@@ -134,20 +151,21 @@ def compile_cases() -> Iterator[CompileCase]:
     """Return what ``fixed_linear`` launches."""
     for dtype in DTYPES:
         # (leaves of a launch, whether it is part of a tree, type of the result)
-        ways = [(1, False, dtype), (1, False, torch.float32), (1, True, torch.float32), (LEAVES, True, dtype)]
-        ways += [(leaves, True, torch.float32) for leaves in (2, 4, LEAVES)]
-        for leaves, is_tree, out in dict.fromkeys(ways):
+        ways = [(1, False, dtype), (1, False, torch.float32), (1, True, torch.float32)]
+        trees = [(leaves, True, torch.float32) for leaves in (2, 4) if dtype != torch.float32]
+        kinds = [(*way, _ALIGNED) for way in (*ways, *trees)] + [(*way, 1) for way in ways]
+        for leaves, is_tree, out, unit in dict.fromkeys(kinds):
             kind, to = pointer(dtype), pointer(out)
             yield CompileCase(
                 kernel=_fixed_linear_kernel,
-                name=f"{kind[1:]} to {to[1:]} {'tree of ' if is_tree else ''}{leaves}",
-                config=fixed_linear_config(dtype, is_tree=is_tree),
+                name=f"{kind[1:]} to {to[1:]} {'tree of ' if is_tree else ''}{leaves}{' odd' if unit == 1 else ''}",
+                config=fixed_linear_config(dtype, is_tree=is_tree, unit=unit),
                 signature={
                     **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), kind),
                     "out_ptr": to,
-                    **dict.fromkeys(("tokens", "inputs", "outputs", "leaf_size"), "i32"),
+                    **dict.fromkeys(("tokens", "outputs", "leaves", "leaf_units"), "i32"),
                 },
-                constants={"HAS_BIAS": True, "LEAVES": leaves},
+                constants={"UNIT": unit, "HAS_BIAS": True, "LEAVES": leaves},
             )
 
 
@@ -166,25 +184,26 @@ def fixed_linear(
     ``split``: whether each chunk is a program's own; None decides by how many tiles there are. It changes no bits.
 
     Shapes: x_TI [tokens, inputs]; weight_OI [outputs, inputs]; bias_O [outputs]; all of one float type
-    Raises: ValueError naming the tensor
+    Raises: ValueError naming the tensor, or ``leaves``
     """
     _check(x_TI, weight_OI, bias_O, max(leaves, 1))
     if not uses_triton("linear_fixed", x_TI):
         return fixed_linear_reference(x_TI, weight_OI, bias_O, leaves=max(leaves, 1), dtype=dtype)
     x_TI, weight_OI = x_TI.contiguous(), weight_OI.contiguous()
     tokens, outputs = x_TI.shape[0], weight_OI.shape[0]
-    config = fixed_linear_config(x_TI.dtype, is_tree=leaves > 0)
+    unit = _unit(x_TI.shape[1] // max(leaves, 1))
+    config = fixed_linear_config(x_TI.dtype, is_tree=leaves > 0, unit=unit)
     tiles = -(-tokens // config.tiles["BLOCK_M"]) * -(-outputs // config.tiles["BLOCK_N"])
     if split is None:
         split = tiles < 2 * processors(x_TI.device)
-    if leaves > 1 and split:
-        parts_LTO = torch.empty((leaves, tokens, outputs), dtype=torch.float32, device=x_TI.device)
-        _multiply(x_TI, weight_OI, bias_O, parts_LTO, config, tiles=tiles, leaves=1)
-        return add_stacked(parts_LTO, dtype)
-    # One leaf of several ranks' is a part of a tree like any other: float32.
-    out_TO = torch.empty((1, tokens, outputs), dtype=torch.float32 if leaves == 1 else dtype, device=x_TI.device)
-    _multiply(x_TI, weight_OI, bias_O, out_TO, config, tiles=tiles, leaves=max(leaves, 1))
-    return out_TO[0].to(dtype)
+    if not leaves:
+        out_1TO = torch.empty((1, tokens, outputs), dtype=dtype, device=x_TI.device)
+        _multiply(x_TI, weight_OI, bias_O, out_1TO, config, tiles=tiles, leaves=1)
+        return out_1TO[0]
+    at_once = 1 if split or unit == 1 or x_TI.dtype == torch.float32 else min(leaves, _MOST_AT_ONCE)
+    parts_NTO = torch.empty((leaves // at_once, tokens, outputs), dtype=torch.float32, device=x_TI.device)
+    _multiply(x_TI, weight_OI, bias_O, parts_NTO, config, tiles=tiles, leaves=at_once)
+    return add_stacked(parts_NTO, dtype)
 
 
 def _multiply(
@@ -198,7 +217,9 @@ def _multiply(
     leaves: int,
 ) -> None:
     """Launch the kernel for N parts of ``leaves`` leaves each. Shapes: out_NTO [parts, tokens, outputs]"""
-    parts, inputs = out_NTO.shape[0], x_TI.shape[1]
+    parts = out_NTO.shape[0]
+    leaf_size = x_TI.shape[1] // (parts * leaves)
+    unit = _unit(leaf_size)
     launch(
         _fixed_linear_kernel,
         (tiles, parts),
@@ -208,9 +229,10 @@ def _multiply(
         bias_ptr=weight_OI if bias_O is None else bias_O,
         out_ptr=out_NTO,
         tokens=x_TI.shape[0],
-        inputs=inputs,
         outputs=weight_OI.shape[0],
-        leaf_size=inputs // (parts * leaves),
+        leaves=parts * leaves,
+        leaf_units=leaf_size // unit,
+        UNIT=unit,
         HAS_BIAS=bias_O is not None,
         LEAVES=leaves,
     )

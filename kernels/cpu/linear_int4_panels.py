@@ -68,9 +68,7 @@ def int4_integers(weight: Int4Panels) -> tuple[Tensor, Tensor]:
     return integers_OI[: weight.outputs], scales_OG[: weight.outputs]
 
 
-def linear_int4_panels(
-    x_TI: Tensor, weight: Int4Panels, bias_O: Tensor | None, *, wide: bool = False
-) -> Tensor:
+def linear_int4_panels(x_TI: Tensor, weight: Int4Panels, bias_O: Tensor | None, *, wide: bool = False) -> Tensor:
     """Return ``x @ weight.T + bias``, of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] bfloat16; bias_O [outputs] bfloat16, contiguous

@@ -52,9 +52,7 @@ def lay_int8_panels(integers_OI: Tensor, scales_O: Tensor) -> Int8Panels | None:
     )
 
 
-def linear_int8_panels(
-    x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None, *, wide: bool = False
-) -> Tensor:
+def linear_int8_panels(x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None, *, wide: bool = False) -> Tensor:
     """Return ``x @ weight.T + bias``, both quantized; the result is of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] float32 or bfloat16; bias_O [outputs] of x's type, contiguous

@@ -9,7 +9,7 @@ Shapes: T tokens, H hidden size, N selected tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -230,22 +230,19 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str = "none",
-    deterministic: bool = False,
     groups: MeshGroups = ALONE,
     shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load the weights in the directory ``path``, or a rank's ``shard`` of them, and return its decoder.
 
-    ``spec`` is the whole model's. ``progress`` is told how much is loaded.
+    ``spec`` is the whole model's. With ``shard.fixed_order`` a row's bits depend neither on other rows nor on how many
+    tensor-parallel ranks there are. ``progress`` is told how much is loaded.
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
-    shard = replace(shard, fixed_order=deterministic)
     local_spec = shard.local_spec(spec)
-    parameters = Parameters(
-        choose_formats(quantization, dtype=dtype, device=device, deterministic=deterministic, shard=shard)
-    )
+    parameters = Parameters(choose_formats(quantization, dtype=dtype, device=device, shard=shard))
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...sdk.errors import ConfigError
 from .layout import Role
 from .linear_format import LinearFormat, PlainFormat, choose_format
 from .sharding import Shard
@@ -42,20 +41,15 @@ class Formats:
                 return self.products
 
 
-def choose_formats(
-    quantization: str, *, dtype: torch.dtype, device: torch.device, deterministic: bool, shard: Shard
-) -> Formats:
+def choose_formats(quantization: str, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> Formats:
     """Return the formats for some options and a rank's shard.
 
     Raises: ConfigError naming the option
     """
-    products = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
-    if not deterministic:
+    products = choose_format(quantization, dtype=dtype, device=device, deterministic=shard.fixed_order)
+    if not shard.fixed_order:
         return Formats(products=products, sums=products, expert_sums=products, router=PlainFormat())
     router = choose_format("none", dtype=dtype, device=device, deterministic=True)
-    if isinstance(router, PlainFormat):
-        named = str(dtype).removeprefix("torch.")
-        raise ConfigError("deterministic", f"needs float32 or bfloat16 on this CPU, got {named}")
     ranks = shard.place.shape.tp
     sums = TreeFormat(products, ranks=ranks)
     return Formats(

@@ -30,6 +30,7 @@ from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard, check_degrees
 from ..models.weights import Progress
+from .fixed_order import check_fixed_order
 from .grammar import GrammarCompiler
 from .rank import Rank, RankSetup, build_rank
 from .rank_processes import RankProcesses
@@ -92,13 +93,14 @@ def launch_engine(
     if kv is not None:
         _check_kv(kv, mesh)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
-    if options.deterministic and device.type != "cpu":
-        raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
+    if options.deterministic:
+        check_fixed_order(spec, mesh, device=device, dtype=dtype, experts_over_tp=options.enable_expert_parallel)
     # Rank 0 has as many layers and heads as any.
     first = Shard(
         place=mesh.place(0),
         experts_over_tp=options.enable_expert_parallel,
         redundant_experts=options.num_redundant_experts,
+        fixed_order=options.deterministic,
     )
     max_model_len, cache_size = size_engine(
         options, first.local_spec(spec), device, dtype, ranks_on_host=ranks_on_host or mesh.size

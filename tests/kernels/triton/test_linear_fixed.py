@@ -1,4 +1,4 @@
-"""The product in one order: against its reference and float64; a row's bits alone, among others, by shard and by rank."""
+"""The product in one order: against its reference and float64; a row's bits in any company, by shard and by rank."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_ranks_have_the_bits_of_one(ranks: int, split: bool, dtype: torch.dtype,
     one = fixed_linear(x_TI, weight_OI, bias_O, leaves=LEAVES, split=not split, dtype=dtype)
     shards = zip(x_TI.chunk(ranks, 1), weight_OI.chunk(ranks, 1), strict=True)
     subtrees = [
-        fixed_linear(
-            x, weight, None if rank else bias_O, leaves=LEAVES // ranks, split=split, dtype=torch.float32
-        )
+        fixed_linear(x, weight, None if rank else bias_O, leaves=LEAVES // ranks, split=split, dtype=torch.float32)
         for rank, (x, weight) in enumerate(shards)
     ]
     assert torch.equal(add_stacked(torch.stack(subtrees), dtype), one)

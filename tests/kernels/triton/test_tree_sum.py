@@ -42,5 +42,5 @@ def test_what_makes_no_tree() -> None:
     assert [subtree_leaves(ranks) for ranks in (1, 2, 3, 4, 5, 6, 8, 16)] == [8, 4, 0, 2, 0, 0, 1, 0]
     with pytest.raises(ValueError, match="parts: 1, 2, 4 or 8 of float32 make a tree, got 3"):
         add_stacked(torch.zeros(3, 2), torch.float32)
-    with pytest.raises(ValueError, match="got 2 of torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"got 2 of torch\.bfloat16"):
         add_stacked(torch.zeros(2, 2, dtype=torch.bfloat16), torch.float32)
