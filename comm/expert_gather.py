@@ -49,7 +49,8 @@ def mix_gathered(
 ) -> Parts:
     """Run each token through its experts, wherever they are; return all tokens' weighted sums, on every rank.
 
-    ``levels``, ``products`` and ``columns`` as of ``experts.mix``; weights and experts are of this rank's ``share_of`` the tokens.
+    ``levels``, ``products`` and ``columns`` as of ``experts.mix``; weights and experts are of this rank's ``share_of``
+    the tokens.
 
     Shapes: x_TH [tokens, hidden], the same on all ranks, at least one; weights_WA [share, chosen] float32;
     experts_WA [share, chosen] int64; returns [tokens, hidden]

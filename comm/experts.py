@@ -88,7 +88,7 @@ def mix(
 
     All ranks call it, each with its own tokens, or none. Where each expert's weights are spread over ranks too (tensor
     parallelism), products and ``shared`` return partial sums, and the caller adds up ``output_TH`` over those ranks. Or
-    ``columns`` are those ranks: each row is summed over them first, so that tokens' sums have the bits of whole experts.
+    ``columns`` are those ranks: each row is summed over them first, and tokens' sums have the bits of whole experts.
 
     Shapes: x_TH [tokens, hidden]; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
     Raises: CommMisuse when shapes, map and group do not fit, or ranks disagree; as ``Work.wait``

@@ -93,8 +93,8 @@ def _fixed_linear_kernel(
     """One program computes one tile of outputs: the tree over LEAVES leaves, the first being LEAVES times its place on
     the second axis, whose sums stand behind one another in ``out``.
 
-    A leaf has ``leaf_units`` times UNIT inputs: as a product of a constant, the compiler sees how they are aligned. Tiles
-    of the same outputs are neighbours, so that a weight is read from memory once.
+    A leaf has ``leaf_units`` times UNIT inputs: as a product of a constant, the compiler sees how they are aligned.
+    Tiles of the same outputs are neighbours, so that a weight is read from memory once.
     """
     leaf_size = leaf_units * UNIT
     inputs = leaf_size * leaves

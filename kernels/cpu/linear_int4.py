@@ -95,7 +95,7 @@ def linear_int4(
     """Return ``x @ weight.T + bias``.
 
     ``one_way``: the same kernel for any number of rows, so that a row's bits never depend on how many there are.
-    ``wide``: as float32, for a sum that goes on. torch's kernel gives x's type, so without compiled ones it was rounded.
+    ``wide``: as float32, for a sum that goes on. torch's kernel gives x's type: without compiled ones it was rounded.
 
     Shapes: x_TI [tokens, inputs] of the scales' type; bias_O [outputs]
     """

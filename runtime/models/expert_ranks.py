@@ -63,8 +63,8 @@ class ExpertRanks:
     ) -> None:
         """Take the group over which experts are spread, and the one over which each expert's columns are.
 
-        ``slots``: the weights of this rank's slots. ``row_sums``: the columns' ranks again, where each row is summed over
-        them before it is weighted. ``levels``: where the group is on several hosts, the levels of its
+        ``slots``: the weights of this rank's slots. ``row_sums``: the columns' ranks again, where each row is summed
+        over them before it is weighted. ``levels``: where the group is on several hosts, the levels of its
         exchange, as in ``comm.experts``.
         """
         self.group = group

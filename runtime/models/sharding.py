@@ -25,7 +25,7 @@ class Shard:
 
     ``experts_over_tp``: experts are spread over the tp ranks, each of them whole; otherwise they are spread over ep,
     and each one's columns over tp. ``redundant_experts``: slots of a layer, over all ranks, beyond one an expert;
-    filled up so that every rank has as many. ``fixed_order``: sums over tp ranks have the bits of one rank's, so columns
+    filled up so that every rank has as many. ``fixed_order``: sums over tp ranks have the bits of one rank's; columns
     are cut where the chunks of such sums are (``kernels.tree_sum``).
     """
 

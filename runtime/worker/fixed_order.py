@@ -31,8 +31,8 @@ def check_fixed_order(
             if size % LEAVES:
                 raise ConfigError(
                     "tensor_parallel_size",
-                    f"{mesh.tp} ranks share sums over the {size} {what}, which 'deterministic' cuts into {LEAVES} equal "
-                    "chunks: use 1 rank, or leave 'deterministic' out",
+                    f"{mesh.tp} ranks share sums over the {size} {what}, which 'deterministic' cuts into {LEAVES} "
+                    "equal chunks: use 1 rank, or leave 'deterministic' out",
                 )
     if device.type == "cuda":
         _check_operations(device)
@@ -58,6 +58,6 @@ def _check_operations(device: torch.device) -> None:
         if not operation.batch_invariant[backend]:
             raise ConfigError(
                 "deterministic",
-                f"{operation.name} ({operation.summary}) by {backend} gives a row other bits in other company: leave the "
-                "choice of kernels to 'auto'",
+                f"{operation.name} ({operation.summary}) by {backend} gives a row other bits in other company: "
+                "leave the choice of kernels to 'auto'",
             )

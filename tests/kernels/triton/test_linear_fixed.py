@@ -21,8 +21,8 @@ def operands(seed: int, tokens: int, inputs: int, outputs: int, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("leaves", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(3, 72, 70), (1, 8, 1), (0, 16, 5), (67, 200, 3)])
+@pytest.mark.parametrize("leaves", [0, 1, 8])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(3, 72, 70), (1, 8, 1), (0, 16, 5), (18, 128, 3)])
 def test_kernel_is_the_reference(
     tokens: int, inputs: int, outputs: int, leaves: int, split: bool, dtype: torch.dtype, seed: int
 ) -> None:
@@ -38,7 +38,7 @@ def test_kernel_is_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leaves", [0, 8])
 def test_a_row_is_the_same_bits_in_any_company(leaves: int, dtype: torch.dtype, seed: int) -> None:
-    x_TI, weight_OI, bias_O = operands(seed, 70, 80, 20, dtype)
+    x_TI, weight_OI, bias_O = operands(seed, 70, 128, 20, dtype)
     whole = fixed_linear(x_TI, weight_OI, bias_O, leaves=leaves, dtype=dtype)
     for row in (0, 33, 69):
         alone = fixed_linear(x_TI[row : row + 1], weight_OI, bias_O, leaves=leaves, dtype=dtype)
@@ -57,9 +57,10 @@ def test_an_output_is_the_same_bits_in_any_shard(dtype: torch.dtype, seed: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_ranks_have_the_bits_of_one(ranks: int, split: bool, dtype: torch.dtype, seed: int) -> None:
-    x_TI, weight_OI, bias_O = operands(seed, 5, 8 * 18, 30, dtype)
+@pytest.mark.parametrize("inputs", [8 * 18, 8 * 16])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_ranks_have_the_bits_of_one(ranks: int, inputs: int, split: bool, dtype: torch.dtype, seed: int) -> None:
+    x_TI, weight_OI, bias_O = operands(seed, 5, inputs, 30, dtype)
     one = fixed_linear(x_TI, weight_OI, bias_O, leaves=LEAVES, split=not split, dtype=dtype)
     shards = zip(x_TI.chunk(ranks, 1), weight_OI.chunk(ranks, 1), strict=True)
     subtrees = [
