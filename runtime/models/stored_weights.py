@@ -67,7 +67,7 @@ def read_codes(reader: CheckpointReader, parameter: Parameter, stored_as: Stored
 
     Raises: CheckpointError naming the file and the tensor
     """
-    if parameter.role is not Role.EXPERTS:
+    if parameter.role not in (Role.EXPERTS, Role.SUMMED_EXPERTS):
         return (_joined(reader, parameter.pieces, stored_as),)
     by_expert = groupby(parameter.pieces, key=lambda piece: piece.place[0])
     return tuple(_joined(reader, tuple(pieces), stored_as) for _, pieces in by_expert)

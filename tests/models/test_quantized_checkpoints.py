@@ -15,7 +15,8 @@ from slipstream.comm.mesh import MeshShape
 from slipstream.kernels import backends
 from slipstream.kernels.float8_codes import Float8Codes
 from slipstream.kernels.int4_codes import Int4Codes
-from slipstream.runtime.models.linear_format import CodesFormat, PlainFormat, choose_format
+from slipstream.runtime.models.codes_format import CodesFormat
+from slipstream.runtime.models.linear_format import PlainFormat, choose_format
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import WHOLE, Shard
 from slipstream.runtime.models.weights import read_expert, read_parameters
@@ -163,14 +164,16 @@ def test_a_product_with_codes(originals: Path, tmp_path: Path, kind: str, seed: 
     (codes,) = loaded
     assert isinstance(codes, Float8Codes if kind.startswith("fp8") else Int4Codes)
     expected = x.float() @ parameters(plain)[name].t()
-    form = CodesFormat(plain=PlainFormat(), dtype=torch.float16, device=CPU, keep=True, deterministic=False)
-    plainly = form.prepare(codes)(x, None)
+    form = CodesFormat(dtype=torch.float16, device=CPU, keep=True, one_way=False)
+    plainly = form.prepare(codes, PlainFormat(), is_summed=False)(x, None)
     torch.testing.assert_close(plainly.float(), expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
     backends.use("triton")
     try:
-        kept = form.prepare(codes)(x, None)
+        kept = form.prepare(codes, PlainFormat(), is_summed=False)(x, None)
+        fixed = replace(form, one_way=True).prepare(codes, PlainFormat(), is_summed=True)(x, None)
     finally:
         backends.use("auto")
+    assert torch.equal(fixed, plainly), "sums over ranks in a fixed order are of plain numbers"
     # Activations of 8 bits have a step of 1/16 in float8.
     close = 5e-3 if kind not in ("fp8", "fp8_whole") else 5e-2
     torch.testing.assert_close(kept.float(), expected, rtol=close, atol=close * float(expected.abs().max()))
@@ -184,6 +187,9 @@ def test_formats_where_kernels_run(quantization: str, close: float, seed: int) -
     try:
         form = choose_format(quantization, dtype=torch.bfloat16, device=CPU)
         products = [form.prepare(weight)(x, None), form.prepare_head(weight)(x, None)]
+        wide = form.prepare(weight, wide=True)(x, None)
+        assert wide.dtype == torch.float32
+        torch.testing.assert_close(wide.bfloat16(), products[0])
         # No whole groups: 8 bits instead.
         products.append(form.prepare(weight[:, :40].contiguous())(x[:, :40], None))
     finally:
