@@ -35,6 +35,7 @@ from slipstream.benchmarks.kernel_cases import (
     attention,
     elementwise,
     kv,
+    linear,
     norm,
     sample,
 )
@@ -46,6 +47,7 @@ FILES: Mapping[str, CasesOf] = {
     "attention": attention.cases,
     "elementwise": elementwise.cases,
     "kv": kv.cases,
+    "linear": linear.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

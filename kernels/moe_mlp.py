@@ -47,18 +47,22 @@ def moe_mlp(
 def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product], down: Sequence[Product]) -> Tensor:
     """Return what each expert makes of its rows.
 
-    Rows behind the last counted one are padding; what stands in their place in the result has no meaning.
+    Rows behind the last counted one are padding; what stands in their place in the result has no meaning. The result is
+    of the type that ``down`` returns; without a counted row, of the rows' own.
 
     Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
     """
-    results_RH = torch.empty_like(rows_RH)
+    results_RH: Tensor | None = None
     first = 0
     for expert, count in enumerate(counts_E.tolist()):
         if count:
             hidden_RI = silu_and_mul(gate_up[expert](rows_RH[first : first + count], None))
-            results_RH[first : first + count] = down[expert](hidden_RI, None)
+            made_RH = down[expert](hidden_RI, None)
+            if results_RH is None:
+                results_RH = rows_RH.new_empty(rows_RH.shape, dtype=made_RH.dtype)
+            results_RH[first : first + count] = made_RH
             first += count
-    return results_RH
+    return torch.empty_like(rows_RH) if results_RH is None else results_RH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

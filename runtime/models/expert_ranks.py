@@ -59,11 +59,13 @@ class ExpertRanks:
         slots: tuple[SlotProducts, ...],
         *,
         columns_group: Collectives | None,
+        row_sums: Collectives | None = None,
         levels: Sequence[Collectives] = (),
     ) -> None:
         """Take the group over which experts are spread, and the one over which each expert's columns are.
 
-        ``slots``: the weights of this rank's slots. ``levels``: where the group is on several hosts, the levels of its
+        ``slots``: the weights of this rank's slots. ``row_sums``: the columns' ranks again, where each row is summed
+        over them before it is weighted. ``levels``: where the group is on several hosts, the levels of its
         exchange, as in ``comm.experts``.
         """
         self.group = group
@@ -72,6 +74,7 @@ class ExpertRanks:
         self._levels = tuple(levels) or (group,)
         self._placed = placed
         self._columns_group = columns_group
+        self._row_sums = row_sums
         self.load_E = torch.zeros(placed.num_experts, dtype=torch.int64, device=placed.slots_NE.device)
         self.pairs_EE: Tensor | None = None
 
@@ -106,7 +109,13 @@ class ExpertRanks:
         products = partial(expert_products, gate_up=gate_up, down=down)
         if tokens <= self.most_gathered:
             output_TH = yield from mix_gathered(
-                self._levels, x_TH, weights_WA, experts_WA, placed=self._placed, products=products
+                self._levels,
+                x_TH,
+                weights_WA,
+                experts_WA,
+                placed=self._placed,
+                products=products,
+                columns=self._row_sums,
             )
             return (yield from self._summed(output_TH))
         return (yield from self._exchanged(own_WH, weights_WA, experts_WA, products, tokens))
@@ -114,7 +123,15 @@ class ExpertRanks:
     def _exchanged(
         self, own_WH: Tensor, weights_WA: Tensor, experts_WA: Tensor, products: Products, tokens: int
     ) -> Parts:
-        mixed = yield from mix(self._levels, own_WH, weights_WA, experts_WA, placed=self._placed, products=products)
+        mixed = yield from mix(
+            self._levels,
+            own_WH,
+            weights_WA,
+            experts_WA,
+            placed=self._placed,
+            products=products,
+            columns=self._row_sums,
+        )
         output_WH = yield from self._summed(mixed.output_TH)
         share_WH = output_WH.new_zeros((-(-tokens // self.group.size), output_WH.shape[1]))
         share_WH[: output_WH.shape[0]] = output_WH
@@ -122,7 +139,7 @@ class ExpertRanks:
 
     def _summed(self, output_TH: Tensor) -> Parts:
         """Return the sum over the ranks that have the other columns of the same experts."""
-        if self._columns_group is None:
+        if self._columns_group is None or self._row_sums is not None:
             return output_TH
         return (yield self._columns_group.all_reduce(output_TH))
 

@@ -79,7 +79,8 @@ class ExpertBalance:
         interval: int,
         policy: str,
         read: ReadExpert,
-        prepare: Prepare,
+        prepare_gate_up: Prepare,
+        prepare_down: Prepare,
         device: torch.device,
     ) -> None:
         """Take the layers by their number, and the placement they begin with, whose layers are these in order.
@@ -92,7 +93,7 @@ class ExpertBalance:
         self._placement = placement
         self._interval = interval
         self._read = read
-        self._prepare = prepare
+        self._prepare_gate_up, self._prepare_down = prepare_gate_up, prepare_down
         self._device = device
         self._counts = DecayedCounts(
             len(self._layers), placement.num_experts, half_life_steps=_HALF_LIFE_INTERVALS * interval
@@ -191,7 +192,7 @@ class ExpertBalance:
                     logger.exception("experts stay where they are: layer %d cannot be read", self._numbers[place[0]])
                     change.failed = True
                     return
-                change.prepared[place] = (self._prepare(gate_up), self._prepare(down))
+                change.prepared[place] = (self._prepare_gate_up(gate_up), self._prepare_down(down))
                 del reading[place]
                 return
 
