@@ -94,8 +94,9 @@ class EngineOptions:
       ``gpu_memory_utilization`` of the device's free memory is the limit, and on a CPU 4 GiB.
     - ``quantization``: how weights are kept on a CPU: ``none``, as ``dtype`` says; ``int8``, with activations quantized
       token by token; ``int4``, in groups of 32. Any checkpoint can be quantized while it is read.
-    - ``deterministic``: on a CPU, the same bits for a position whatever else is in the batch, however its prompt is cut
-      and whatever of it the prefix cache has.
+    - ``deterministic``: the same bits for a position whatever else is in the batch, however its prompt is cut, whatever
+      of it the prefix cache has, and whether 1, 2, 4 or 8 tensor-parallel ranks compute it. What cannot keep that is
+      refused. It takes some time.
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
