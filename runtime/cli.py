@@ -52,9 +52,7 @@ ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face 
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
-DeterministicOption = Annotated[
-    bool, typer.Option(help="the same bits whatever else runs, on 1, 2, 4 or 8 tensor-parallel ranks")
-]
+DeterministicOption = Annotated[bool, typer.Option(help="the same bits whatever else runs, on -tp 1, 2, 4 or 8")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
 PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", help="stages with some layers each")]
