@@ -19,6 +19,10 @@ Each round runs each point once by each contender, in an order drawn anew, with 
 first run a contender warms up on the point with a few tokens. Ratios are taken within a round; medians over rounds.
 Then Slipstream alone: time of a step against batch, context and layers, beside the roof, as plots.
 
+``--device cuda`` measures an 8B-shaped Llama on a GPU (hidden 4,096, 32 layers, 8 KV heads, vocabulary 128,256; the
+checkpoint takes 16 GB in the cache) against ``transformers``, without sweeps unless they are named. The roof is then
+the GPU's own.
+
     python -P -m slipstream.benchmarks.bench_engine --json benchmarks/results/bench_engine.json
 """
 
@@ -32,10 +36,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slipstream.benchmarks.engine import environments, sweeps, table
 from slipstream.benchmarks.engine.models import ensure_model
 from slipstream.benchmarks.engine.plot import plot
-from slipstream.benchmarks.engine.points import all_groups, quick_groups, select
+from slipstream.benchmarks.engine.points import SHAPES, Room, all_groups, gpu_groups, quick_groups, room_of, select
 from slipstream.benchmarks.engine.rounds import Arena, check_tokens
 from slipstream.benchmarks.report import write_report
 
@@ -43,13 +49,23 @@ from slipstream.benchmarks.report import write_report
 def main() -> None:
     """Measure, print the tables and write the report and the plots."""
     arguments = _parse()
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"--device {arguments.device}: torch sees no GPU")
     if arguments.install_peers:
         environments.install([name for name in arguments.contenders if name != table.OURS], arguments.cache / "peers")
     rounds = arguments.rounds or (1 if arguments.quick else 3)
-    print(f"seed {arguments.seed}, {rounds} rounds, {arguments.threads} threads, cache {arguments.cache}")
+    where = "a CPU" if arguments.device == "cpu" else torch.cuda.get_device_name(arguments.device)
+    print(f"on {where}, seed {arguments.seed}, {rounds} rounds, {arguments.threads} threads, cache {arguments.cache}")
     # Ended from outside, the contenders' processes have to end as well, and what was measured is kept.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    report: dict[str, Any] = {"seed": arguments.seed, "rounds": rounds, "points": [], "sweeps": {}, "notes": []}
+    report: dict[str, Any] = {
+        "device": where,
+        "seed": arguments.seed,
+        "rounds": rounds,
+        "points": [],
+        "sweeps": {},
+        "notes": [],
+    }
     try:
         _compare(arguments, rounds, report)
         _sweep(arguments, rounds, report)
@@ -62,11 +78,16 @@ def _compare(arguments: argparse.Namespace, rounds: int, report: dict[str, Any])
     """Run every point by every contender; figures and what was skipped go into the report."""
     if arguments.points == ["none"]:
         return
-    groups = select(quick_groups() if arguments.quick else all_groups(), arguments.groups, arguments.points)
-    models = {group.shape.name: ensure_model(group.shape, arguments.cache / "models") for group in groups}
-    arena = _arena(arguments, arguments.contenders, models, report)
+    groups = all_groups() if arguments.device == "cpu" else gpu_groups()
+    groups = select(quick_groups() if arguments.quick else groups, arguments.groups, arguments.points)
+    # In float32, where the larger models take more memory than is worth it.
+    checked = groups[0].shape if arguments.device == "cpu" else SHAPES["tiny" if arguments.quick else "120m"]
+    shapes = {shape.name: shape for shape in (*(group.shape for group in groups), checked)}
+    folder = arguments.cache / "models"
+    models = {name: ensure_model(shape, folder, arguments.device) for name, shape in shapes.items()}
+    arena = _arena(arguments, arguments.contenders, models, report, room_of(groups))
     if not arguments.no_check:
-        check_tokens(arena, groups[0].shape)
+        check_tokens(arena, checked)
     for group in groups:
         for result in arena.run_group(group, rounds):
             figure = table.figures(result)
@@ -87,7 +108,13 @@ def _sweep(arguments: argparse.Namespace, rounds: int, report: dict[str, Any]) -
             plot(lines, title=f"Decode step against {sweep.name}", x_label=sweep.x_label, path=path)
 
 
-def _arena(arguments: argparse.Namespace, names: list[str], models: dict[str, Path], report: dict[str, Any]) -> Arena:
+def _arena(
+    arguments: argparse.Namespace,
+    names: list[str],
+    models: dict[str, Path],
+    report: dict[str, Any],
+    room: Room | None = None,
+) -> Arena:
     return Arena(
         names,
         cache=arguments.cache,
@@ -96,6 +123,8 @@ def _arena(arguments: argparse.Namespace, names: list[str], models: dict[str, Pa
         threads=arguments.threads,
         notes=report["notes"],
         roof_repeats=1 if arguments.quick else 5,
+        device=arguments.device,
+        room=room,
     )
 
 
@@ -105,8 +134,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few points, one round")
     parser.add_argument("--groups", nargs="+", help="models, formats or both: 120m, bf16, 1b/int4")
     parser.add_argument("--points", nargs="+", help="decode-1, decode-8@4096, prefill-512, ...; none: only sweeps")
-    parser.add_argument("--sweeps", nargs="*", choices=sweeps.NAMES, default=list(sweeps.NAMES), help="of Slipstream")
-    parser.add_argument("--contenders", nargs="+", choices=environments.KINDS, default=list(environments.KINDS))
+    parser.add_argument("--sweeps", nargs="*", choices=sweeps.NAMES, help="of Slipstream")
+    parser.add_argument("--contenders", nargs="+", choices=environments.KINDS)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -114,7 +144,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--install-peers", action="store_true", help="make the peers' environments first")
     parser.add_argument("--no-check", action="store_true", help="do not compare tokens with transformers first")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    kind = arguments.device.partition(":")[0]
+    able = [name for name, each in environments.KINDS.items() if kind in each.devices]
+    arguments.contenders = [name for name in arguments.contenders or able if name in able]
+    if arguments.sweeps is None:
+        arguments.sweeps = list(sweeps.NAMES) if kind == "cpu" else []
+    return arguments
 
 
 if __name__ == "__main__":

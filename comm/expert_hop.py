@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.moe_gemm import sort_by_expert, unsort
+from ..kernels.moe_sort import sort_by_expert, unsort
 from .collectives import Collectives, Work
 from .errors import CommMisuse
 from .overlap import Steps

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.moe_gemm import count_by_expert, unsort, weighted_sum
+from ..kernels.moe_combine import weighted_sum
+from ..kernels.moe_sort import count_by_expert, unsort
 from .collectives import Collectives
 from .expert_hop import Together, misuse, movable
 from .expert_map import ExpertMap

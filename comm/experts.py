@@ -1,6 +1,6 @@
 """A mixture of experts whose experts are spread over ranks: tokens go to their experts, and what becomes of them back.
 
-Nothing is dropped and nothing rounds on the way, so a token's result has the bits that ``kernels.moe_gemm.moe_mlp``
+Nothing is dropped and nothing rounds on the way, so a token's result has the bits that ``kernels.moe_mlp.moe_mlp``
 gives it on one rank: experts see their rows in the order of ranks and tokens, and each token's sum runs in float32 in
 the order of its choices. A token all of whose experts are on one rank is summed there, and one row comes back
 (``whole_tokens``). Of any other each expert's row comes back, and its own rank adds them up: a sum of some of them
@@ -28,7 +28,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..kernels.moe_gemm import count_by_expert, unsort
+from ..kernels.moe_sort import count_by_expert, unsort
 from .collectives import Collectives
 from .expert_hop import Arrival, hop, hop_back, misuse, movable
 from .expert_map import ExpertMap
@@ -38,7 +38,7 @@ from .whole_tokens import Expanded, choice_bytes, expanded, folded, outgoing, re
 
 Products: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """What the experts in a rank's slots make of rows sorted by slot: (rows [rows, hidden], counts [slots] int64) to
-[rows, hidden]; of one type on all ranks, which may be another than the rows'. Such as ``kernels.moe_gemm``'s
+[rows, hidden]; of one type on all ranks, which may be another than the rows'. Such as ``kernels.moe_mlp``'s
 ``expert_products`` with the weights filled in. It may be called without any rows."""
 
 Shared: TypeAlias = Callable[[], Tensor]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.moe_gemm import weighted_sum
+from ..kernels.moe_combine import weighted_sum
 from .expert_hop import Entries
 
 

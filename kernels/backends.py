@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from .launch import HAS_TRITON, runs_triton
+from .launch import HAS_TRITON, runs_triton_on
 
 
 class Backend(StrEnum):
@@ -34,17 +34,33 @@ class Operation:
 
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
+_ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
 _TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
+        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
+        Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
+        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
+        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
         Operation(
             name="linear_fixed",
             summary="the product with weights in one order of sums, for deterministic",
             batch_invariant=_TRITON_ALONE,
         ),
+        Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
+        Operation(
+            name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
+        ),
+        Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
+        Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
+        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
+        Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
+        Operation(name="rope_kv", summary="rotary positions, and KV written to its blocks", batch_invariant=_BOTH),
+        Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
         Operation(name="tree_sum", summary="parts of a sum, added up as a tree", batch_invariant=_BOTH),
     )
 }
@@ -69,7 +85,12 @@ def backend_on(operation: str, device: torch.device) -> Backend:
 
 def uses_triton(operation: str, x: Tensor) -> bool:
     """Return whether an operation on ``x`` is carried out by its kernel."""
-    return backend_for(operation, x) is Backend.TRITON and runs_triton(x)
+    return uses_triton_on(operation, x.device)
+
+
+def uses_triton_on(operation: str, device: torch.device) -> bool:
+    """Return whether an operation on a device is carried out by its kernel."""
+    return backend_on(operation, device) is Backend.TRITON and runs_triton_on(device)
 
 
 def parse_choice(text: str) -> dict[str, Backend]:

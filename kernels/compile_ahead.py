@@ -36,13 +36,15 @@ def compile_case(case: CompileCase, target: str) -> Resources:
     """Compile a case for a target ("sm_90", "gfx942"), optimized as when it is launched."""
     constants = {**case.constants, **case.config.tiles}
     names = case.kernel.arg_names
-    unknown = (case.signature.keys() | constants.keys()) ^ set(names)
+    unknown = (case.signature.keys() | constants.keys()) ^ set(names) | (set(case.aligned) - case.signature.keys())
     if unknown:
         raise ValueError(f"case {case.name!r} of {case.kernel.__name__} does not fit its parameters: {sorted(unknown)}")
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     # Pointers are aligned, as torch's memory is.
     attributes = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.aligned
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     is_amd = target.startswith(_AMD)

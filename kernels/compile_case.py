@@ -11,7 +11,12 @@ from .launch import KernelConfig
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """The targets, and the shared memory that a program can have there."""
 
+ALL_TARGETS = tuple(SHARED_BYTES)
+FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx942")
+"""Where float8 numbers of NVIDIA's kind (e4m3fn) can be computed with; AMD's compiler converts them step by step."""
+
 _TYPES = {
+    "float64": "fp64",
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -19,6 +24,11 @@ _TYPES = {
     "int8": "i8",
     "uint8": "u8",
 }
+
+
+def targets_for(*dtypes: Any) -> tuple[str, ...]:
+    """Return where numbers of all of some torch types can be computed with."""
+    return FLOAT8_TARGETS if any(str(dtype) == "torch.float8_e4m3fn" for dtype in dtypes) else ALL_TARGETS
 
 
 def pointer(dtype: Any) -> str:
@@ -33,6 +43,8 @@ class CompileCase:
 
     - ``signature``: the type of each argument that is no constant ("*bf16", "i32", "fp32"), by name; ``constants``: the
       others, the configuration's tiles left out.
+    - ``aligned``: the integers that are multiples of 16 in this case, as strides and sizes mostly are. A launch sees
+      that for itself, and loads of whole vectors depend on it.
     - ``targets``: where it can run. Float8 numbers of NVIDIA's kind need sm_89.
     - ``spill_bytes``: the most a thread may spill to memory.
     """
@@ -42,7 +54,8 @@ class CompileCase:
     config: KernelConfig
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    targets: tuple[str, ...] = tuple(SHARED_BYTES)
+    aligned: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ALL_TARGETS
     spill_bytes: int = 0
 
 

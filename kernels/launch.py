@@ -100,7 +100,12 @@ def observed_launches(observer: Observer) -> Iterator[None]:
 
 def runs_triton(x: Tensor) -> bool:
     """Return whether kernels can be launched on a tensor's device: a GPU, or any in the interpreter."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return runs_triton_on(x.device)
+
+
+def runs_triton_on(device: torch.device) -> bool:
+    """Return whether kernels can be launched on a device: a GPU, or any in the interpreter."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
 
 
 def next_power_of_2(n: int) -> int:

@@ -1,98 +1,346 @@
-"""The experts' MLPs: tokens sorted by expert, one product per expert, results added up per token.
+"""Products of rows with the weights of their experts, all experts in one launch; SwiGLU fused into the first of two.
 
-``moe_mlp`` is all of it on one rank. Where experts are spread over ranks, ``comm`` puts the exchange of rows between
-its three parts: ``sort_by_expert``, ``expert_products`` and ``weighted_sum``.
+Two ways, each for a product of gate and up, and for one of down:
 
-Shapes: T tokens, H hidden size, I intermediate size, E experts, A chosen experts per token, R = T * A rows.
+- *blocks* (prefill): entries are sorted into blocks of one expert each (``moe_sort``), one program a block and tile of
+  outputs;
+- *masked* (few tokens): nothing is sorted. One program an expert and tile of outputs, over all tokens; those that have
+  not chosen the expert are masked. A launch reads the weights of chosen experts alone, so it takes as long as these.
+
+Shapes: T tokens, A chosen experts per token, R = T * A entries, E experts, I inputs, O outputs (the activation's, where
+gate and up are multiplied: weights have 2 * O then, gate first), B blocks, M places of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from .activation import silu_and_mul
+from .backends import uses_triton
+from .compile_case import SHARED_BYTES, CompileCase, pointer
+from .launch import KernelConfig, jit, launch, next_power_of_2, tl
+from .moe_sort import MOST_EXPERTS, ExpertBlocks
+from .tiles import dot, rounded
+from .tuning import launch_tuned
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
+MOST_MASKED_TOKENS = 64
+"""The most tokens of the masked way."""
+
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_CHOSEN = 16
+_UNIT = 16
+"""Sizes are handed over in units of so many, so that the compiler knows that rows are aligned: loads are wide then."""
+_PLACES = (64, 128)
+_GROUP = tl.constexpr(8)
 
 
-def moe_mlp(
-    x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, gate_up: Sequence[Product], down: Sequence[Product]
+def expert_product_reference(
+    x_TI: Tensor, weights_EOI: Tensor, experts_R: Tensor, *, chosen: int, is_gated: bool
 ) -> Tensor:
-    """Run each token through its experts and return their weighted sum.
+    """Multiply each entry with its expert's weights; ``is_gated``: return ``silu(gate) * up`` of the two halves.
 
-    The sum runs in float32 and in the order of ``experts_TA``, so it does not depend on the other tokens.
+    Products, their sums and the activation are float32, whatever the type of ``x``; one rounding at the end. Entry r is
+    of row ``r // chosen``. An expert of ``num_experts`` or more is none: the entry's outputs have no meaning (here 0).
 
-    ``gate_up`` and ``down`` multiply with an expert's weights (and no bias): gate_up [rows, hidden] to [rows, 2 *
-    intermediate], gate first; down [rows, intermediate] to [rows, hidden].
-
-    Shapes: x_TH [tokens, hidden]; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
+    Shapes: x_TI [entries / chosen, inputs]; weights_EOI [experts, outputs, inputs], twice the outputs if gated;
+    experts_R [entries] int64; returns [entries, outputs] of x's type
+    Source: SwiGLU (arXiv 2002.05202), section 2
     """
-    num_tokens, chosen = experts_TA.shape
-    order_R, counts_E = sort_by_expert(experts_TA.flatten(), len(gate_up))
-    rows_RH = x_TH.index_select(0, torch.div(order_R, chosen, rounding_mode="floor"))
-    results_RH = expert_products(rows_RH, counts_E, gate_up, down)
-    by_choice_TAH = unsort(results_RH, order_R).view(num_tokens, chosen, x_TH.shape[1])
-    return weighted_sum(by_choice_TAH, weights_TA)
+    rows_RI = x_TI.repeat_interleave(chosen, dim=0).float()
+    outputs = weights_EOI.shape[1] // (2 if is_gated else 1)
+    out_RO = torch.zeros((len(experts_R), outputs), dtype=x_TI.dtype, device=x_TI.device)
+    for expert, weight_OI in enumerate(weights_EOI):
+        product_RO = rows_RI[experts_R == expert] @ weight_OI.float().T
+        if is_gated:
+            gate_RO, up_RO = product_RO.chunk(2, dim=-1)
+            product_RO = torch.nn.functional.silu(gate_RO) * up_RO
+        out_RO[experts_R == expert] = product_RO.to(x_TI.dtype)
+    return out_RO
 
 
-def sort_by_expert(experts_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return (order, counts): which row stands where when they are sorted by expert, and how many each expert has.
+@jit
+def _multiply_rows(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_row_M,
+    out_row_M,
+    is_row_M,
+    output_N,
+    inputs,
+    outputs,
+    IS_GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Multiply rows with one expert's weights for a tile of outputs, and write the result. All inputs in one order."""
+    input_K = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + x_row_M.to(tl.int64)[:, None] * inputs + input_K[None, :]
+    weight_ptrs = weight_ptr + output_N[None, :] * inputs + input_K[:, None]
+    is_output = (output_N < outputs)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, inputs, BLOCK_K):
+        is_input = input_K < inputs - begin
+        x = tl.load(x_ptrs, mask=is_row_M[:, None] & is_input[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=is_input[:, None] & is_output, other=0.0)
+        acc = dot(x, weight, acc)
+        if IS_GATED:
+            up = tl.load(weight_ptrs + outputs * inputs, mask=is_input[:, None] & is_output, other=0.0)
+            acc_up = dot(x, up, acc_up)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    if IS_GATED:
+        acc = acc / (1.0 + tl.exp2(acc * -1.4426950408889634)) * acc_up
+    out_ptrs = out_ptr + out_row_M.to(tl.int64)[:, None] * outputs + output_N[None, :]
+    tl.store(out_ptrs, rounded(acc, out_ptr.dtype.element_ty), mask=is_row_M[:, None] & is_output)
 
-    Rows of one expert keep their order.
 
-    Shapes: experts_R [rows] int64; order [rows] int64; counts [experts] int64
+@jit
+def _block_product_kernel(
+    x_ptr,
+    weights_ptr,
+    entries_ptr,
+    experts_ptr,
+    rows_ptr,
+    out_ptr,
+    blocks,
+    entries_per_row,
+    input_units,
+    output_units,
+    IS_GATED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program multiplies one block's rows with BLOCK_N outputs of its expert."""
+    inputs, outputs = input_units * UNIT, output_units * UNIT
+    # Programs that run side by side share weights (up to 8 blocks, often of one expert) and rows.
+    tiles = tl.cdiv(outputs, BLOCK_N)
+    group = tl.program_id(0) // (_GROUP * tiles)
+    in_group = tl.minimum(blocks - group * _GROUP, _GROUP)
+    rest = tl.program_id(0) % (_GROUP * tiles)
+    block = group * _GROUP + rest % in_group
+    rows = tl.load(rows_ptr + block)
+    if rows > 0:
+        place_M = tl.arange(0, BLOCK_M)
+        is_row_M = place_M < rows
+        entry_M = tl.load(entries_ptr + block * BLOCK_M + place_M, mask=is_row_M, other=0)
+        size = outputs * inputs * 2 if IS_GATED else outputs * inputs
+        weight_ptr = weights_ptr + tl.load(experts_ptr + block).to(tl.int64) * size
+        output_N = rest // in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+        _multiply_rows(
+            x_ptr, weight_ptr, out_ptr, entry_M // entries_per_row, entry_M, is_row_M, output_N,
+            inputs, outputs, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@jit
+def _masked_product_kernel(
+    x_ptr,
+    weights_ptr,
+    experts_ptr,
+    out_ptr,
+    tokens,
+    chosen,
+    entries_per_row,
+    input_units,
+    output_units,
+    IS_GATED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """One program multiplies the tokens that have chosen one expert with BLOCK_N of its outputs."""
+    inputs, outputs = input_units * UNIT, output_units * UNIT
+    expert = tl.program_id(1)
+    token_M = tl.arange(0, BLOCK_M)
+    choice_A = tl.arange(0, BLOCK_A)
+    is_there = (token_M < tokens)[:, None] & (choice_A < chosen)[None, :]
+    choices = tl.load(experts_ptr + token_M[:, None] * chosen + choice_A[None, :], mask=is_there, other=-1)
+    # A token chooses an expert once; places count from 1, 0 is for none.
+    choice_M = tl.max(tl.where(choices == expert, choice_A[None, :] + 1, 0), axis=1)
+    if tl.max(choice_M, axis=0) > 0:
+        entry_M = token_M * chosen + choice_M - 1
+        is_row_M = choice_M > 0
+        size = outputs * inputs * 2 if IS_GATED else outputs * inputs
+        output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        _multiply_rows(
+            x_ptr, weights_ptr + expert.to(tl.int64) * size, out_ptr, entry_M // entries_per_row, entry_M, is_row_M,
+            output_N, inputs, outputs, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+def _config(places: int, outputs: int, inputs: int, *, warps: int, stages: int, **more: int) -> KernelConfig:
+    tiles = {"BLOCK_M": places, "BLOCK_N": outputs, "BLOCK_K": inputs, **more}
+    return KernelConfig(tiles=tiles, num_warps=warps, num_stages=stages)
+
+
+def block_places(weights_EOI: Tensor, entries: int, *, one_way: bool = False) -> int:
+    """Return how many places blocks have: more where experts have many rows. ``one_way``: the same for any number."""
+    unit = _unit(*weights_EOI.shape[1:])
+    is_large = entries >= 96 * len(weights_EOI) and _has_large_blocks(weights_EOI.dtype, unit)
+    return _PLACES[is_large and not one_way]
+
+
+def _has_large_blocks(dtype: torch.dtype, unit: int) -> bool:
+    return dtype.itemsize == 2 and unit > 1
+
+
+def _unit(outputs: int, inputs: int) -> int:
+    return 1 if inputs % _UNIT or outputs % (2 * _UNIT) else _UNIT
+
+
+def block_configs(
+    dtype: torch.dtype, places: int, unit: int, *, is_gated: bool, is_wide: bool
+) -> Sequence[KernelConfig]:
+    """Return the ways to multiply blocks; the first unless tuning has found another.
+
+    Gate and up are two products: a program has half as many outputs of them. Rows that are not aligned (``unit`` 1)
+    are loaded number by number. ``is_wide``: the device multiplies from shared memory, and has registers for more sums.
     """
-    return torch.argsort(experts_R, stable=True), count_by_expert(experts_R, num_experts)
+    if unit == 1 or dtype.itemsize > 2:
+        return (_config(places, 32 if is_gated else 64, 32, warps=8, stages=2),)
+    if places == _PLACES[0]:
+        return (_config(places, 64 if is_gated else 128, 64, warps=4, stages=4),)
+    narrow = _config(places, 64 if is_gated else 128, 64, warps=8, stages=3)
+    return (_config(places, 128 if is_gated else 256, 64, warps=8, stages=3), narrow) if is_wide else (narrow,)
 
 
-def count_by_expert(experts_R: Tensor, num_experts: int) -> Tensor:
-    """Return each expert's number of rows, without reading anything back from a GPU, as ``bincount`` would.
+@lru_cache(maxsize=16)
+def _is_wide(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
-    Shapes: experts_R [rows] int64; returns [experts] int64
+
+def masked_config(dtype: torch.dtype, tokens: int, unit: int, *, is_gated: bool) -> KernelConfig:
+    """Return how few tokens are multiplied: weights come in wide rows, several on their way at once."""
+    places = 16 if tokens <= 16 else MOST_MASKED_TOKENS
+    if unit == 1 or dtype.itemsize > 2:
+        return _config(places, 32, 32, warps=4 if places == 16 else 8, stages=2, BLOCK_A=MOST_CHOSEN)
+    stages = 4 if places == 16 else 3
+    return _config(places, 32 if is_gated else 64, 128, warps=4, stages=stages, BLOCK_A=MOST_CHOSEN)
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Return what ``block_product`` and ``masked_product`` launch."""
+    for dtype, is_gated, unit in product(_TYPES, (False, True), (1, _UNIT)):
+        kind = pointer(dtype)
+        sizes = dict.fromkeys(("entries_per_row", "input_units", "output_units"), "i32")
+        pointers = {"x_ptr": kind, "weights_ptr": kind, "out_ptr": kind}
+        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}{' not aligned' if unit == 1 else ''}"
+        constants = {"IS_GATED": is_gated, "UNIT": unit}
+        for places in _PLACES if _has_large_blocks(dtype, unit) else _PLACES[:1]:
+            everywhere = block_configs(dtype, places, unit, is_gated=is_gated, is_wide=False)
+            for config in block_configs(dtype, places, unit, is_gated=is_gated, is_wide=True):
+                tables = dict.fromkeys(("entries_ptr", "experts_ptr", "rows_ptr"), "*i32")
+                yield CompileCase(
+                    kernel=_block_product_kernel,
+                    name=name,
+                    config=config,
+                    signature={**pointers, **tables, "blocks": "i32", **sizes},
+                    constants=constants,
+                    targets=tuple(SHARED_BYTES)[config not in everywhere :],
+                )
+        for tokens in (16, MOST_MASKED_TOKENS):
+            yield CompileCase(
+                kernel=_masked_product_kernel,
+                name=name,
+                config=masked_config(dtype, tokens, unit, is_gated=is_gated),
+                signature={**pointers, "experts_ptr": "*i64", "tokens": "i32", "chosen": "i32", **sizes},
+                constants=constants,
+            )
+
+
+def can_multiply(x_TI: Tensor, weights_EOI: Tensor) -> bool:
+    """Return whether the kernels take rows and weights: on a GPU, of one type, experts not too many to sort by."""
+    is_fit = weights_EOI.dtype == x_TI.dtype in _TYPES and len(weights_EOI) <= MOST_EXPERTS
+    return is_fit and weights_EOI.is_contiguous() and uses_triton("moe_gemm", x_TI)
+
+
+def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, entries: int, is_gated: bool) -> Tensor:
+    """As ``expert_product_reference``, for entries in blocks.
+
+    Shapes: x_TI [entries, or a divisor of it, inputs]; weights_EOI contiguous; returns [entries, outputs]
+    Raises: ValueError where shapes do not fit
     """
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_R.device)
-    return counts_E.scatter_add_(0, experts_R, torch.ones_like(experts_R))
+    count, places = blocks.entries_BM.shape
+    sizes, out_RO = _prepare(x_TI, weights_EOI, entries, is_gated)
+    launch_tuned(
+        _block_product_kernel,
+        lambda config: (count * -(-out_RO.shape[1] // config.tiles["BLOCK_N"]),),
+        block_configs(x_TI.dtype, places, sizes["UNIT"], is_gated=is_gated, is_wide=_is_wide(x_TI.device)),
+        (x_TI.dtype, tuple(weights_EOI.shape), next_power_of_2(entries)),
+        x_ptr=x_TI.contiguous(),
+        weights_ptr=weights_EOI,
+        entries_ptr=blocks.entries_BM,
+        experts_ptr=blocks.experts_B,
+        rows_ptr=blocks.rows_B,
+        out_ptr=out_RO,
+        blocks=count,
+        IS_GATED=is_gated,
+        **sizes,
+    )
+    return out_RO
 
 
-def unsort(sorted_RH: Tensor, order_R: Tensor) -> Tensor:
-    """Return rows as they stood before they were put into ``order_R``.
+def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_gated: bool) -> Tensor:
+    """As ``expert_product_reference``, for at most ``MOST_MASKED_TOKENS`` tokens; a token's experts are different ones.
 
-    Shapes: sorted_RH [rows, hidden]; order_R [rows] int64, each row once
+    Shapes: x_TI [tokens or entries, inputs]; weights_EOI contiguous; experts_TA [tokens, chosen] int64; returns
+    [entries, outputs]
+    Raises: ValueError where shapes do not fit
     """
-    return torch.empty_like(sorted_RH).index_copy_(0, order_R, sorted_RH)
+    tokens, chosen = experts_TA.shape
+    if tokens > MOST_MASKED_TOKENS or chosen > MOST_CHOSEN or experts_TA.dtype != torch.int64:
+        raise ValueError(
+            f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, MOST_CHOSEN]}, got {[tokens, chosen]}, "
+            f"{experts_TA.dtype}"
+        )
+    sizes, out_RO = _prepare(x_TI, weights_EOI, tokens * chosen, is_gated)
+    config = masked_config(x_TI.dtype, tokens, sizes["UNIT"], is_gated=is_gated)
+    launch(
+        _masked_product_kernel,
+        (-(-out_RO.shape[1] // config.tiles["BLOCK_N"]), len(weights_EOI) if tokens * chosen else 0),
+        config,
+        x_ptr=x_TI.contiguous(),
+        weights_ptr=weights_EOI,
+        experts_ptr=experts_TA.contiguous(),
+        out_ptr=out_RO,
+        tokens=tokens,
+        chosen=chosen,
+        IS_GATED=is_gated,
+        **sizes,
+    )
+    return out_RO
 
 
-def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product], down: Sequence[Product]) -> Tensor:
-    """Return what each expert makes of its rows.
-
-    Rows behind the last counted one are padding; what stands in their place in the result has no meaning. The result is
-    of the type that ``down`` returns; without a counted row, of the rows' own.
-
-    Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
-    """
-    results_RH: Tensor | None = None
-    first = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            hidden_RI = silu_and_mul(gate_up[expert](rows_RH[first : first + count], None))
-            made_RH = down[expert](hidden_RI, None)
-            if results_RH is None:
-                results_RH = rows_RH.new_empty(rows_RH.shape, dtype=made_RH.dtype)
-            results_RH[first : first + count] = made_RH
-            first += count
-    return torch.empty_like(rows_RH) if results_RH is None else results_RH
-
-
-def weighted_sum(by_choice_TAH: Tensor, weights_TA: Tensor) -> Tensor:
-    """Add up each token's results with their weights: in float32, first choice first.
-
-    Shapes: by_choice_TAH [tokens, chosen, hidden]; weights_TA [tokens, chosen] float32; returns [tokens, hidden] of
-    by_choice's type
-    """
-    total_TH = by_choice_TAH[:, 0].float() * weights_TA[:, :1]
-    for choice in range(1, weights_TA.shape[1]):
-        total_TH.addcmul_(by_choice_TAH[:, choice].float(), weights_TA[:, choice : choice + 1])
-    return total_TH.to(by_choice_TAH.dtype)
+def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) -> tuple[dict[str, int], Tensor]:
+    """Return what kernels are told of a product's sizes, and room for its result. Raises: ValueError"""
+    rows, inputs = x_TI.shape
+    if weights_EOI.dim() != 3 or weights_EOI.shape[2] != inputs or not weights_EOI.is_contiguous():
+        raise ValueError(
+            f"weights_EOI must be [experts, outputs, {inputs}] and contiguous, got {list(weights_EOI.shape)}"
+        )
+    if weights_EOI.dtype != x_TI.dtype or x_TI.dtype not in _TYPES:
+        raise ValueError(f"weights_EOI and x_TI must be of one float type, got {weights_EOI.dtype} and {x_TI.dtype}")
+    if is_gated and weights_EOI.shape[1] % 2:
+        raise ValueError(f"weights_EOI must have gate and up, got {weights_EOI.shape[1]} outputs")
+    if entries % max(rows, 1) or (entries and not rows):
+        raise ValueError(f"x_TI has {rows} rows, which do not divide the {entries} entries")
+    outputs = weights_EOI.shape[1] // (2 if is_gated else 1)
+    unit = _unit(weights_EOI.shape[1], inputs)
+    sizes = {
+        "entries_per_row": entries // max(rows, 1),
+        "input_units": inputs // unit,
+        "output_units": outputs // unit,
+        "UNIT": unit,
+    }
+    return sizes, torch.empty((entries, outputs), dtype=x_TI.dtype, device=x_TI.device)

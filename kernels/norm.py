@@ -29,86 +29,122 @@ def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor
 
 
 @jit
+def normalized(x, weight, size, epsilon, AXIS: tl.constexpr, TYPE: tl.constexpr):
+    """Return float32 rows normalized and multiplied with a weight, in ``TYPE``; zeros stand behind a row's end."""
+    scale = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / size + epsilon)
+    return rounded(rounded(x * scale, TYPE).to(tl.float32) * weight, TYPE)
+
+
+@jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     total_ptr,
     out_ptr,
+    rows,
     heads,
     size,
     x_token_stride,
     x_head_stride,
-    out_stride,
+    out_token_stride,
+    out_head_stride,
     weight_stride,
     epsilon,
     HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program normalizes one row: a token's, or one of its heads'."""
-    row = tl.program_id(0).to(tl.int64)
-    token, head = row // heads, row % heads
+    """One program normalizes ``ROWS`` rows, each a token's or one of its heads'. The output may be the input."""
+    row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     is_there = columns < size
+    if ROWS > 1:
+        row = (row * ROWS + tl.arange(0, ROWS))[:, None]
+        is_there = is_there & (row < rows)
+    token, head = (row // heads).to(tl.int64), row % heads
     x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + columns, mask=is_there, other=0.0)
     x = x.to(tl.float32)
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * size + columns, mask=is_there, other=0.0).to(tl.float32)
+        plain = row.to(tl.int64) * size + columns
+        x += tl.load(residual_ptr + plain, mask=is_there, other=0.0).to(tl.float32)
         total = rounded(x, total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * size + columns, total, mask=is_there)
+        tl.store(total_ptr + plain, total, mask=is_there)
         # What is normalized is the sum as it is kept.
         x = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
-    normed = rounded(x * scale, out_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + head * weight_stride + columns, mask=is_there, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + columns, rounded(normed * weight, out_ptr.dtype.element_ty), mask=is_there)
+    out = normalized(x, weight, size, epsilon, 1 if ROWS > 1 else 0, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * out_token_stride + head * out_head_stride + columns, out, mask=is_there)
 
 
-def norm_config(size: int) -> KernelConfig:
-    """Return how rows of a size are normalized: a row at once, some 16 numbers a thread."""
-    block = max(128, next_power_of_2(size))
-    return KernelConfig(tiles={"BLOCK": block}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+MAX_SIZE = 16384
+"""The longest rows that a program holds."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def norm_config(size: int, *, has_residual: bool = False) -> KernelConfig:
+    """Return how rows of a size are normalized: some 16 numbers a thread, short rows several at once."""
+    block = next_power_of_2(size)
+    block = max(1024, block) if has_residual or block > 256 else max(128, block)
+    numbers = max(1024, block)
+    return KernelConfig(
+        tiles={"ROWS": numbers // block, "BLOCK": block}, num_warps=min(16, numbers // 512), num_stages=1
+    )
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``rms_norm`` and ``add_rms_norm`` launch."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size in (128, 256, 512, 1024, 2048, 4096, 8192, 16384):
-            for has_residual in (False, True):
-                kind = pointer(dtype)
-                strides = ("heads", "size", "x_token_stride", "x_head_stride", "out_stride", "weight_stride")
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr")
+    numbers = ("rows", "heads", "size", "weight_stride")
+    strides = ("x_token_stride", "x_head_stride", "out_token_stride", "out_head_stride")
+    for dtype in _DTYPES:
+        for size in (128, 256, 1024, 2048, 4096, 8192, 16384):
+            for has_residual in (False, True) if size > 256 else (False,):
                 yield CompileCase(
                     kernel=_rms_norm_kernel,
-                    name=f"{kind[1:]} {size}{' residual' if has_residual else ''}",
-                    config=norm_config(size),
+                    name=f"{pointer(dtype)[1:]} {size}{' residual' if has_residual else ''}",
+                    config=norm_config(size, has_residual=has_residual),
                     signature={
-                        **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr"), kind),
-                        **dict.fromkeys(strides, "i32"),
+                        **dict.fromkeys(pointers, pointer(dtype)),
+                        **dict.fromkeys((*numbers, *strides), "i32"),
                         "epsilon": "fp32",
                     },
                     constants={"HAS_RESIDUAL": has_residual},
+                    aligned=("size", "weight_stride", *strides),
                 )
+
+
+def _by_triton(x_TH: Tensor, weight_H: Tensor) -> bool:
+    is_alike = weight_H.dtype == x_TH.dtype and weight_H.is_contiguous()
+    is_plain = x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and x_TH.dtype in _DTYPES
+    fits = x_TH.shape[-1] <= MAX_SIZE and weight_H.shape in (x_TH.shape[-1:], x_TH.shape[1:])
+    return is_alike and is_plain and fits and uses_triton("norm", x_TH)
 
 
 def _normalize_by_triton(
     x_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, total_TH: Tensor | None, out_TH: Tensor, epsilon: float
 ) -> None:
     size = x_TH.shape[-1]
-    heads = x_TH.shape[1] if x_TH.dim() == 3 else 1
+    has_heads = x_TH.dim() == 3
+    rows = x_TH.numel() // max(size, 1)
+    config = norm_config(size, has_residual=residual_TH is not None)
     launch(
         _rms_norm_kernel,
-        (x_TH.numel() // max(size, 1),),
-        norm_config(size),
+        (-(-rows // config.tiles["ROWS"]),),
+        config,
         x_ptr=x_TH,
         residual_ptr=x_TH if residual_TH is None else residual_TH,
         weight_ptr=weight_H,
         total_ptr=out_TH if total_TH is None else total_TH,
         out_ptr=out_TH,
-        heads=heads,
+        rows=rows,
+        heads=x_TH.shape[1] if has_heads else 1,
         size=size,
         x_token_stride=x_TH.stride(0),
-        x_head_stride=x_TH.stride(1) if x_TH.dim() == 3 else 0,
-        out_stride=size,
+        x_head_stride=x_TH.stride(1) if has_heads else 0,
+        out_token_stride=out_TH.stride(0),
+        out_head_stride=out_TH.stride(1) if has_heads else 0,
         weight_stride=size if weight_H.dim() == 2 else 0,
         epsilon=epsilon,
         HAS_RESIDUAL=residual_TH is not None,
@@ -117,7 +153,7 @@ def _normalize_by_triton(
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     """As ``rms_norm_reference``."""
-    if uses_triton("norm", x_TH) and x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and weight_H.is_contiguous():
+    if _by_triton(x_TH, weight_H):
         out_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
         _normalize_by_triton(x_TH, None, weight_H, None, out_TH, epsilon)
         return out_TH
@@ -140,6 +176,9 @@ def normalize_heads_(x_THD: Tensor, weight_HD: Tensor, epsilon: float) -> None:
 
     Shapes: x_THD [tokens, heads, size], heads side by side; weight_HD [heads, size]
     """
+    if _by_triton(x_THD, weight_HD):
+        _normalize_by_triton(x_THD, None, weight_HD, None, x_THD, epsilon)
+        return
     compiled = native_for(x_THD)
     if compiled is not None and x_THD.stride(1) == x_THD.shape[-1] and _is_weight(weight_HD, x_THD):
         _normalize(compiled, x_THD, None, weight_HD, None, x_THD, epsilon)
@@ -188,14 +227,26 @@ def _scalar(value: float, device: torch.device) -> Tensor:
         return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Add ``x`` to the residual and normalize the sum; return (normalized, new residual).
+def add_rms_norm_reference(
+    x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Add ``x`` to the residual and normalize the sum, as it is kept; return (normalized, new residual).
 
     Shapes: x_TH, residual_TH [tokens, size], same float type; weight_H [size]
     """
-    compiled = native_for(x_TH)
+    total_TH = residual_TH + x_TH
+    return rms_norm_reference(total_TH, weight_H, epsilon), total_TH
+
+
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """As ``add_rms_norm_reference``."""
     is_plain = x_TH.dim() == 2 and x_TH.is_contiguous() and residual_TH.is_contiguous()
     are_alike = x_TH.shape == residual_TH.shape and x_TH.dtype == residual_TH.dtype
+    if is_plain and are_alike and weight_H.dim() == 1 and _by_triton(x_TH, weight_H):
+        total_TH, out_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+        _normalize_by_triton(x_TH, residual_TH, weight_H, total_TH, out_TH, epsilon)
+        return out_TH, total_TH
+    compiled = native_for(x_TH)
     if compiled is not None and is_plain and are_alike and weight_H.dim() == 1 and _is_weight(weight_H, x_TH):
         total_TH, out_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
         _normalize(compiled, x_TH, residual_TH, weight_H, total_TH, out_TH, epsilon)

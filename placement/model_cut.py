@@ -148,9 +148,9 @@ class Cut:
         """The bytes that the rank keeps of a position in one layer."""
         match self.model.attention:
             case GroupedAttention(head_dim=head_dim):
-                return 2 * self._kv_heads * head_dim * self.model.number_bytes
+                return 2 * self._kv_heads * head_dim * self.model.cached_bytes
             case LatentAttention(kv_rank=kv_rank, rotary_dim=rotary_dim):
-                return (kv_rank + rotary_dim) * self.model.number_bytes
+                return (kv_rank + rotary_dim) * self.model.cached_bytes
 
     def _num_layers(self, stage: int) -> int:
         return sum(count for _, count in self.stage(stage))

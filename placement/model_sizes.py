@@ -71,7 +71,8 @@ class ModelSizes:
 
     ``linear_dtype``: what linear layers are multiplied in; ``dtype``: of activations, the cache and what else there is.
 
-    Units: weight_bytes, of one number of a linear layer; number_bytes, of one other number
+    Units: weight_bytes, of one number of a linear layer; cache_number_bytes, of one in the cache, None as of any other;
+    number_bytes, of one other number
     Raises: ValueError for a model without layers or numbers
     """
 
@@ -84,12 +85,18 @@ class ModelSizes:
     longest: int
     dtype: str = "bfloat16"
     number_bytes: int = 2
+    cache_number_bytes: int | None = None
     linear_dtype: str = "bfloat16"
     weight_bytes: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.hidden, self.vocabulary, self.longest, self.attention.heads) < 1:
             raise ValueError(f"model {self.name!r} needs layers, a hidden size, a vocabulary, heads and a length")
+
+    @property
+    def cached_bytes(self) -> int:
+        """The bytes of a number in the cache."""
+        return self.number_bytes if self.cache_number_bytes is None else self.cache_number_bytes
 
     @property
     def experts(self) -> int:
@@ -103,4 +110,4 @@ class ModelSizes:
                 numbers = 2 * kv_heads * head_dim
             case LatentAttention(kv_rank=kv_rank, rotary_dim=rotary_dim):
                 numbers = kv_rank + rotary_dim
-        return numbers * self.number_bytes * len(self.layers)
+        return numbers * self.cached_bytes * len(self.layers)

@@ -52,6 +52,8 @@ ModelArgument = Annotated[str, typer.Argument(help="directory of a Hugging Face 
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 QuantizationOption = Annotated[str, typer.Option(help="weights on a CPU: none, int8 or int4")]
+KernelsOption = Annotated[str, typer.Option(help="auto, torch, triton, or operation=backend with commas")]
+KvCacheDtypeOption = Annotated[str, typer.Option(help="numbers of the KV cache: auto is dtype; fp8 on GPUs")]
 DeterministicOption = Annotated[bool, typer.Option(help="the same bits whatever else runs, on -tp 1, 2, 4 or 8")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
@@ -107,6 +109,8 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
+    kernels: KernelsOption = "auto",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,
@@ -131,6 +135,8 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantization": quantization,
+        "kernels": kernels,
+        "kv_cache_dtype": kv_cache_dtype,
         "num_threads": num_threads,
         "deterministic": deterministic,
         "tensor_parallel_size": tensor_parallel_size,
@@ -186,6 +192,8 @@ def serve(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantization: QuantizationOption = "none",
+    kernels: KernelsOption = "auto",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,

@@ -78,6 +78,7 @@ def require_positive(name: str, value: object) -> None:
 QUANTIZATIONS = ("none", "int8", "int4")
 EXPERT_EXCHANGES = ("auto", "all_to_all", "gather")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -97,6 +98,10 @@ class EngineOptions:
     - ``deterministic``: the same bits for a position whatever else is in the batch, however its prompt is cut, whatever
       of it the prefix cache has, and whether 1, 2, 4 or 8 tensor-parallel ranks compute it. What cannot keep that is
       refused. It takes some time.
+    - ``kernels``: what carries out operations: ``auto``, the fastest for each on the device; ``torch`` or ``triton``
+      for all; or, with commas, ``operation=backend`` (``kernels.backends`` has the table).
+    - ``kv_cache_dtype``: of keys and values in the cache: ``auto`` is ``dtype``; ``fp8`` (e4m3), half as large as
+      bfloat16, is for Triton's kernels.
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.
@@ -143,6 +148,8 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     scheduling_policy: str = "fcfs"
     quantization: str = "none"
+    kernels: str = "auto"
+    kv_cache_dtype: str = "auto"
     num_threads: int | None = None
     deterministic: bool = False
     async_scheduling: bool = True
@@ -172,6 +179,11 @@ class EngineOptions:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError("quantization", f"must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+        if not isinstance(self.kernels, str):
+            raise ConfigError("kernels", f"must be a name, or operation=backend with commas, got {self.kernels!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise ConfigError("kv_cache_dtype", f"must be one of {known}, got {self.kv_cache_dtype!r}")
         whole = ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads", "ranks_per_host")
         for name in whole:
             if getattr(self, name) is not None:

@@ -20,8 +20,9 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of contender. ``environment`` None is the interpreter that runs the benchmark.
+    """A kind of contender, and the kinds of devices that it is measured on.
 
+    ``environment`` None is the interpreter that runs the benchmark.
     ``requirements`` are installed in order, one pip call each, and ``unwanted`` are removed again. ``preload`` are
     libraries of the environment, or of the system, that are loaded before all others. ``fallback`` is a module: with
     it, this interpreter will do as well.
@@ -29,6 +30,7 @@ class Kind:
 
     name: str
     worker: str
+    devices: tuple[str, ...] = ("cpu",)
     environment: str | None = None
     requirements: tuple[tuple[str, ...], ...] = ()
     unwanted: tuple[str, ...] = ()
@@ -38,12 +40,18 @@ class Kind:
 
 
 _TRANSFORMERS = ((TORCH,), (TORCH, "transformers==5.23.0", "accelerate==1.15.0", "psutil"))
+_ANY = ("cpu", "cuda")
 
 KINDS = {
     kind.name: kind
     for kind in (
         # Whatever the project's own launcher sets up for a CPU belongs here, and only here.
-        Kind(name="slipstream", worker="slipstream_llm.py", settings={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+        Kind(
+            name="slipstream",
+            worker="slipstream_llm.py",
+            devices=_ANY,
+            settings={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        ),
         Kind(
             name="llama.cpp",
             worker="llama_cpp_decode.py",
@@ -69,6 +77,7 @@ KINDS = {
         Kind(
             name="transformers",
             worker="transformers_generate.py",
+            devices=_ANY,
             environment="transformers",
             requirements=_TRANSFORMERS,
             fallback="transformers",
@@ -76,13 +85,14 @@ KINDS = {
         Kind(
             name="transformers-cb",
             worker="transformers_continuous.py",
+            devices=_ANY,
             environment="transformers",
             requirements=_TRANSFORMERS,
             fallback="transformers",
         ),
     )
 }
-ROOF = Kind(name="roof", worker="roof_rates.py")
+ROOF = Kind(name="roof", worker="roof_rates.py", devices=_ANY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

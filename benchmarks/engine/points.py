@@ -45,8 +45,9 @@ class Shape:
 
 M120 = Shape(name="120m", hidden=768, layers=12, heads=12, kv_heads=4, ffn=2_048)
 B1 = Shape(name="1b", hidden=2_048, layers=16, heads=32, kv_heads=8, ffn=8_192)
+B8 = Shape(name="8b", hidden=4_096, layers=32, heads=32, kv_heads=8, ffn=14_336, vocabulary=128_256)
 TINY = Shape(name="tiny", hidden=128, layers=2, heads=4, kv_heads=2, ffn=256, vocabulary=512)
-SHAPES = {shape.name: shape for shape in (M120, B1, TINY)}
+SHAPES = {shape.name: shape for shape in (M120, B1, B8, TINY)}
 
 
 class Format(StrEnum):
@@ -101,6 +102,14 @@ class Group:
         return f"{self.shape.name}/{self.format}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Sequences at once, and their tokens together; as it stands, what the points of a CPU take."""
+
+    sequences: int = 64
+    tokens: int = 40_000
+
+
 _SHORT = [decode(1), decode(8), decode(32)]
 _LONG = [prefill(512), prefill(2_048), decode(1, 1_024), decode(8, 1_024), decode(1, 4_096), decode(8, 4_096)]
 
@@ -114,6 +123,22 @@ def all_groups() -> list[Group]:
         Group(shape=M120, format=Format.INT4, points=_SHORT),
         *(Group(shape=B1, format=format_, points=_SHORT[:2]) for format_ in Format),
     ]
+
+
+def gpu_groups() -> list[Group]:
+    """Return what a full run on a GPU measures."""
+    batches = (1, 32, 128)
+    points = [decode(batch) for batch in batches] + [decode(batch, 1_024) for batch in batches]
+    return [Group(shape=B8, format=Format.BF16, points=[*points, decode(1, 4_096), prefill(512), prefill(2_048)])]
+
+
+def room_of(groups: list[Group]) -> Room:
+    """Return what every contender makes room for, so that all points of the groups can run."""
+    points = [point for group in groups for point in group.points]
+    # Every sequence may waste most of a block.
+    tokens = (point.batch * (point.prompt_tokens + point.new_tokens + 64) for point in points)
+    least = Room()
+    return Room(sequences=max(least.sequences, *(point.batch for point in points)), tokens=max(least.tokens, *tokens))
 
 
 def quick_groups() -> list[Group]:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slipstream.benchmarks.engine import environments
 from slipstream.benchmarks.engine.contender import Contender, ContenderError
 from slipstream.benchmarks.engine.measure import Run, evaluate
-from slipstream.benchmarks.engine.points import MAX_MODEL_LEN, Format, Group, Kind, Point, Shape
+from slipstream.benchmarks.engine.points import MAX_MODEL_LEN, Format, Group, Kind, Point, Room, Shape
 from slipstream.benchmarks.engine.roof import WEIGHT_BYTES, Rates, kv_bytes_per_token
 
 ROOF_NAME = environments.ROOF.name
@@ -27,6 +29,8 @@ _WARM_TOKENS = 4
 _COPIES = 2.0
 """Memory of a contender over that of its weights: packed copies, a cast while loading."""
 _PROCESS_BYTES = 1.5e9
+_GPU_PROCESS_BYTES = 6e9
+"""A context, graphs and activations; and of the roof's, what it reads and multiplies."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,8 @@ class Arena:
         threads: int,
         notes: list[str],
         roof_repeats: int = 5,
+        device: str = "cpu",
+        room: Room | None = None,
     ) -> None:
         self._names = names
         self._cache = cache
@@ -67,6 +73,8 @@ class Arena:
         self._threads = threads
         self.notes = notes
         self._roof_repeats = roof_repeats
+        self._device = device
+        self._room = room or Room()
 
     def run_group(self, group: Group, rounds: int) -> Iterator[PointResult]:
         """Run every point of a group ``rounds`` times by every contender that can; yield each when it is done."""
@@ -106,8 +114,9 @@ class Arena:
             "format": str(format_),
             "threads": self._threads,
             "max_model_len": MAX_MODEL_LEN,
-            "max_batch": 64,
-            "kv_bytes": 40_000 * kv_bytes_per_token(shape, format_),
+            "max_batch": self._room.sequences,
+            "kv_bytes": self._room.tokens * kv_bytes_per_token(shape, format_),
+            "device": self._device,
             "work_directory": str(self._cache / "work" / kind.name),
         }
         try:
@@ -169,7 +178,11 @@ class Arena:
 
     def _fits(self, shape: Shape, format_: Format, contenders: int) -> bool:
         weights = (shape.layer_weights + 2 * shape.head_weights) * max(WEIGHT_BYTES[format_], WEIGHT_BYTES[Format.BF16])
-        return contenders * (weights * _COPIES + _PROCESS_BYTES) < 0.8 * _available_bytes()
+        if self._device == "cpu":
+            return contenders * (weights * _COPIES + _PROCESS_BYTES) < 0.8 * _available_bytes()
+        cache = self._room.tokens * kv_bytes_per_token(shape, format_)
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        return contenders * (weights + cache + _GPU_PROCESS_BYTES) < 0.9 * free_bytes
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

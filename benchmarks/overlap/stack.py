@@ -30,7 +30,7 @@ from slipstream.kernels.attention import PreparedAttention, paged_attention, pre
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 from slipstream.kernels.cpu.linear_packed import linear_packed, pack_weight
-from slipstream.kernels.moe_gemm import Product, expert_products, moe_mlp
+from slipstream.kernels.moe_mlp import Product, expert_products, moe_mlp
 from slipstream.kernels.moe_route import route
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, write_kv

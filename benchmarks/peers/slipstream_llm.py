@@ -20,6 +20,7 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         llm = LLM(
             options["model"],
             dtype=_DTYPES[format_],
+            device=options["device"],
             skip_tokenizer_init=True,
             max_model_len=options["max_model_len"],
             max_num_seqs=options["max_batch"],

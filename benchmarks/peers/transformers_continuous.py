@@ -18,10 +18,12 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     if options["format"] not in _DTYPES:
         raise NotImplementedError("unsupported: measured in bf16 and fp32 only")
     torch.set_num_threads(options["threads"])
-    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=_DTYPES[options["format"]]).eval()
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=_DTYPES[options["format"]])
+    model = model.to(options["device"]).eval()
+    on_cpu = options["device"] == "cpu"
 
     def run(request: dict[str, Any]) -> dict[str, Any]:
-        if len(request["prompts"][0]) > _MOST_PROMPT_TOKENS:
+        if on_cpu and len(request["prompts"][0]) > _MOST_PROMPT_TOKENS:
             raise NotImplementedError("unsupported: long prompts take it minutes")
         config = GenerationConfig(do_sample=False, max_new_tokens=request["new_tokens"])
         began_s = time.perf_counter()

@@ -17,17 +17,20 @@ def load(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     if options["format"] not in _DTYPES:
         raise NotImplementedError("unsupported: measured in bf16 and fp32 only")
     torch.set_num_threads(options["threads"])
-    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=_DTYPES[options["format"]]).eval()
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=_DTYPES[options["format"]])
+    model = model.to(options["device"]).eval()
 
     def run(request: dict[str, Any]) -> dict[str, Any]:
-        prompts = torch.tensor(request["prompts"])
+        prompts = torch.tensor(request["prompts"], device=options["device"])
         config = GenerationConfig(do_sample=False, max_new_tokens=request["new_tokens"], pad_token_id=0)
         moments: list[float] = []
 
         def note(*_: Any, **__: Any) -> torch.Tensor:
-            # Called once a step, after the step's tokens have been appended.
+            # Called once a step, after the step's tokens have been appended; on a GPU, once they are there.
+            if prompts.is_cuda:
+                torch.cuda.synchronize()
             moments.append(time.perf_counter())
-            return torch.zeros(len(prompts), dtype=torch.bool)
+            return torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
 
         began_s = time.perf_counter()
         with torch.inference_mode():

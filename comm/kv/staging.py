@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.kv_pack import gather_rows, scatter_rows
 from ..errors import CommMisuse, CommTimeout
 from .memory import Runs, address_of
 from .runs import KvShape, Numbers
@@ -77,11 +78,11 @@ class HostCopier:
 
     def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
         """Copy rows out."""
-        torch.index_select(rows, 0, index, out=out)
+        gather_rows(rows, index, out)
 
     def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
         """Copy rows in."""
-        rows.index_copy_(0, index, source)
+        scatter_rows(rows, index, source)
 
 
 class CudaCopier:
@@ -111,13 +112,15 @@ class CudaCopier:
         with _cuda.stream(self._out):
             if self._marked is not None:
                 self._out.wait_event(self._marked)
-            out.copy_(rows.index_select(0, index.to(self._device)), non_blocking=True)
+            packed = torch.empty(out.shape, dtype=out.dtype, device=self._device)
+            gather_rows(rows, index.to(self._device), packed)
+            out.copy_(packed, non_blocking=True)
             self._wait(self._out)
 
     def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
         """Copy rows in."""
         with _cuda.stream(self._in):
-            rows.index_copy_(0, index.to(self._device), source.to(self._device, non_blocking=True))
+            scatter_rows(rows, index.to(self._device), source.to(self._device, non_blocking=True))
             self._wait(self._in)
 
     def _wait(self, stream: Any) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..launch import KernelConfig, observed_launches
 from .native import OFF, Native
 
 SWITCH = "SLIPSTREAM_RECORDED_STEPS"
@@ -132,7 +133,7 @@ def record(compiled: Native, run: Callable[[], Tensor], memory: StepMemory) -> R
     watch = _Watch(memory)
     try:
         compiled.record(list_address)
-        with watch:
+        with watch, observed_launches(watch.see_launch):
             output = run()
     except BaseException:
         compiled.record(None)
@@ -156,6 +157,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # torch's
         self._memory = memory
         self.refusal: str | None = None
+
+    def see_launch(self, kernel: Any, config: KernelConfig, arguments: Mapping[str, Any]) -> None:
+        """Note a kernel of Triton's, which in the interpreter no operation of torch's shows."""
+        self.refusal = self.refusal or f"the kernel {kernel.__name__}"
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -6,6 +6,7 @@ knows it; a model outside the registry has to say its sizes itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...placement.model_sizes import (
@@ -26,7 +27,9 @@ _QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625)}
 """Option → what is multiplied in, and bytes a number; groups of 32 numbers of 4 bits have a scale of 2 bytes."""
 
 
-def read_model_sizes(path: str | Path, *, dtype: str = "auto", quantization: str = "none") -> ModelSizes:
+def read_model_sizes(
+    path: str | Path, *, dtype: str = "auto", quantization: str = "none", kv_cache_dtype: str = "auto"
+) -> ModelSizes:
     """Read the sizes of the model in a directory, or of the config.json that ``path`` is.
 
     Raises: CheckpointError naming the file and the field
@@ -41,10 +44,11 @@ def read_model_sizes(path: str | Path, *, dtype: str = "auto", quantization: str
         sizes = _of_registry(file.parent, name, dtype)
     else:
         sizes = _of_fields(fields, name, dtype)
+    if kv_cache_dtype == "fp8":
+        sizes = replace(sizes, cache_number_bytes=1)
     if quantization in _QUANTIZED:
         linear_dtype, weight_bytes = _QUANTIZED[quantization]
-        values = {field: getattr(sizes, field) for field in sizes.__slots__}
-        return ModelSizes(**{**values, "linear_dtype": linear_dtype, "weight_bytes": weight_bytes})
+        sizes = replace(sizes, linear_dtype=linear_dtype, weight_bytes=weight_bytes)
     return sizes
 
 

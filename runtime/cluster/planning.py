@@ -47,7 +47,10 @@ def question_of(
     engine = file.engine
     place = Path(file.model.path).expanduser()
     model = read_model_sizes(
-        place if place.is_absolute() else directory / place, dtype=engine.dtype, quantization=engine.quantization
+        place if place.is_absolute() else directory / place,
+        dtype=engine.dtype,
+        quantization=engine.quantization,
+        kv_cache_dtype=engine.kv_cache_dtype,
     )
     _check_names(file, topology)
     cpus = [name for name in topology.device_types if name.startswith(CPU_TYPES)]

@@ -26,6 +26,8 @@ class EngineSection(Section):
     dtype: str = "auto"
     device: str = "auto"
     quantization: str = "none"
+    kernels: str = "auto"
+    kv_cache_dtype: str = "auto"
     max_model_len: Count | None = None
     max_num_seqs: Count = 256
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048

@@ -21,8 +21,9 @@ from ...comm.overlap import Parts, Steps, run_plain
 from ...comm.tree_sum import TreeGroup
 from ...kernels.attention import prepare_attention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
+from ...kernels.kv_blocks import clear_blocks
 from ...kernels.norm import rms_norm
-from ...kernels.rope_kv import clear_blocks, kv_write_rows
+from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
 from .formats import choose_formats

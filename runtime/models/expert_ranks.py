@@ -27,7 +27,8 @@ from ...comm.expert_map import ExpertMap
 from ...comm.experts import Products, mix
 from ...comm.level_gather import gather_rows
 from ...comm.overlap import Parts
-from ...kernels.moe_gemm import count_by_expert, expert_products
+from ...kernels.moe_mlp import expert_products
+from ...kernels.moe_sort import count_by_expert
 from .linear_format import Product
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]

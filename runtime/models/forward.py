@@ -21,6 +21,7 @@ from ...comm.sequence_split import StepDivision, tokens_of
 from ...kernels.attention_plan import AttentionPlan, build_attention_plan
 from .model_spec import ModelSpec
 from .ring_batch import RingBatch, build_ring_batch
+from .upload import upload
 
 Int32Array = NDArray[np.int32]
 
@@ -65,10 +66,10 @@ def build_forward_batch(
 ) -> ForwardBatch:
     """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
     sequence, with weights of type ``dtype``; ``deterministic`` as in ``build_attention_plan``. Attention is planned
-    for the first ``attended_rows`` of the rows; None: for all.
+    for the first ``attended_rows`` of the rows; None: for all. All of the batch goes to a GPU in one copy.
 
-    Shapes: token_ids [tokens] int64 on ``device``, the rows' tokens one row after the other; starts, counts,
-    prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
+    Shapes: token_ids [tokens] int64 on the host or on ``device``, the rows' tokens one row after the other; starts,
+    counts, prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
     a row's last block is never read
     """
     starts64, counts64 = starts.astype(np.int64), counts.astype(np.int64)
@@ -80,13 +81,13 @@ def build_forward_batch(
     rope_lengths_T = None
     if spec.rope.depends_on_prompt_length:
         lengths_T = np.maximum(prompt_lengths.astype(np.int64)[rows_T], positions_T + 1)
-        rope_lengths_T = torch.from_numpy(lengths_T).to(device)
-    return ForwardBatch(
+        rope_lengths_T = torch.from_numpy(lengths_T)
+    batch = ForwardBatch(
         token_ids_T=token_ids,
-        positions_T=torch.from_numpy(positions_T).to(device),
+        positions_T=torch.from_numpy(positions_T),
         rope_lengths_T=rope_lengths_T,
-        slot_mapping_T=torch.from_numpy(blocks_T * block_size + positions_T % block_size).to(device),
-        fresh_blocks_F=torch.from_numpy(_fresh_blocks(starts64, counts64, block_tables, block_size)).to(device),
+        slot_mapping_T=torch.from_numpy(blocks_T * block_size + positions_T % block_size),
+        fresh_blocks_F=torch.from_numpy(_fresh_blocks(starts64, counts64, block_tables, block_size)),
         longest=int(positions_T.max(initial=-1)) + 1,
         attended=int(counts64[:attended_rows].sum()),
         attention={
@@ -104,6 +105,7 @@ def build_forward_batch(
             for window in spec.windows
         },
     )
+    return upload(batch, device)
 
 
 def build_divided_batch(

@@ -15,8 +15,10 @@ from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
-from ...kernels.moe_gemm import expert_products, moe_mlp, sort_by_expert, unsort, weighted_sum
-from ...kernels.moe_route import route_scores
+from ...kernels.moe_combine import weighted_sum
+from ...kernels.moe_mlp import expert_products, moe_mlp
+from ...kernels.moe_route import Routing, choose_experts
+from ...kernels.moe_sort import sort_by_expert, unsort
 from .expert_ranks import ExpertRanks, SlotProducts
 from .linear import Linear
 from .linear_format import Product
@@ -71,8 +73,8 @@ class MoeMlp:
         return Output(weighted_sum(unsort(summed_RH, order_R).view(-1, chosen, x_TH.shape[1]), weights_TA))
 
     def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of each token and their weights; as ``route_scores``."""
-        return route_scores(self.router(x_TH, None), top_k=self.top_k, normalize=self.normalize_top_k)
+        """Return the weights of each token's experts, and these."""
+        return choose_experts(self.router(x_TH, None), Routing(top_k=self.top_k, normalize=self.normalize_top_k))
 
 
 Mlp = DenseMlp | MoeMlp

@@ -29,7 +29,7 @@ RANK_MODULE = DRIVER_MODULE
 GATEWAY_MODULE = "slipstream.runtime.gateway.cluster_main"
 """What is run for each rank and for each gateway."""
 
-_OF_THE_ENGINE = ("dtype", "quantization", "deterministic")
+_OF_THE_ENGINE = ("dtype", "quantization", "kv_cache_dtype", "deterministic")
 _OF_THE_MODEL = ("model", *_OF_THE_ENGINE)
 """Options that tokens depend on; a pool may say those of the engine for itself."""
 

@@ -235,9 +235,8 @@ class ModelExecutor:
 
     def _forward(self, plan: StepPlan, rows: _Rows, division: StepDivision | None) -> torch.Tensor:
         """Return the hidden states of the step's tokens; of a divided step, of this rank's."""
-        token_ids_T = torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64))
         step_rows = StepRows(
-            token_ids_T=token_ids_T.to(self._device),
+            token_ids_T=torch.from_numpy(self._tokens[rows.slot_T, rows.position_T].astype(np.int64)),
             starts=plan.starts,
             counts=plan.counts,
             prompt_lengths=self._prompt_length[plan.slots],

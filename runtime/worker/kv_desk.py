@@ -66,4 +66,4 @@ def block_bytes(ranks: KvRanks) -> int:
     return 2 * layout.layers * layout.kv_heads * offer.head_dim * layout.block_size * item_bytes
 
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}

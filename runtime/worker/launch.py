@@ -30,8 +30,10 @@ from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard, check_degrees
 from ..models.weights import Progress
+from .cache_dtype import cache_dtype, check_cache_dtype
 from .fixed_order import check_fixed_order
 from .grammar import GrammarCompiler
+from .kernel_choice import choose_kernels
 from .rank import Rank, RankSetup, build_rank
 from .rank_processes import RankProcesses
 from .replica import ReplicaExecutor, StartPeers
@@ -92,11 +94,25 @@ def launch_engine(
     check_devices(device, mesh, placed=ranks_on_host is not None)
     if kv is not None:
         _check_kv(kv, mesh)
+    choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
+    check_cache_dtype(options.kv_cache_dtype, device, mesh)
     if options.deterministic:
-        check_fixed_order(spec, mesh, device=device, dtype=dtype, experts_over_tp=options.enable_expert_parallel)
+        check_fixed_order(
+            spec,
+            mesh,
+            device=device,
+            dtype=dtype,
+            quantization=options.quantization,
+            experts_over_tp=options.enable_expert_parallel,
+        )
     max_model_len, cache_size = size_engine(
-        options, _first_shard(options, mesh).local_spec(spec), device, dtype, ranks_on_host=ranks_on_host or mesh.size
+        options,
+        _first_shard(options, mesh).local_spec(spec),
+        device,
+        dtype,
+        cache_dtype=cache_dtype(options.kv_cache_dtype, dtype),
+        ranks_on_host=ranks_on_host or mesh.size,
     )
     config = options.scheduler_config(
         max_model_len=max_model_len,
@@ -186,6 +202,8 @@ def _rank_setup(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         quantization=options.quantization,
+        kernels=options.kernels,
+        kv_cache_dtype=options.kv_cache_dtype,
         deterministic=options.deterministic,
         num_threads=options.num_threads,
         num_blocks=config.num_blocks,

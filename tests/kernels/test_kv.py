@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.kv_blocks import copy_blocks
-from slipstream.kernels.rope_kv import clear_blocks, kv_write_rows, read_kv, write_kv
+from slipstream.kernels.kv_blocks import clear_blocks, copy_blocks
+from slipstream.kernels.rope_kv import kv_write_rows, read_kv, write_kv
 
 BLOCKS, HEADS, SIZE, HEAD_SIZE = 7, 3, 4, 5
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.moe_gemm import Product, moe_mlp
+from slipstream.kernels.moe_mlp import Product, moe_mlp
 from slipstream.kernels.moe_route import route
 
 HIDDEN, INNER, EXPERTS = 16, 10, 6

@@ -12,7 +12,8 @@ import torch
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_
-from slipstream.kernels.sample import DrawSettings, draw_best
+from slipstream.kernels.sample import draw_best
+from slipstream.kernels.sample_settings import DrawSettings
 from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 
 pytestmark = pytest.mark.usefixtures("compiled")

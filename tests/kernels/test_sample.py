@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.sample import (
-    DrawSettings,
-    add_to_logits_,
-    draw,
-    gumbel_noise,
-    mask_tokens_,
-    penalize_repetition_,
-    token_logprobs,
-)
+from slipstream.kernels.logit_edits import add_to_logits_, mask_tokens_, penalize_repetition_
+from slipstream.kernels.sample import draw
+from slipstream.kernels.sample_noise import gumbel_noise
+from slipstream.kernels.sample_settings import DrawSettings
+from slipstream.kernels.token_logprobs import token_logprobs
 
 MASK_32 = (1 << 32) - 1
 MASK_64 = (1 << 64) - 1

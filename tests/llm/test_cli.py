@@ -26,6 +26,8 @@ OPTIONS = {
             "dtype",
             "device",
             "quantization",
+            # to compare ways with one another; a cache in fewer bits changes tokens
+            *("kernels", "kv_cache_dtype"),
             "num_threads",
             "deterministic",
             *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "enable_expert_parallel"),
@@ -51,6 +53,8 @@ OPTIONS = {
             "dtype",
             "device",
             "quantization",
+            # to compare ways with one another; a cache in fewer bits changes tokens
+            *("kernels", "kv_cache_dtype"),
             "num_threads",
             "deterministic",
             *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "enable_expert_parallel"),

@@ -44,9 +44,22 @@ def wide(spec: ModelSpec, size: int) -> ModelSpec:
 
 
 def check(
-    spec: ModelSpec, *, tp: int = 1, device: torch.device = CPU, dtype: str = "bfloat16", over_tp: bool = False
+    spec: ModelSpec,
+    *,
+    tp: int = 1,
+    device: torch.device = CPU,
+    dtype: str = "bfloat16",
+    quantization: str = "none",
+    over_tp: bool = False,
 ) -> None:
-    check_fixed_order(spec, MeshShape(tp=tp), device=device, dtype=getattr(torch, dtype), experts_over_tp=over_tp)
+    check_fixed_order(
+        spec,
+        MeshShape(tp=tp),
+        device=device,
+        dtype=getattr(torch, dtype),
+        quantization=quantization,
+        experts_over_tp=over_tp,
+    )
 
 
 def test_degrees(dense: ModelSpec) -> None:
@@ -84,6 +97,16 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
         check(dense, device=GPU)
     assert refused.value.field == "deterministic"
     check(dense, device=CPU)
+    # Libraries choose by the sizes of a product.
+    backends.use("attention=torch")
+    with pytest.raises(ConfigError, match=r"attention .* by torch gives a row other bits"):
+        check(dense, device=GPU)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
+def test_quantized_weights_on_a_gpu(dense: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by triton .* weights as they are"):
+        check(dense, device=GPU, quantization="int4")
 
 
 def test_a_gpu_without_triton(dense: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,372 @@
+"""Prefill attention over the paged cache: rows of several tokens behind what is cached of their sequences, all in one
+launch, each program a tile of queries of one KV head.
+
+By default a tile goes over its keys in one sweep. ``deterministic`` tiles are those of decoding and go span by span, so
+that a position has the same bits whether it is decoded or part of a chunk. Both ways a position's bits do not depend
+on the chunk that it is computed in.
+
+Shapes: T tokens, N query heads, K KV heads, D head size, R rows, M rows of a tile (queries and their query heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .attention_decode import TILE_ROWS, attention_decode_configs, checked_cache, side_by_side
+from .attention_items import PrefillItems
+from .attention_merge import checked_sinks
+from .attention_span import (
+    NO_WINDOW,
+    SPAN_KEYS,
+    AttentionOptions,
+    attend_keys,
+    attend_reference,
+    finish_rows,
+    merge_partial,
+)
+from .backends import uses_triton
+from .compile_case import CompileCase, pointer
+from .launch import KernelConfig, jit, launch, next_power_of_2, tl
+from .tiles import rounded
+
+
+def prefill_attention_reference(
+    q_TND: Tensor, layer_cache: Tensor, items: PrefillItems, options: AttentionOptions, out_TND: Tensor
+) -> None:
+    """Write the causal attention of each row's tokens over its sequence's keys, those cached before included.
+
+    Token i of a row stands at position starts_R + i. Tokens of no row are left alone.
+
+    Shapes: as in ``attention_decode.decode_attention_reference``
+    Source: PagedAttention (arXiv 2309.06180), section 4
+    """
+    block_size = layer_cache.shape[3]
+    rows = zip(items.starts_R.tolist(), items.counts_R.tolist(), items.first_tokens_R.tolist(), strict=True)
+    for row, (start, count, first_token) in enumerate(rows):
+        lowest = max(start - (options.window or NO_WINDOW) + 1, 0)
+        keys_L = torch.arange(lowest, start + count, device=q_TND.device)
+        blocks_L = items.tables_RB[row, keys_L // block_size].long()
+        stored_2LKD = layer_cache[:, blocks_L, :, keys_L % block_size].transpose(0, 1)
+        distance_TL = (start + torch.arange(count, device=q_TND.device))[:, None] - keys_L
+        is_seen_TL = (distance_TL >= 0) & (distance_TL < (options.window or NO_WINDOW))
+        own = slice(first_token, first_token + count)
+        out_TND[own] = attend_reference(q_TND[own], stored_2LKD[0], stored_2LKD[1], is_seen_TL, options)
+
+
+@jit
+def _attention_prefill_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    tables_ptr,
+    starts_ptr,
+    counts_ptr,
+    first_tokens_ptr,
+    tiles_ptr,
+    tile_count_ptr,
+    sinks_ptr,
+    out_ptr,
+    q_stride,
+    columns,
+    capacity,
+    kv_heads,
+    window,
+    scale,
+    soft_cap,
+    v_scale,
+    BY_SPANS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPAN_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes one tile: some queries of a row with the query heads of one KV head, or BLOCK_M of them."""
+    tile = tl.program_id(0)
+    if tile >= tl.load(tile_count_ptr):
+        return
+    HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    QUERIES: tl.constexpr = BLOCK_M // HEADS
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    row = tl.load(tiles_ptr + tile)
+    first_query = tl.load(tiles_ptr + capacity + tile)
+    start, count = tl.load(starts_ptr + row), tl.load(counts_ptr + row)
+    m_M = tl.arange(0, BLOCK_M)
+    d_D = tl.arange(0, BLOCK_D)
+    query_M = first_query + m_M // HEADS
+    in_group_M = part * HEADS + m_M % HEADS
+    head_M = kv_head * GROUP + in_group_M
+    is_there_M = (m_M < QUERIES * HEADS) & (query_M < count) & (in_group_M < GROUP)
+    is_there_MD = is_there_M[:, None] & (d_D < HEAD_SIZE)[None, :]
+    token_M = (tl.load(first_tokens_ptr + row) + query_M).to(tl.int64)
+    q_MD = tl.load(
+        q_ptr + token_M[:, None] * q_stride + head_M[:, None] * HEAD_SIZE + d_D[None, :], mask=is_there_MD, other=0.0
+    )
+    position_M = start + query_M
+    lowest_M = tl.maximum(position_M - window + 1, 0)
+    # What the first query sees begins first; the last one sees most.
+    begin = tl.maximum(start + first_query - window + 1, 0)
+    end = start + tl.minimum(first_query + QUERIES, count)
+    result_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    peak_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total_M = tl.zeros((BLOCK_M,), tl.float32)
+    keys_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    values_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    tables_ptr += row.to(tl.int64) * columns
+    if BY_SPANS:
+        for span in range(begin // SPAN_KEYS, (end + SPAN_KEYS - 1) // SPAN_KEYS):
+            span_MD, span_peak_M, span_total_M = attend_keys(
+                q_MD,
+                tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+                tl.full((BLOCK_M,), float("-inf"), tl.float32),
+                tl.zeros((BLOCK_M,), tl.float32),
+                keys_ptr,
+                values_ptr,
+                tables_ptr,
+                tl.maximum(span * SPAN_KEYS, begin),
+                tl.minimum((span + 1) * SPAN_KEYS, end),
+                lowest_M,
+                position_M,
+                kv_heads,
+                scale,
+                soft_cap,
+                HAS_SOFT_CAP,
+                HEAD_SIZE,
+                BLOCK_SIZE,
+                BLOCK_N,
+                BLOCK_D,
+                MASKED=True,
+                ROWS_DIFFER=True,
+            )
+            result_MD, peak_M, total_M = merge_partial(result_MD, peak_M, total_M, span_MD, span_peak_M, span_total_M)
+    else:
+        # Whole tiles of keys that all queries see need no mask; those before and behind them do.
+        whole_end = (start + first_query + 1) // BLOCK_N * BLOCK_N
+        whole_begin = 0
+        if HAS_WINDOW:
+            last_lowest = tl.maximum(end - window, 0)
+            whole_begin = (last_lowest + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+            result_MD, peak_M, total_M = attend_keys(
+                q_MD,
+                result_MD,
+                peak_M,
+                total_M,
+                keys_ptr,
+                values_ptr,
+                tables_ptr,
+                begin,
+                tl.minimum(whole_begin, end),
+                lowest_M,
+                position_M,
+                kv_heads,
+                scale,
+                soft_cap,
+                HAS_SOFT_CAP,
+                HEAD_SIZE,
+                BLOCK_SIZE,
+                BLOCK_N,
+                BLOCK_D,
+                MASKED=True,
+                ROWS_DIFFER=True,
+            )
+        result_MD, peak_M, total_M = attend_keys(
+            q_MD,
+            result_MD,
+            peak_M,
+            total_M,
+            keys_ptr,
+            values_ptr,
+            tables_ptr,
+            whole_begin,
+            whole_end,
+            lowest_M,
+            position_M,
+            kv_heads,
+            scale,
+            soft_cap,
+            HAS_SOFT_CAP,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=False,
+            ROWS_DIFFER=False,
+        )
+        result_MD, peak_M, total_M = attend_keys(
+            q_MD,
+            result_MD,
+            peak_M,
+            total_M,
+            keys_ptr,
+            values_ptr,
+            tables_ptr,
+            tl.maximum(whole_begin, whole_end),
+            end,
+            lowest_M,
+            position_M,
+            kv_heads,
+            scale,
+            soft_cap,
+            HAS_SOFT_CAP,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+            ROWS_DIFFER=True,
+        )
+    sink_M = peak_M
+    if HAS_SINKS:
+        sink_M = tl.load(sinks_ptr + head_M, mask=is_there_M, other=0.0)
+    result_MD = finish_rows(result_MD, peak_M, total_M, sink_M, v_scale, HAS_SINKS)
+    tl.store(
+        out_ptr + (token_M[:, None] * (kv_heads * GROUP) + head_M[:, None]) * HEAD_SIZE + d_D[None, :],
+        rounded(result_MD, out_ptr.dtype.element_ty),
+        mask=is_there_MD,
+    )
+
+
+# Rows of a tile, its keys, warps and stages, by numbers of a head and bytes of a cached number.
+_TILES = {
+    (64, 2): (128, 64, 4, 5),
+    (128, 2): (128, 64, 8, 5),
+    (256, 2): (64, 32, 4, 5),
+    (64, 1): (128, 64, 4, 5),
+    (128, 1): (128, 64, 8, 5),
+    (256, 1): (64, 32, 4, 5),
+    (64, 4): (32, 32, 4, 3),
+    (128, 4): (32, 16, 4, 3),
+    (256, 4): (32, 16, 8, 3),
+}
+
+
+def attention_prefill_config(
+    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool = False
+) -> KernelConfig:
+    """Return how tiles are computed: deterministic ones as decoding's are."""
+    if deterministic:
+        return attention_decode_configs(head_size, dtype, cache_dtype)[0]
+    block = max(64, next_power_of_2(head_size))
+    rows, keys, warps, stages = _TILES[block, dtype.itemsize if dtype is torch.float32 else cache_dtype.itemsize]
+    return KernelConfig(tiles={"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages)
+
+
+def prefill_tile_rows(
+    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool = False
+) -> int:
+    """Return the rows of a tile, queries times query heads of a KV head, that ``prefill_items`` is to cut into."""
+    config = attention_prefill_config(head_size, dtype, cache_dtype, deterministic=deterministic)
+    return config.tiles["BLOCK_M"]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Return what ``prefill_attention`` launches."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for cache_dtype in (dtype, torch.float8_e4m3fn):
+            sizes = (64, 80, 96, 128, 192, 256) if dtype is torch.bfloat16 else (64, 128, 256)
+            for size in sizes:
+                for deterministic in (False, True):
+                    config = attention_prefill_config(size, dtype, cache_dtype, deterministic=deterministic)
+                    yield _case(dtype, cache_dtype, size, config)
+    config = attention_prefill_config(128, torch.bfloat16, torch.bfloat16)
+    yield _case(torch.bfloat16, torch.bfloat16, 128, config, has_all=True)
+
+
+def _case(
+    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, config: KernelConfig, *, has_all: bool = False
+) -> CompileCase:
+    plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
+    places = ("tables_ptr", "starts_ptr", "counts_ptr", "first_tokens_ptr", "tiles_ptr", "tile_count_ptr")
+    is_float8 = cache_dtype is torch.float8_e4m3fn
+    what = " window, soft cap, sinks" if has_all else ""
+    return CompileCase(
+        kernel=_attention_prefill_kernel,
+        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{what}",
+        config=config,
+        signature={
+            **dict.fromkeys(("q_ptr", "out_ptr"), pointer(dtype)),
+            **dict.fromkeys(("keys_ptr", "values_ptr"), pointer(cache_dtype)),
+            **dict.fromkeys(places, "*i32"),
+            "sinks_ptr": "*fp32",
+            **dict.fromkeys(plain, "i32"),
+            **dict.fromkeys(("scale", "soft_cap", "v_scale"), "fp32"),
+        },
+        constants={
+            "BY_SPANS": config.tiles["BLOCK_M"] == TILE_ROWS,
+            **dict.fromkeys(("HAS_WINDOW", "HAS_SOFT_CAP", "HAS_SINKS"), has_all),
+            "GROUP": 4,
+            "HEAD_SIZE": head_size,
+            "BLOCK_SIZE": 16,
+            "SPAN_KEYS": SPAN_KEYS,
+        },
+        targets=("sm_90", "sm_100", "gfx942") if is_float8 else ("sm_80", "sm_90", "sm_100", "gfx942"),
+    )
+
+
+def prefill_attention(
+    q_TND: Tensor, layer_cache: Tensor, items: PrefillItems, options: AttentionOptions, out_TND: Tensor
+) -> None:
+    """As ``prefill_attention_reference``; ``out_TND`` contiguous.
+
+    Items of ``TILE_ROWS`` rows are computed as decoding computes them (deterministic).
+
+    Raises: ValueError for items cut into tiles that this type and size of head is not computed in
+    """
+    if not uses_triton("attention", q_TND):
+        prefill_attention_reference(q_TND, layer_cache, items, options, out_TND)
+        return
+    checked_cache(q_TND, layer_cache)
+    _, _, kv_heads, block_size, head_size = layer_cache.shape
+    heads = q_TND.shape[1]
+    group = heads // kv_heads
+    if out_TND.shape != q_TND.shape or not out_TND.is_contiguous():
+        raise ValueError(f"out_TND is {tuple(out_TND.shape)}: contiguous {tuple(q_TND.shape)} is needed")
+    by_spans = items.tile_rows == TILE_ROWS
+    config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, deterministic=by_spans)
+    if config.tiles["BLOCK_M"] != items.tile_rows:
+        raise ValueError(
+            f"items have tiles of {items.tile_rows} rows: cut them into prefill_tile_rows(...), here "
+            f"{config.tiles['BLOCK_M']}"
+        )
+    q_TND = side_by_side(q_TND)
+    launch(
+        _attention_prefill_kernel,
+        (items.tiles_2C.shape[1], kv_heads * -(-group // items.tile_rows)),
+        config,
+        q_ptr=q_TND,
+        keys_ptr=layer_cache[0],
+        values_ptr=layer_cache[1],
+        tables_ptr=items.tables_RB,
+        starts_ptr=items.starts_R,
+        counts_ptr=items.counts_R,
+        first_tokens_ptr=items.first_tokens_R,
+        tiles_ptr=items.tiles_2C,
+        tile_count_ptr=items.tile_count_1,
+        sinks_ptr=None if options.sinks_N is None else checked_sinks(options.sinks_N, heads),
+        out_ptr=out_TND,
+        q_stride=q_TND.stride(0),
+        columns=items.tables_RB.shape[1],
+        capacity=items.tiles_2C.shape[1],
+        kv_heads=kv_heads,
+        window=options.window or NO_WINDOW,
+        scale=options.scale * options.k_scale,
+        soft_cap=options.soft_cap or 0.0,
+        v_scale=options.v_scale,
+        BY_SPANS=by_spans,
+        HAS_WINDOW=options.window is not None,
+        HAS_SOFT_CAP=options.soft_cap is not None,
+        HAS_SINKS=options.sinks_N is not None,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        SPAN_KEYS=SPAN_KEYS,
+    )
