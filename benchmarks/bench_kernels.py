@@ -36,6 +36,7 @@ from slipstream.benchmarks.kernel_cases import (
     elementwise,
     kv,
     linear,
+    linear_fixed,
     norm,
     sample,
 )
@@ -48,6 +49,7 @@ FILES: Mapping[str, CasesOf] = {
     "elementwise": elementwise.cases,
     "kv": kv.cases,
     "linear": linear.cases,
+    "linear_fixed": linear_fixed.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

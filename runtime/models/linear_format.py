@@ -79,8 +79,9 @@ class FixedFormat:
 
     def prepare(self, weight_OI: Tensor, *, wide: bool = False) -> Product:
         """Keep the weight."""
-        dtype = torch.float32 if wide else weight_OI.dtype
-        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, dtype=dtype)
+        if wide:
+            return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, leaves=1, dtype=torch.float32)
+        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O)
 
     def prepare_head(self, weight_OI: Tensor) -> Product:
         """Keep the weight."""

@@ -137,12 +137,7 @@ def build_rank(
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
-    shard = Shard(
-        place=groups.place,
-        experts_over_tp=setup.experts_over_tp,
-        redundant_experts=setup.redundant_experts,
-        fixed_order=setup.deterministic,
-    )
+    shard = _shard(setup, groups)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
@@ -226,6 +221,15 @@ def _forget_loads(model: Decoder) -> None:
     """Made-up tokens say nothing about the experts' loads."""
     for experts in model.expert_layers.values():
         experts.load_E.zero_()
+
+
+def _shard(setup: RankSetup, groups: MeshGroups) -> Shard:
+    return Shard(
+        place=groups.place,
+        experts_over_tp=setup.experts_over_tp,
+        redundant_experts=setup.redundant_experts,
+        fixed_order=setup.deterministic,
+    )
 
 
 def _grammars(setup: RankSetup, spec: ModelSpec) -> GrammarCompiler:
