@@ -80,9 +80,12 @@ def expected(
 
 
 @pytest.mark.parametrize(("dtype", "deterministic"), WAYS)
-@pytest.mark.parametrize(("heads", "positions"), [(16, [0, 512, 7]), (3, [40]), (70, [3])])
+@pytest.mark.parametrize(("heads", "positions"), [(16, [0, 512, 7]), (3, [40, 0]), (70, [3])])
 def test_decode(heads: int, positions: list[int], deterministic: bool, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
+    if dtype == torch.float16:
+        # Interpreted, keys take their time.
+        positions = [min(position, 50) for position in positions]
     cache_BSW, tables = random_cache(positions, dtype)
     q_TNW = torch.randn(len(positions), heads, LATENT + ROPE, dtype=dtype)
     options = MlaOptions(scale=0.2, latent=LATENT, deterministic=deterministic)
