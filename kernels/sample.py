@@ -50,7 +50,8 @@ def draw_reference(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
         valid_R[row] = best.isfinite()
         temperature = torch.tensor(settings.temperatures[row])
         if valid_R[row] and temperature >= COLDEST_TEMPERATURE:
-            noise_V = gumbel_noise(*torch.tensor([[settings.seeds[row]], [settings.positions[row]]]), ids_1V)[0]
+            seed_1, position_1 = (torch.tensor([each[row]]) for each in (settings.seeds, settings.positions))
+            noise_V = gumbel_noise(seed_1, position_1, ids_1V)[0]
             scores_V = logits_V.double() / temperature + noise_V
             token = scores_V.masked_fill(
                 ~_left(logits_V, best, temperature, settings.rows(row, row + 1)), -math.inf

@@ -21,7 +21,7 @@ from .launch import KernelConfig, jit, launch, tl
 from .sample_masses import mass_scale
 from .sample_noise import hash_tokens, row_keys
 from .sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
-from .sample_walk import estimate_again, floor_of_top_k, is_outside, winner
+from .sample_walk import estimate_again, first_largest_of, floor_of_top_k, is_outside, winner
 
 TILE = 256
 _DOUBT = 1e-4  # of the whole mass: nearer to the cut than this, estimates do not decide; they are good to about 1e-5
@@ -102,29 +102,19 @@ def _draw_kernel(
     does not, nothing from its logit down does, and what is above it goes on. The most likely token always does.
     """
     row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     first_tile = row.to(tl.int64) * tiles
-    list_ptr += first_tile
+    the_row = (logits_ptr + row.to(tl.int64) * row_stride, list_ptr + first_tile, vocabulary)
     estimate_ptr += first_tile
     mass_ptr += first_tile
     tiles_T = tl.arange(0, TILES)
     is_there_T = tiles_T < tiles
     best_T = tl.load(best_ptr + first_tile + tiles_T, mask=is_there_T, other=float("-inf"))
-    is_broken = tl.max((best_T != best_T).to(tl.int32), axis=0) > 0
-    best = tl.max(best_T, axis=0)
-    is_broken = is_broken | (best == float("inf"))
-    # The first of the largest, which is all that a greedy row asks for.
-    columns = tl.argmax(best_T, axis=0) * TILE + tl.arange(0, TILE)
-    x = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf"))
-    token = tl.min(tl.where(x == best, columns, vocabulary - 1), axis=0)
-    score = tl.where(is_broken, float("nan"), best).to(tl.float64)
-
+    best, token, score = first_largest_of(the_row, best_T, TILE)
     temperature = tl.load(numbers_ptr + row)
-    if (temperature > 0) & (best > float("-inf")) & (is_broken == 0):
+    if (temperature > 0) & (score > float("-inf")):  # a score that is NaN is neither
         top_p = tl.load(numbers_ptr + rows + row)
         top_k = tl.load(integers_ptr + rows + row)
         scale = (1.4426950408889634 / temperature).to(tl.float32)
-        the_row = (row_ptr, list_ptr, vocabulary)
         drawing = (best, temperature, scale, tl.load(integers_ptr + row), first_id)
         cut = tl.full((), float("-inf"), tl.float32)
         floor = (best.to(tl.float64) + temperature * tl.load(numbers_ptr + 2 * rows + row)).to(tl.float32)
@@ -176,7 +166,11 @@ def compile_cases() -> Iterator[CompileCase]:
         "integers_ptr": pointer(torch.int64),
         **dict.fromkeys(("rows", "vocabulary", "tiles", "row_stride", "first_id"), "i32"),
     }
-    yield CompileCase(kernel=_scan_kernel, name="scan", config=_SCAN, signature={**shared, "groups": "i32"})
+    aligned = ("vocabulary", "row_stride")
+    for name, multiples in (("aligned rows", aligned), ("any rows", ())):
+        yield CompileCase(
+            kernel=_scan_kernel, name=name, config=_SCAN, signature={**shared, "groups": "i32"}, aligned=multiples
+        )
     for tiles in _ROW_TILES:
         yield CompileCase(
             kernel=_draw_kernel,
@@ -190,6 +184,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 "mass_scale": "fp32",
                 "doubt": "fp32",
             },
+            aligned=aligned,
             # NVIDIA's assembler prefers 128 registers, and a row's settings in memory, to fewer threads at a time.
             spill_bytes=64,
         )

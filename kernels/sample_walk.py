@@ -44,6 +44,18 @@ def load_listed(row, first, count, TILE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @jit
+def first_largest_of(row, best_T, TILE: tl.constexpr):
+    """Return the largest logit, the first column of it, and it as a score (float64): NaN if one is NaN or +inf."""
+    row_ptr, vocabulary = row[0], row[2]
+    is_broken = tl.max((best_T != best_T).to(tl.int32), axis=0) > 0
+    best = tl.max(best_T, axis=0)
+    columns = tl.argmax(best_T, axis=0) * TILE + tl.arange(0, TILE)
+    x = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf"))
+    column = tl.min(tl.where(x == best, columns, vocabulary - 1), axis=0)
+    return best, column, tl.where(is_broken | (best == float("inf")), float("nan"), best).to(tl.float64)
+
+
+@jit
 def order_of(x):
     """Return int32 numbers in the order of float32 ones."""
     bits = x.to(tl.int32, bitcast=True)

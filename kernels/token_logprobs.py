@@ -130,9 +130,11 @@ def _logprob_kernel(
         left_T = tl.where(tiles_T == tile, left, left_T)
 
 
-def _config(vocabulary: int) -> KernelConfig:
+def _config(kernel: object, vocabulary: int) -> KernelConfig:
     tiles = row_config(vocabulary).tiles["TILES"]
-    return KernelConfig(tiles={"TILES": tiles, "TILE": TILE, "GROUP": _GROUP}, num_warps=4, num_stages=1)
+    # Exponentials in float64 take registers: eight numbers of a tile a thread.
+    warps = 8 if kernel is _mass_kernel else 4
+    return KernelConfig(tiles={"TILES": tiles, "TILE": TILE, "GROUP": _GROUP}, num_warps=warps, num_stages=1)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -150,9 +152,14 @@ def compile_cases() -> Iterator[CompileCase]:
         "k": "i32",
     }
     for vocabulary in (1 << 16, 1 << 18):
-        about = {"name": f"up to {vocabulary} tokens", "config": _config(vocabulary)}
-        yield CompileCase(kernel=_mass_kernel, signature=shared, **about)
-        yield CompileCase(kernel=_logprob_kernel, signature={**shared, **rest}, **about)
+        for kernel, signature in ((_mass_kernel, shared), (_logprob_kernel, {**shared, **rest})):
+            yield CompileCase(
+                kernel=kernel,
+                name=f"up to {vocabulary} tokens",
+                config=_config(kernel, vocabulary),
+                signature=signature,
+                aligned=("vocabulary", "row_stride"),
+            )
 
 
 def token_logprobs_reference(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRows:
@@ -205,11 +212,11 @@ def _by_tiles(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRows:
         "row_stride": logits_RV.stride(0),
         "mass_scale": mass_scale(vocabulary),
     }
-    launch(_mass_kernel, (rows * groups,), _config(vocabulary), **shared)
+    launch(_mass_kernel, (rows * groups,), _config(_mass_kernel, vocabulary), **shared)
     launch(
         _logprob_kernel,
         (rows,),
-        _config(vocabulary),
+        _config(_logprob_kernel, vocabulary),
         **shared,
         logprobs_ptr=made.logprobs_R,
         ranks_ptr=made.ranks_R,

@@ -75,7 +75,7 @@ def require_positive(name: str, value: object) -> None:
         raise ConfigError(name, f"must be an integer of at least 1, got {value!r}")
 
 
-QUANTIZATIONS = ("none", "int8", "int4")
+QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 EXPERT_EXCHANGES = ("auto", "all_to_all", "gather")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8")
@@ -93,8 +93,9 @@ class EngineOptions:
       is smaller than that (a warning says so).
     - ``kv_cache_memory_bytes`` or ``num_gpu_blocks_override`` (blocks, on any device) size the KV cache; otherwise
       ``gpu_memory_utilization`` of the device's free memory is the limit, and on a CPU 4 GiB.
-    - ``quantization``: how weights are kept on a CPU: ``none``, as ``dtype`` says; ``int8``, with activations quantized
-      token by token; ``int4``, in groups of 32. Any checkpoint can be quantized while it is read.
+    - ``quantization``: how weights are kept: ``none``, as ``dtype`` says, or on a GPU as a quantized checkpoint (AWQ,
+      GPTQ, float8) has them; ``int8`` and on GPUs ``fp8``, with activations quantized token by token; ``int4``, in
+      groups of 32. Any checkpoint can be quantized while it is read.
     - ``deterministic``: on a CPU, the same bits for a position whatever else is in the batch, however its prompt is cut
       and whatever of it the prefix cache has.
     - ``kernels``: what carries out operations: ``auto``, the fastest for each on the device; ``torch`` or ``triton``

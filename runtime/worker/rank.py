@@ -260,6 +260,8 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
     layers = model.expert_layers
     if not setup.expert_balance_steps or not layers:
         return None
+    if spec.stored_as is not None:
+        raise ConfigError("enable_eplb", "moves experts of checkpoints that are not quantized")
     counts = {layer.num_experts for layer in layers.values()}
     if len(counts) > 1:
         raise ConfigError("enable_eplb", f"needs as many experts in every layer, the model has {sorted(counts)}")
