@@ -11,6 +11,7 @@ from . import (
     attention_prefill,
     kv_blocks,
     kv_pack,
+    linear_fixed,
     linear_w4a16,
     linear_w8a8,
     logit_edits,
@@ -25,9 +26,11 @@ from . import (
     quantize_rows,
     rope_kv,
     sample_tiles,
+    shared_prefix,
     split_sums,
     token_logprobs,
     token_mask,
+    tree_sum,
 )
 from .compile_case import CompileCase
 
@@ -38,6 +41,7 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_prefill": attention_prefill.compile_cases,
     "kv_blocks": kv_blocks.compile_cases,
     "kv_pack": kv_pack.compile_cases,
+    "linear_fixed": linear_fixed.compile_cases,
     "linear_w4a16": linear_w4a16.compile_cases,
     "linear_w8a8": linear_w8a8.compile_cases,
     "logit_edits": logit_edits.compile_cases,
@@ -52,9 +56,11 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "quantize_rows": quantize_rows.compile_cases,
     "rope_kv": rope_kv.compile_cases,
     "sample_tiles": sample_tiles.compile_cases,
+    "shared_prefix": shared_prefix.compile_cases,
     "split_sums": split_sums.compile_cases,
     "token_logprobs": token_logprobs.compile_cases,
     "token_mask": token_mask.compile_cases,
+    "tree_sum": tree_sum.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

@@ -124,11 +124,11 @@ def _choose_experts_kernel(
     groups,
     group_size,
     top_groups,
-    has_bias,
+    biased,
     sums_two,
     normalize,
+    is_sigmoid,
     scaling,
-    IS_SIGMOID: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -146,14 +146,12 @@ def _choose_experts_kernel(
 
     BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_S
     logits = tl.reshape(logits, (BLOCK_T, BLOCK_E))
-    if IS_SIGMOID:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        # Tokens behind the last have no largest logit.
-        largest = tl.where(token < tokens, tl.max(logits, axis=1), 0.0)
-        scores = tl.exp(logits - largest[:, None])
-        scores = scores / tl.where(token < tokens, tl.sum(scores, axis=1), 1.0)[:, None]
-    bias_GS = tl.load(bias_ptr + expert_GS, mask=is_expert_GS & (has_bias != 0), other=0.0)
+    # Tokens behind the last have no largest logit.
+    largest = tl.where(token < tokens, tl.max(logits, axis=1), 0.0)
+    odds = tl.exp(logits - largest[:, None])
+    total = tl.where(token < tokens, tl.sum(odds, axis=1), 1.0)
+    scores = tl.where(is_sigmoid != 0, 1.0 / (1.0 + tl.exp(-logits)), odds / total[:, None])
+    bias_GS = tl.load(bias_ptr + expert_GS, mask=is_expert_GS & (expert_GS < biased), other=0.0)
     wanted = scores + tl.reshape(bias_GS, (BLOCK_E,))[None, :]
     expert = tl.reshape(expert_GS, (BLOCK_E,))[None, :]
     keys = tl.where(tl.reshape(is_expert_GS, (BLOCK_E,))[None, :], _sort_keys(wanted, expert), lowest)
@@ -177,13 +175,13 @@ def _choose_experts_kernel(
     weights = tl.zeros((BLOCK_T, BLOCK_A), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for nth in range(top_k):
-        best_key = tl.max(keys, axis=1)
-        is_best = keys == best_key[:, None]
-        weight = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
+        key = tl.max(keys, axis=1)
+        is_taken = keys == key[:, None]
+        weight = tl.sum(tl.where(is_taken, scores, 0.0), axis=1)
         total += weight
-        chosen = tl.where((choice == nth)[None, :], 0x7FFFFFFF - (best_key & 0x7FFFFFFF)[:, None], chosen)
+        chosen = tl.where((choice == nth)[None, :], 0x7FFFFFFF - (key & 0x7FFFFFFF)[:, None], chosen)
         weights = tl.where((choice == nth)[None, :], weight[:, None], weights)
-        keys = tl.where(is_best, lowest, keys)
+        keys = tl.where(is_taken, lowest, keys)
     weights = tl.where(normalize != 0, weights / (total + 1e-20)[:, None], weights) * scaling
     out = token.to(tl.int64)[:, None] * top_k + choice[None, :]
     is_chosen = (token < tokens)[:, None] & (choice < top_k)[None, :]
@@ -192,9 +190,9 @@ def _choose_experts_kernel(
 
 
 _MOST_CHOSEN = 16
-_SIZES = (32, 128, 256, 512)
+_SIZES = (128, 512)
 _GROUPS = 8
-_GROUP_SIZES = (32, 64)
+_GROUP_SIZES = (64,)
 
 
 def choose_config(num_experts: int, groups: int) -> KernelConfig | None:
@@ -212,26 +210,24 @@ def choose_config(num_experts: int, groups: int) -> KernelConfig | None:
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``choose_experts`` launches."""
     shapes = [(1, size) for size in _SIZES] + [(_GROUPS, _GROUPS * size) for size in _GROUP_SIZES]
-    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "has_bias", "sums_two", "normalize")
+    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "biased", "sums_two", "normalize", "is_sigmoid")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for groups, experts in shapes:
             config = choose_config(experts, groups)
             assert config is not None
-            for score in Score:
-                yield CompileCase(
-                    kernel=_choose_experts_kernel,
-                    name=f"{pointer(dtype)[1:]} {score} {experts}{f' in {groups}' if groups > 1 else ''}",
-                    config=config,
-                    signature={
-                        "logits_ptr": pointer(dtype),
-                        "bias_ptr": "*fp32",
-                        "weights_ptr": "*fp32",
-                        "experts_ptr": "*i64",
-                        **dict.fromkeys(numbers, "i32"),
-                        "scaling": "fp32",
-                    },
-                    constants={"IS_SIGMOID": score is Score.SIGMOID},
-                )
+            yield CompileCase(
+                kernel=_choose_experts_kernel,
+                name=f"{pointer(dtype)[1:]} {experts}{f' in {groups}' if groups > 1 else ''}",
+                config=config,
+                signature={
+                    "logits_ptr": pointer(dtype),
+                    "bias_ptr": "*fp32",
+                    "weights_ptr": "*fp32",
+                    "experts_ptr": "*i64",
+                    **dict.fromkeys(numbers, "i32"),
+                    "scaling": "fp32",
+                },
+            )
 
 
 def choose_experts(logits_TE: Tensor, routing: Routing, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -274,11 +270,11 @@ def _choose_by_triton(
         groups=routing.groups,
         group_size=experts // routing.groups,
         top_groups=routing.top_groups,
-        has_bias=int(bias_E is not None),
+        biased=0 if bias_E is None else experts,
         sums_two=int(routing.sums_two),
         normalize=int(routing.normalize),
+        is_sigmoid=int(routing.score is Score.SIGMOID),
         scaling=routing.scaling,
-        IS_SIGMOID=routing.score is Score.SIGMOID,
     )
     return weights_TA, experts_TA
 
