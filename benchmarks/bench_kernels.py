@@ -31,7 +31,14 @@ if find_spec("slipstream") is None:  # a checkout that is not installed: the pac
     (_PATH / "slipstream").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
     sys.path.insert(0, str(_PATH))
 
-from slipstream.benchmarks.kernel_cases import attention, elementwise, kv, latent, norm
+from slipstream.benchmarks.kernel_cases import (
+    attention,
+    elementwise,
+    kv,
+    latent,
+    norm,
+    sample,
+)
 from slipstream.benchmarks.kernel_cases.case import CasesOf, KernelCase, Run
 from slipstream.benchmarks.kernel_cases.timing import Stopwatch, interleaved, ratio
 from slipstream.benchmarks.report import write_report
@@ -42,6 +49,7 @@ FILES: Mapping[str, CasesOf] = {
     "kv": kv.cases,
     "latent": latent.cases,
     "norm": norm.cases,
+    "sample": sample.cases,
 }
 _COPY, _PRODUCT = "copy", "product"
 

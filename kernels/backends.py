@@ -35,26 +35,27 @@ class Operation:
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 _ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
+"""Deterministic engines ask these for one way for any number of rows, which is invariant."""
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
+        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
         Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
-        Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
-        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
-        Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
-        Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
-        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
+        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
+        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
         Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
         Operation(
             name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
         ),
+        Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
+        Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
+        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
+        Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
+        Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
         Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
-        Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
-        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
-        Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
-        Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
         Operation(name="rope_kv", summary="rotary positions, and KV written to its blocks", batch_invariant=_BOTH),
+        Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

@@ -42,6 +42,15 @@ class Int4Codes:
         """The inputs that share a scale."""
         return self.codes_OI.shape[1] // max(1, self.scales_OG.shape[1])
 
+    def to(self, device: torch.device) -> Int4Codes:
+        """Return the same on a device."""
+        return Int4Codes(
+            codes_OI=self.codes_OI.to(device),
+            scales_OG=self.scales_OG.to(device),
+            zeros_OG=self.zeros_OG.to(device),
+            order_I=None if self.order_I is None else self.order_I.to(device),
+        )
+
     def weight(self) -> Tensor:
         """Return what the integers stand for.
 

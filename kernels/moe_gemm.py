@@ -14,21 +14,27 @@ gate and up are multiplied: weights have 2 * O then, gate first), B blocks, M pl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import CompileCase, pointer
-from .launch import KernelConfig, jit, launch, tl
+from .compile_case import SHARED_BYTES, CompileCase, pointer
+from .launch import KernelConfig, jit, launch, next_power_of_2, tl
 from .moe_sort import MOST_EXPERTS, ExpertBlocks
 from .tiles import dot, rounded
+from .tuning import launch_tuned
 
 MOST_MASKED_TOKENS = 64
 """The most tokens of the masked way."""
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_CHOSEN = 16
+MOST_CHOSEN = 16
+_UNIT = 16
+"""Sizes are handed over in units of so many, so that the compiler knows that rows are aligned: loads are wide then."""
+_PLACES = (64, 128)
 _GROUP = tl.constexpr(8)
 
 
@@ -105,14 +111,16 @@ def _block_product_kernel(
     out_ptr,
     blocks,
     entries_per_row,
-    inputs,
-    outputs,
+    input_units,
+    output_units,
     IS_GATED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program multiplies one block's rows with BLOCK_N outputs of its expert."""
+    inputs, outputs = input_units * UNIT, output_units * UNIT
     # Programs that run side by side share weights (up to 8 blocks, often of one expert) and rows.
     tiles = tl.cdiv(outputs, BLOCK_N)
     group = tl.program_id(0) // (_GROUP * tiles)
@@ -142,15 +150,17 @@ def _masked_product_kernel(
     tokens,
     chosen,
     entries_per_row,
-    inputs,
-    outputs,
+    input_units,
+    output_units,
     IS_GATED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     """One program multiplies the tokens that have chosen one expert with BLOCK_N of its outputs."""
+    inputs, outputs = input_units * UNIT, output_units * UNIT
     expert = tl.program_id(1)
     token_M = tl.arange(0, BLOCK_M)
     choice_A = tl.arange(0, BLOCK_A)
@@ -174,65 +184,79 @@ def _config(places: int, outputs: int, inputs: int, *, warps: int, stages: int, 
     return KernelConfig(tiles=tiles, num_warps=warps, num_stages=stages)
 
 
-def block_places(dtype: torch.dtype, entries: int, num_experts: int, *, one_way: bool = False) -> int:
-    """Return how many places blocks have: 128 where experts have many rows. ``one_way``: as if they had few."""
-    return 128 if dtype.itemsize == 2 and entries >= 96 * num_experts and not one_way else 64
+def block_places(weights_EOI: Tensor, entries: int, *, one_way: bool = False) -> int:
+    """Return how many places blocks have: more where experts have many rows. ``one_way``: the same for any number."""
+    unit = _unit(*weights_EOI.shape[1:])
+    is_large = entries >= 96 * len(weights_EOI) and _has_large_blocks(weights_EOI.dtype, unit)
+    return _PLACES[is_large and not one_way]
 
 
-def block_configs(dtype: torch.dtype, places: int, *, is_gated: bool) -> Sequence[KernelConfig]:
-    """Return the ways to multiply blocks; the first unless tuning has found another, always under ``one_way``.
+def _has_large_blocks(dtype: torch.dtype, unit: int) -> bool:
+    return dtype.itemsize == 2 and unit > 1
 
-    Gate and up are two products: a program has half as many outputs of them.
+
+def _unit(outputs: int, inputs: int) -> int:
+    return 1 if inputs % _UNIT or outputs % (2 * _UNIT) else _UNIT
+
+
+def block_configs(
+    dtype: torch.dtype, places: int, unit: int, *, is_gated: bool, is_wide: bool
+) -> Sequence[KernelConfig]:
+    """Return the ways to multiply blocks; the first unless tuning has found another.
+
+    Gate and up are two products: a program has half as many outputs of them. Rows that are not aligned (``unit`` 1)
+    are loaded number by number. ``is_wide``: the device multiplies from shared memory, and has registers for more sums.
     """
-    if dtype.itemsize > 2:
-        return (_config(places, 32 if is_gated else 64, 32, warps=4, stages=2),)
-    if places == 128:
-        return (
-            _config(places, 128 if is_gated else 256, 64, warps=8, stages=3),
-            _config(places, 64 if is_gated else 128, 64, warps=4, stages=4),
-        )
-    return (_config(places, 64 if is_gated else 128, 64, warps=4, stages=4),)
+    if unit == 1 or dtype.itemsize > 2:
+        return (_config(places, 32 if is_gated else 64, 32, warps=8, stages=2),)
+    if places == _PLACES[0]:
+        return (_config(places, 64 if is_gated else 128, 64, warps=4, stages=4),)
+    narrow = _config(places, 64 if is_gated else 128, 64, warps=8, stages=3)
+    return (_config(places, 128 if is_gated else 256, 64, warps=8, stages=3), narrow) if is_wide else (narrow,)
 
 
-def masked_config(dtype: torch.dtype, tokens: int, *, is_gated: bool) -> KernelConfig:
+@lru_cache(maxsize=16)
+def _is_wide(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def masked_config(dtype: torch.dtype, tokens: int, unit: int, *, is_gated: bool) -> KernelConfig:
     """Return how few tokens are multiplied: weights come in wide rows, several on their way at once."""
     places = 16 if tokens <= 16 else MOST_MASKED_TOKENS
-    outputs = 32 if is_gated else 64
-    if dtype.itemsize > 2:
-        return _config(places, 32, 64 if places == 16 else 32, warps=4, stages=2, BLOCK_A=_MOST_CHOSEN)
-    return _config(places, outputs, 128, warps=4, stages=4 if places == 16 else 3, BLOCK_A=_MOST_CHOSEN)
+    if unit == 1 or dtype.itemsize > 2:
+        return _config(places, 32, 32, warps=4 if places == 16 else 8, stages=2, BLOCK_A=MOST_CHOSEN)
+    stages = 4 if places == 16 else 3
+    return _config(places, 32 if is_gated else 64, 128, warps=4, stages=stages, BLOCK_A=MOST_CHOSEN)
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``block_product`` and ``masked_product`` launch."""
-    for dtype in _TYPES:
+    for dtype, is_gated, unit in product(_TYPES, (False, True), (1, _UNIT)):
         kind = pointer(dtype)
-        sizes = dict.fromkeys(("entries_per_row", "inputs", "outputs"), "i32")
+        sizes = dict.fromkeys(("entries_per_row", "input_units", "output_units"), "i32")
         pointers = {"x_ptr": kind, "weights_ptr": kind, "out_ptr": kind}
-        for is_gated in (False, True):
-            name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}"
-            for places in (64, 128) if dtype.itemsize == 2 else (64,):
-                for config in block_configs(dtype, places, is_gated=is_gated):
-                    yield CompileCase(
-                        kernel=_block_product_kernel,
-                        name=name,
-                        config=config,
-                        signature={
-                            **pointers,
-                            **dict.fromkeys(("entries_ptr", "experts_ptr", "rows_ptr"), "*i32"),
-                            "blocks": "i32",
-                            **sizes,
-                        },
-                        constants={"IS_GATED": is_gated},
-                    )
-            for tokens in (16, MOST_MASKED_TOKENS):
+        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}{' not aligned' if unit == 1 else ''}"
+        constants = {"IS_GATED": is_gated, "UNIT": unit}
+        for places in _PLACES if _has_large_blocks(dtype, unit) else _PLACES[:1]:
+            everywhere = block_configs(dtype, places, unit, is_gated=is_gated, is_wide=False)
+            for config in block_configs(dtype, places, unit, is_gated=is_gated, is_wide=True):
+                tables = dict.fromkeys(("entries_ptr", "experts_ptr", "rows_ptr"), "*i32")
                 yield CompileCase(
-                    kernel=_masked_product_kernel,
+                    kernel=_block_product_kernel,
                     name=name,
-                    config=masked_config(dtype, tokens, is_gated=is_gated),
-                    signature={**pointers, "experts_ptr": "*i64", "tokens": "i32", "chosen": "i32", **sizes},
-                    constants={"IS_GATED": is_gated},
+                    config=config,
+                    signature={**pointers, **tables, "blocks": "i32", **sizes},
+                    constants=constants,
+                    targets=tuple(SHARED_BYTES)[config not in everywhere :],
                 )
+        for tokens in (16, MOST_MASKED_TOKENS):
+            yield CompileCase(
+                kernel=_masked_product_kernel,
+                name=name,
+                config=masked_config(dtype, tokens, unit, is_gated=is_gated),
+                signature={**pointers, "experts_ptr": "*i64", "tokens": "i32", "chosen": "i32", **sizes},
+                constants=constants,
+            )
 
 
 def can_multiply(x_TI: Tensor, weights_EOI: Tensor) -> bool:
@@ -241,22 +265,19 @@ def can_multiply(x_TI: Tensor, weights_EOI: Tensor) -> bool:
     return is_fit and weights_EOI.is_contiguous() and uses_triton("moe_gemm", x_TI)
 
 
-def block_product(
-    x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, entries: int, is_gated: bool, place: int = 0
-) -> Tensor:
-    """As ``expert_product_reference``, for entries in blocks. ``place``: which of ``block_configs``.
+def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, entries: int, is_gated: bool) -> Tensor:
+    """As ``expert_product_reference``, for entries in blocks.
 
     Shapes: x_TI [entries, or a divisor of it, inputs]; weights_EOI contiguous; returns [entries, outputs]
     Raises: ValueError where shapes do not fit
     """
-    outputs, per_row = _check(x_TI, weights_EOI, entries, is_gated)
-    out_RO = torch.empty((entries, outputs), dtype=x_TI.dtype, device=x_TI.device)
     count, places = blocks.entries_BM.shape
-    config = block_configs(x_TI.dtype, places, is_gated=is_gated)[place]
-    launch(
+    sizes, out_RO = _prepare(x_TI, weights_EOI, entries, is_gated)
+    launch_tuned(
         _block_product_kernel,
-        (count * -(-outputs // config.tiles["BLOCK_N"]),),
-        config,
+        lambda config: (count * -(-out_RO.shape[1] // config.tiles["BLOCK_N"]),),
+        block_configs(x_TI.dtype, places, sizes["UNIT"], is_gated=is_gated, is_wide=_is_wide(x_TI.device)),
+        (x_TI.dtype, tuple(weights_EOI.shape), next_power_of_2(entries)),
         x_ptr=x_TI.contiguous(),
         weights_ptr=weights_EOI,
         entries_ptr=blocks.entries_BM,
@@ -264,10 +285,8 @@ def block_product(
         rows_ptr=blocks.rows_B,
         out_ptr=out_RO,
         blocks=count,
-        entries_per_row=per_row,
-        inputs=x_TI.shape[1],
-        outputs=outputs,
         IS_GATED=is_gated,
+        **sizes,
     )
     return out_RO
 
@@ -280,17 +299,16 @@ def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_
     Raises: ValueError where shapes do not fit
     """
     tokens, chosen = experts_TA.shape
-    if tokens > MOST_MASKED_TOKENS or chosen > _MOST_CHOSEN or experts_TA.dtype != torch.int64:
+    if tokens > MOST_MASKED_TOKENS or chosen > MOST_CHOSEN or experts_TA.dtype != torch.int64:
         raise ValueError(
-            f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, _MOST_CHOSEN]}, got {[tokens, chosen]}, "
+            f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, MOST_CHOSEN]}, got {[tokens, chosen]}, "
             f"{experts_TA.dtype}"
         )
-    outputs, per_row = _check(x_TI, weights_EOI, tokens * chosen, is_gated)
-    out_RO = torch.empty((tokens * chosen, outputs), dtype=x_TI.dtype, device=x_TI.device)
-    config = masked_config(x_TI.dtype, tokens, is_gated=is_gated)
+    sizes, out_RO = _prepare(x_TI, weights_EOI, tokens * chosen, is_gated)
+    config = masked_config(x_TI.dtype, tokens, sizes["UNIT"], is_gated=is_gated)
     launch(
         _masked_product_kernel,
-        (-(-outputs // config.tiles["BLOCK_N"]), len(weights_EOI) if tokens * chosen else 0),
+        (-(-out_RO.shape[1] // config.tiles["BLOCK_N"]), len(weights_EOI) if tokens * chosen else 0),
         config,
         x_ptr=x_TI.contiguous(),
         weights_ptr=weights_EOI,
@@ -298,16 +316,14 @@ def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_
         out_ptr=out_RO,
         tokens=tokens,
         chosen=chosen,
-        entries_per_row=per_row,
-        inputs=x_TI.shape[1],
-        outputs=outputs,
         IS_GATED=is_gated,
+        **sizes,
     )
     return out_RO
 
 
-def _check(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) -> tuple[int, int]:
-    """Return (outputs, entries of a row) of a product. Raises: ValueError"""
+def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) -> tuple[dict[str, int], Tensor]:
+    """Return what kernels are told of a product's sizes, and room for its result. Raises: ValueError"""
     rows, inputs = x_TI.shape
     if weights_EOI.dim() != 3 or weights_EOI.shape[2] != inputs or not weights_EOI.is_contiguous():
         raise ValueError(
@@ -319,4 +335,12 @@ def _check(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) -> t
         raise ValueError(f"weights_EOI must have gate and up, got {weights_EOI.shape[1]} outputs")
     if entries % max(rows, 1) or (entries and not rows):
         raise ValueError(f"x_TI has {rows} rows, which do not divide the {entries} entries")
-    return weights_EOI.shape[1] // (2 if is_gated else 1), entries // max(rows, 1)
+    outputs = weights_EOI.shape[1] // (2 if is_gated else 1)
+    unit = _unit(weights_EOI.shape[1], inputs)
+    sizes = {
+        "entries_per_row": entries // max(rows, 1),
+        "input_units": inputs // unit,
+        "output_units": outputs // unit,
+        "UNIT": unit,
+    }
+    return sizes, torch.empty((entries, outputs), dtype=x_TI.dtype, device=x_TI.device)

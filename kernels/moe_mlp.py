@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activation import silu_and_mul
 from .moe_combine import weighted_sum
-from .moe_gemm import MOST_MASKED_TOKENS, block_places, block_product, can_multiply, masked_product
+from .moe_gemm import MOST_CHOSEN, MOST_MASKED_TOKENS, block_places, block_product, can_multiply, masked_product
 from .moe_sort import ExpertBlocks, cut_into_blocks, sort_by_expert, sort_into_blocks, unsort
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -79,6 +79,11 @@ class StackedExperts:
         """Return whether kernels take these weights and rows such as ``x``."""
         return can_multiply(x_TH, self.gate_up_EOH) and can_multiply(x_TH, self.down_EHI)
 
+    def block_places(self, entries: int) -> int:
+        """Return how many places the blocks of both products have."""
+        weights = (self.gate_up_EOH, self.down_EHI)
+        return min(block_places(each, entries, one_way=self.one_way) for each in weights)
+
 
 def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, experts: StackedExperts) -> Tensor:
     """As ``moe_mlp``; between the products, numbers are rounded once, behind the activation.
@@ -86,13 +91,12 @@ def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, expert
     Shapes: as ``moe_mlp``; a token's experts are different ones
     """
     num_tokens, chosen = experts_TA.shape
-    if num_tokens <= MOST_MASKED_TOKENS and not experts.one_way:
+    if num_tokens <= MOST_MASKED_TOKENS and chosen <= MOST_CHOSEN and not experts.one_way:
         hidden_RI = masked_product(x_TH, experts.gate_up_EOH, experts_TA, is_gated=True)
         results_RH = masked_product(hidden_RI, experts.down_EHI, experts_TA, is_gated=False)
     else:
-        entries, num_experts = num_tokens * chosen, len(experts.down_EHI)
-        places = block_places(x_TH.dtype, entries, num_experts, one_way=experts.one_way)
-        blocks = sort_into_blocks(experts_TA.flatten(), num_experts, places)
+        entries = num_tokens * chosen
+        blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), experts.block_places(entries))
         results_RH = _multiply(x_TH, blocks, entries, experts)
     return weighted_sum(results_RH.view(num_tokens, chosen, x_TH.shape[1]), weights_TA)
 
@@ -103,8 +107,7 @@ def stacked_products(rows_RH: Tensor, counts_E: Tensor, experts: StackedExperts)
     Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
     """
     rows = len(rows_RH)
-    places = block_places(rows_RH.dtype, rows, len(counts_E), one_way=experts.one_way)
-    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, places), rows, experts)
+    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, experts.block_places(rows)), rows, experts)
 
 
 def _multiply(x_TH: Tensor, blocks: ExpertBlocks, entries: int, experts: StackedExperts) -> Tensor:

@@ -124,7 +124,7 @@ def _choose_experts_kernel(
     groups,
     group_size,
     top_groups,
-    has_bias,
+    biased,
     sums_two,
     normalize,
     scaling,
@@ -153,7 +153,7 @@ def _choose_experts_kernel(
         largest = tl.where(token < tokens, tl.max(logits, axis=1), 0.0)
         scores = tl.exp(logits - largest[:, None])
         scores = scores / tl.where(token < tokens, tl.sum(scores, axis=1), 1.0)[:, None]
-    bias_GS = tl.load(bias_ptr + expert_GS, mask=is_expert_GS & (has_bias != 0), other=0.0)
+    bias_GS = tl.load(bias_ptr + expert_GS, mask=is_expert_GS & (expert_GS < biased), other=0.0)
     wanted = scores + tl.reshape(bias_GS, (BLOCK_E,))[None, :]
     expert = tl.reshape(expert_GS, (BLOCK_E,))[None, :]
     keys = tl.where(tl.reshape(is_expert_GS, (BLOCK_E,))[None, :], _sort_keys(wanted, expert), lowest)
@@ -177,13 +177,13 @@ def _choose_experts_kernel(
     weights = tl.zeros((BLOCK_T, BLOCK_A), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for nth in range(top_k):
-        best_key = tl.max(keys, axis=1)
-        is_best = keys == best_key[:, None]
-        weight = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
+        key = tl.max(keys, axis=1)
+        is_taken = keys == key[:, None]
+        weight = tl.sum(tl.where(is_taken, scores, 0.0), axis=1)
         total += weight
-        chosen = tl.where((choice == nth)[None, :], 0x7FFFFFFF - (best_key & 0x7FFFFFFF)[:, None], chosen)
+        chosen = tl.where((choice == nth)[None, :], 0x7FFFFFFF - (key & 0x7FFFFFFF)[:, None], chosen)
         weights = tl.where((choice == nth)[None, :], weight[:, None], weights)
-        keys = tl.where(is_best, lowest, keys)
+        keys = tl.where(is_taken, lowest, keys)
     weights = tl.where(normalize != 0, weights / (total + 1e-20)[:, None], weights) * scaling
     out = token.to(tl.int64)[:, None] * top_k + choice[None, :]
     is_chosen = (token < tokens)[:, None] & (choice < top_k)[None, :]
@@ -212,7 +212,7 @@ def choose_config(num_experts: int, groups: int) -> KernelConfig | None:
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``choose_experts`` launches."""
     shapes = [(1, size) for size in _SIZES] + [(_GROUPS, _GROUPS * size) for size in _GROUP_SIZES]
-    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "has_bias", "sums_two", "normalize")
+    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "biased", "sums_two", "normalize")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for groups, experts in shapes:
             config = choose_config(experts, groups)
@@ -274,7 +274,7 @@ def _choose_by_triton(
         groups=routing.groups,
         group_size=experts // routing.groups,
         top_groups=routing.top_groups,
-        has_bias=int(bias_E is not None),
+        biased=0 if bias_E is None else experts,
         sums_two=int(routing.sums_two),
         normalize=int(routing.normalize),
         scaling=routing.scaling,

@@ -196,7 +196,9 @@ def sort_config(num_experts: int) -> KernelConfig:
     size = next((size for size in _SIZES if num_experts <= size), None)
     if size is None:
         raise ValueError(f"experts_R has {num_experts} experts, kernels sort by {MOST_EXPERTS} at most")
-    return KernelConfig(tiles={"SUB": 4096 // size, "BLOCK_E": size}, num_warps=4, num_stages=1)
+    return KernelConfig(
+        tiles={"SUB": 4096 // size, "BLOCK_E": size}, num_warps=8 if size == MOST_EXPERTS else 4, num_stages=1
+    )
 
 
 def _cut_config(num_experts: int) -> KernelConfig:

@@ -26,7 +26,7 @@ from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
 from .forward import ForwardBatch
 from .kv_cache import KvCache
-from .linear_format import choose_format
+from .linear_format import CodesFormat, choose_format
 from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
@@ -160,6 +160,10 @@ class Decoder:
             if isinstance(mlp, MoeMlp) and isinstance(mlp.experts, ExpertRanks)
         }
 
+    def reserve_positions(self, longest: int) -> None:
+        """Make room for positions below ``longest``: passes up to there find their angles in memory that stays."""
+        self._positions.reserve(longest)
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Return the logits of hidden states from the last stage, for this rank's ``vocabulary``.
 
@@ -237,7 +241,10 @@ def load_decoder(
     """
     linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
     local_spec = shard.local_spec(spec)
-    parameters = Parameters(linear_format)
+    codes_format = CodesFormat(
+        plain=linear_format, dtype=dtype, device=device, keep=quantization == "none", deterministic=deterministic
+    )
+    parameters = Parameters(linear_format, codes_format)
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)

@@ -16,11 +16,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.backends import uses_triton
 from ...kernels.cpu.linear_int4 import can_pack_int4, linear_int4, pack_int4
 from ...kernels.cpu.linear_int8 import linear_int8, pack_int8
 from ...kernels.cpu.linear_packed import can_pack, linear_packed, pack_weight
+from ...kernels.float8_codes import Float8Codes
+from ...kernels.int4_codes import Int4Codes
 from ...kernels.linear import linear
 from ...sdk.errors import ConfigError
+from .linear_format_gpu import gpu_format, kept_product
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 """Multiplies: (x_TI [tokens, inputs], bias_O [outputs] or None) → [tokens, outputs] of x's type."""
@@ -109,11 +113,35 @@ def choose_format(
     """
     if quantization == "none":
         return PackedFormat() if can_pack(dtype, device) else PlainFormat()
-    if device.type != "cpu":
-        raise ConfigError("quantization", f"{quantization!r} is for the CPU in this version, the device is {device}")
+    if device.type != "cpu" or uses_triton("linear_w8a8", torch.empty(0, device=device)):
+        return gpu_format(quantization, dtype=dtype, device=device, one_way=deterministic)
+    if quantization == "fp8":
+        raise ConfigError("quantization", "'fp8' is for GPUs, the device is cpu; use int8 or int4")
     if not can_pack(dtype, device):
         raise ConfigError("quantization", f"{quantization!r} needs float32 or bfloat16 on this CPU, got {dtype}")
     if quantization == "int4" and dtype != torch.bfloat16:
         # torch's kernel is a hundred times slower with float32 activations.
         raise ConfigError("quantization", f"'int4' needs dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
     return Int8Format() if quantization == "int8" else Int4Format(one_way=deterministic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodesFormat:
+    """Weights that a checkpoint has quantized already: multiplied with as they are stored where a GPU can do that.
+
+    Elsewhere, and where an option asks for another quantization, they become plain numbers that ``plain`` prepares.
+    """
+
+    plain: LinearFormat
+    dtype: torch.dtype
+    device: torch.device
+    keep: bool
+    deterministic: bool
+
+    def prepare(self, codes: Int4Codes | Float8Codes) -> Product:
+        """Take a weight."""
+        if self.keep and self.dtype != torch.float32:
+            product = kept_product(codes, device=self.device, one_way=self.deterministic)
+            if product is not None:
+                return product
+        return self.plain.prepare(codes.to(self.device).weight().to(self.dtype))

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from .layout import Role
 from .linear import Linear
-from .linear_format import LinearFormat, Product
+from .linear_format import CodesFormat, LinearFormat, Product
+from .weights import Loaded
 
 
 class Parameters:
     """Parameters by their names in ``parameter_layout``."""
 
-    def __init__(self, linear_format: LinearFormat) -> None:
+    def __init__(self, linear_format: LinearFormat, codes_format: CodesFormat) -> None:
         self._format = linear_format
+        self._codes_format = codes_format
         self._tensors: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Product, ...]] = {}
 
-    def add(self, name: str, tensor: Tensor, role: Role) -> None:
+    def add(self, name: str, tensor: Loaded, role: Role) -> None:
         """Take a parameter in."""
+        if not isinstance(tensor, Tensor):
+            self._products[name] = tuple(self._codes_format.prepare(codes) for codes in tensor)
+            return
         match role:
             case Role.TENSOR:
                 self._tensors[name] = tensor

@@ -192,6 +192,8 @@ def _rank_setup(
         quantization=options.quantization,
         kernels=options.kernels,
         kv_cache_dtype=options.kv_cache_dtype,
+        enforce_eager=options.enforce_eager,
+        max_tokens=options.max_num_batched_tokens,
         deterministic=options.deterministic,
         num_threads=options.num_threads,
         num_blocks=config.num_blocks,
