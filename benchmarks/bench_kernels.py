@@ -36,6 +36,8 @@ from slipstream.benchmarks.kernel_cases import (
     elementwise,
     kv,
     latent,
+    linear,
+    linear_fixed,
     norm,
     sample,
 )
@@ -48,6 +50,8 @@ FILES: Mapping[str, CasesOf] = {
     "elementwise": elementwise.cases,
     "kv": kv.cases,
     "latent": latent.cases,
+    "linear": linear.cases,
+    "linear_fixed": linear_fixed.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

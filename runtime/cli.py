@@ -55,7 +55,7 @@ KernelsOption = Annotated[str, typer.Option(help="auto, torch, triton, or operat
 KvCacheDtypeOption = Annotated[str, typer.Option(help="numbers of the KV cache: auto is dtype; fp8 on GPUs")]
 QuantizationOption = Annotated[str, typer.Option(help="weights: none, int8, int4, or fp8 on a GPU")]
 EagerOption = Annotated[bool, typer.Option(help="on a GPU: no captured graphs")]
-DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
+DeterministicOption = Annotated[bool, typer.Option(help="the same bits whatever else runs, on -tp 1, 2, 4 or 8")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
 PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", help="stages with some layers each")]

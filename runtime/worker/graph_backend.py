@@ -17,9 +17,12 @@ Pass = Callable[[], Tensor]
 
 
 class CapturedPass(Protocol):
-    """A pass that can be run again. ``output``: where its result is, after each replay until the next one."""
+    """A pass that can be run again."""
 
-    output: Tensor
+    @property
+    def output(self) -> Tensor:
+        """Where the result is, after each replay until the next one."""
+        ...
 
     def replay(self) -> None:
         """Queue the pass behind what the current stream has to do."""
@@ -62,7 +65,11 @@ class _CudaGraph:
 
     def __init__(self, graph: Any, output: Tensor) -> None:
         self._graph = graph
-        self.output = output
+        self._output = output
+
+    @property
+    def output(self) -> Tensor:
+        return self._output
 
     def replay(self) -> None:
         self._graph.replay()

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from slipstream.runtime.worker.graph_backend import Pass
 
 
-@dataclass
 class ReplayedPass:
-    """A pass whose result is always at the same place."""
+    """A pass whose result is always at the same place; as with CUDA's, capturing it computes nothing."""
 
-    run: Pass
-    output: Tensor
-    backend: ReplayedGraphs
+    def __init__(self, run: Pass, backend: ReplayedGraphs) -> None:
+        self._run = run
+        self._backend = backend
+        self._output: Tensor | None = None
+
+    @property
+    def output(self) -> Tensor:
+        assert self._output is not None, "nothing has been replayed"
+        return self._output
 
     def replay(self) -> None:
-        self.backend.replays += 1
-        self.output.copy_(self.run())
+        self._backend.replays += 1
+        result = self._run()
+        if self._output is None:
+            self._output = result
+        else:
+            self._output.copy_(result)
 
 
 @dataclass
@@ -30,14 +39,9 @@ class ReplayedGraphs:
     refuses: Callable[[], str | None] = lambda: None
     captures: int = 0
     replays: int = 0
-    passes: list[ReplayedPass] = field(default_factory=list)
 
     def capture(self, run: Pass) -> ReplayedPass:
         self.captures += 1
         if reason := self.refuses():
             raise RuntimeError(reason)
-        captured = ReplayedPass(run, run().clone(), self)
-        # As after a capture: nothing has been computed.
-        captured.output.fill_(float("nan"))
-        self.passes.append(captured)
-        return captured
+        return ReplayedPass(run, self)
