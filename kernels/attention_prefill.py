@@ -219,15 +219,13 @@ def _attention_prefill_kernel(
     row, first_query = tl.load(tiles_ptr + tile), tl.load(tiles_ptr + capacity + tile)
     start, count = tl.load(starts_ptr + row), tl.load(counts_ptr + row)
     m_M, d_D = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    query_M = first_query + m_M // HEADS
-    in_group_M = part * HEADS + m_M % HEADS
+    query_M, in_group_M = first_query + m_M // HEADS, part * HEADS + m_M % HEADS
     head_M = kv_head * GROUP + in_group_M
     is_there_M = (m_M < QUERIES * HEADS) & (query_M < count) & (in_group_M < GROUP)
     is_there_MD = is_there_M[:, None] & (d_D < HEAD_SIZE)[None, :]
     token_M = (tl.load(first_tokens_ptr + row) + query_M).to(tl.int64)
-    q_MD = tl.load(
-        q_ptr + token_M[:, None] * q_stride + head_M[:, None] * HEAD_SIZE + d_D[None, :], mask=is_there_MD, other=0.0
-    )
+    place_MD = head_M[:, None] * HEAD_SIZE + d_D[None, :]
+    q_MD = tl.load(q_ptr + token_M[:, None] * q_stride + place_MD, mask=is_there_MD, other=0.0)
     position_M = start + query_M
     lowest_M = tl.maximum(position_M - window + 1, 0)
     end = start + tl.minimum(first_query + QUERIES, count)
@@ -275,15 +273,10 @@ def _attention_prefill_kernel(
             BLOCK_N,
             BLOCK_D,
         )
-    sink_M = peak_M
-    if HAS_SINKS:
-        sink_M = tl.load(sinks_ptr + head_M, mask=is_there_M, other=0.0)
+    sink_M = tl.load(sinks_ptr + head_M, mask=is_there_M, other=0.0) if HAS_SINKS else peak_M
     result_MD = finish_rows(result_MD, peak_M, total_M, sink_M, v_scale, HAS_SINKS)
-    tl.store(
-        out_ptr + (token_M[:, None] * (kv_heads * GROUP) + head_M[:, None]) * HEAD_SIZE + d_D[None, :],
-        rounded(result_MD, out_ptr.dtype.element_ty),
-        mask=is_there_MD,
-    )
+    place_MD += token_M[:, None] * (kv_heads * GROUP * HEAD_SIZE)
+    tl.store(out_ptr + place_MD, rounded(result_MD, out_ptr.dtype.element_ty), mask=is_there_MD)
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -189,6 +189,15 @@ def test_sizes_at_the_limit_are_allowed() -> None:
     assert violations("comm/long.py", function) == []
 
 
+def test_parameters_of_a_kernel_do_not_count() -> None:
+    parameters = "".join(f"    x{place}_ptr,\n" for place in range(50))
+    kernel = f"@jit\ndef _x_kernel(\n{parameters}):\n" + "    x = 1\n" * rules.MAX_FUNCTION_LINES
+    assert violations("comm/long.py", kernel) == []
+    (longer,) = violations("comm/long.py", kernel + "    x = 1\n")
+    assert "_x_kernel has 71 lines" in longer.message
+    assert [each.rule for each in violations("comm/long.py", kernel.removeprefix("@jit\n"))] == ["size"]
+
+
 @pytest.mark.parametrize("first", ["from . import b", "from .b import x", "if True:\n    from . import b"])
 @pytest.mark.parametrize("second", ["from . import c", "from .c import y"])
 def test_cycles_are_found(first: str, second: str) -> None:
