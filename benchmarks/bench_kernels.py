@@ -31,12 +31,32 @@ if find_spec("slipstream") is None:  # a checkout that is not installed: the pac
     (_PATH / "slipstream").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
     sys.path.insert(0, str(_PATH))
 
-from slipstream.benchmarks.kernel_cases import elementwise, kv, moe, norm
+from slipstream.benchmarks.kernel_cases import (
+    attention,
+    elementwise,
+    kv,
+    latent,
+    linear,
+    linear_fixed,
+    moe,
+    norm,
+    sample,
+)
 from slipstream.benchmarks.kernel_cases.case import CasesOf, KernelCase, Run
 from slipstream.benchmarks.kernel_cases.timing import Stopwatch, interleaved, ratio
 from slipstream.benchmarks.report import write_report
 
-FILES: Mapping[str, CasesOf] = {"elementwise": elementwise.cases, "kv": kv.cases, "moe": moe.cases, "norm": norm.cases}
+FILES: Mapping[str, CasesOf] = {
+    "attention": attention.cases,
+    "elementwise": elementwise.cases,
+    "kv": kv.cases,
+    "latent": latent.cases,
+    "linear": linear.cases,
+    "linear_fixed": linear_fixed.cases,
+    "moe": moe.cases,
+    "norm": norm.cases,
+    "sample": sample.cases,
+}
 _COPY, _PRODUCT = "copy", "product"
 
 

@@ -25,7 +25,7 @@ from .attention_span import (
     empty_partials,
 )
 from .backends import uses_triton
-from .compile_case import CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, next_power_of_2, processors, tl
 
 TILE_ROWS = 16
@@ -134,18 +134,21 @@ def _attention_decode_kernel(
         tl.store(totals_ptr + place_M, total_M, mask=in_group_M < GROUP)
 
 
-# Keys of a tile and stages, by numbers of a head and bytes of a number: the first lets four programs share a processor,
-# the second reads further ahead.
+# Keys of a tile, warps and stages, by numbers of a head and bytes of queries and cached numbers: the first lets some
+# four programs share a processor, the second reads further ahead.
 _TILES = {
-    (64, 2): ((128, 3), (64, 5)),
-    (128, 2): ((64, 3), (64, 5)),
-    (256, 2): ((32, 3), (32, 5)),
-    (64, 1): ((64, 5), (64, 3)),
-    (128, 1): ((32, 5), (64, 5)),
-    (256, 1): ((32, 3), (32, 5)),
-    (64, 4): ((32, 3),),
-    (128, 4): ((16, 3),),
-    (256, 4): ((16, 3),),
+    (64, 2, 2): ((128, 4, 3), (64, 4, 5)),
+    (128, 2, 2): ((64, 4, 3), (64, 4, 5)),
+    (256, 2, 2): ((32, 4, 3), (32, 4, 5)),
+    (64, 2, 1): ((64, 4, 5), (64, 4, 3)),
+    (128, 2, 1): ((32, 4, 5), (64, 4, 5)),
+    (256, 2, 1): ((32, 4, 3), (32, 4, 5)),
+    (64, 4, 4): ((32, 4, 3),),
+    (128, 4, 4): ((16, 4, 3),),
+    (256, 4, 4): ((16, 8, 3),),
+    (64, 4, 1): ((32, 4, 3),),
+    (128, 4, 1): ((16, 4, 1),),
+    (256, 4, 1): ((16, 8, 1),),
 }
 
 
@@ -154,11 +157,9 @@ def attention_decode_configs(head_size: int, dtype: torch.dtype, cache_dtype: to
     block = max(64, next_power_of_2(head_size))
     return tuple(
         KernelConfig(
-            tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block},
-            num_warps=8 if dtype is torch.float32 and block == 256 else 4,
-            num_stages=stages,
+            tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages
         )
-        for keys, stages in _TILES[block, dtype.itemsize if dtype is torch.float32 else cache_dtype.itemsize]
+        for keys, warps, stages in _TILES[block, dtype.itemsize, cache_dtype.itemsize]
     )
 
 
@@ -179,7 +180,6 @@ def _case(
 ) -> CompileCase:
     plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
     places = ("tables_ptr", "positions_ptr", "tokens_ptr", "first_items_ptr", "items_ptr", "item_count_ptr")
-    is_float8 = cache_dtype is torch.float8_e4m3fn
     return CompileCase(
         kernel=_attention_decode_kernel,
         name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{' soft cap' if has_soft_cap else ''}",
@@ -199,7 +199,7 @@ def _case(
             "BLOCK_SIZE": 16,
             "SPAN_KEYS": SPAN_KEYS,
         },
-        targets=("sm_90", "sm_100", "gfx942") if is_float8 else ("sm_80", "sm_90", "sm_100", "gfx942"),
+        targets=targets_for(dtype, cache_dtype),
     )
 
 

@@ -1,14 +1,13 @@
 """What attention kernels walk: which row attends to which keys, built on the host from block tables once a step.
 
-All arrays of a step's items are one piece of memory, sent to the device in one copy. With a ``capacity`` their shapes
-depend on it and on the number of rows alone, so that a captured graph's items are renewed by copying ``flat``.
+With a ``capacity`` the shapes of items depend on it, on the number of rows and on the tables' width alone, so that a
+captured graph's items can be renewed by copying others over them.
 
 Shapes: R rows, B most blocks of a row, C items, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,21 +17,15 @@ from torch import Tensor
 
 from .attention_span import NO_WINDOW, SPAN_KEYS
 
-Int32Array = NDArray[np.int32]
-
-# Kernels see that what they load begins at a multiple of 16 bytes.
-_ALIGNED = 4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeItems:
-    """Rows of one token, and the spans of keys that they see, on the device.
+    """Rows of one token, and the spans of keys that they see.
 
     An item is one row's span; a row's partials stand one after the other, the first at ``first_items_R1``. Items may
     stand in any order, and some be left out for another kernel to compute.
 
-    - ``partials``: room for results, at least the number of spans that all rows see.
-    - ``flat``: all arrays, side by side.
+    ``partials``: room for results, at least the number of spans that all rows see.
 
     Shapes: tables_RB [rows, most blocks], entries that no position of the row needs are never read; positions_R [rows],
     -1: the row has no keys, its result is zeros; tokens_R [rows], places in q; items_2C [2, capacity], rows and spans;
@@ -46,55 +39,17 @@ class DecodeItems:
     item_count_1: Tensor
     first_items_R1: Tensor
     partials: int
-    flat: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostDecodeItems:
-    """As ``DecodeItems``, on the host."""
-
-    tables_RB: Int32Array
-    positions_R: Int32Array
-    tokens_R: Int32Array
-    items_2C: Int32Array
-    item_count_1: Int32Array
-    first_items_R1: Int32Array
-    partials: int
-
-    def to(self, device: torch.device) -> DecodeItems:
-        """Send the items to a device, in one copy."""
-        flat, arrays = upload(
-            (
-                self.tables_RB,
-                self.positions_R,
-                self.tokens_R,
-                self.items_2C,
-                self.item_count_1,
-                self.first_items_R1,
-            ),
-            device,
-        )
-        tables_RB, positions_R, tokens_R, items_2C, item_count_1, first_items_R1 = arrays
-        return DecodeItems(
-            tables_RB=tables_RB,
-            positions_R=positions_R,
-            tokens_R=tokens_R,
-            items_2C=items_2C,
-            item_count_1=item_count_1,
-            first_items_R1=first_items_R1,
-            partials=self.partials,
-            flat=flat,
-        )
-
-
-def host_decode_items(
+def decode_items(
     positions: NDArray[np.integer],
     tokens: NDArray[np.integer],
-    block_tables: Int32Array,
+    block_tables: NDArray[np.integer],
     *,
     window: int | None,
+    device: torch.device,
     capacity: int | None = None,
-) -> HostDecodeItems:
+) -> DecodeItems:
     """Cut what rows of one token see into spans.
 
     Shapes: positions [rows], -1 for a row without keys; tokens [rows], places in the batch; block_tables [rows, most
@@ -113,36 +68,22 @@ def host_decode_items(
     items_2C = np.zeros((2, room), np.int32)
     items_2C[0, :count] = np.repeat(np.arange(len(spans_R)), spans_R)
     items_2C[1, :count] = np.arange(count) + np.repeat(first_spans_R - first_items_R1[:-1], spans_R)
-    return HostDecodeItems(
-        tables_RB=np.ascontiguousarray(block_tables, np.int32),
-        positions_R=positions_R.astype(np.int32),
-        tokens_R=np.asarray(tokens, np.int32),
-        items_2C=items_2C,
-        item_count_1=np.array([count], np.int32),
-        first_items_R1=first_items_R1,
+    return DecodeItems(
+        tables_RB=_sent(block_tables, device),
+        positions_R=_sent(positions_R, device),
+        tokens_R=_sent(tokens, device),
+        items_2C=_sent(items_2C, device),
+        item_count_1=_sent(np.array([count]), device),
+        first_items_R1=_sent(first_items_R1, device),
         partials=room,
     )
 
 
-def decode_items(
-    positions: NDArray[np.integer],
-    tokens: NDArray[np.integer],
-    block_tables: Int32Array,
-    *,
-    window: int | None,
-    device: torch.device,
-    capacity: int | None = None,
-) -> DecodeItems:
-    """As ``host_decode_items``, sent to a device."""
-    return host_decode_items(positions, tokens, block_tables, window=window, capacity=capacity).to(device)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillItems:
-    """Rows of several tokens, cut into tiles of queries, on the device.
+    """Rows of several tokens, cut into tiles of queries.
 
-    - ``tile_rows``: queries times query heads in a tile; ``queries``: queries of a tile.
-    - ``flat``: all arrays, side by side.
+    ``tile_rows``: queries times query heads in a tile.
 
     Shapes: tables_RB as in ``DecodeItems``; starts_R [rows], a row's first position; counts_R [rows], its queries;
     first_tokens_R [rows], the place of the first in q; tiles_2C [2, capacity], rows and first queries, those with most
@@ -156,15 +97,13 @@ class PrefillItems:
     tiles_2C: Tensor
     tile_count_1: Tensor
     tile_rows: int
-    queries: int
-    flat: Tensor
 
 
 def prefill_items(
     starts: NDArray[np.integer],
     counts: NDArray[np.integer],
     first_tokens: NDArray[np.integer],
-    block_tables: Int32Array,
+    block_tables: NDArray[np.integer],
     *,
     heads_per_kv: int,
     tile_rows: int,
@@ -189,42 +128,16 @@ def prefill_items(
     order = np.argsort(-(np.asarray(starts, np.int64)[rows] + first_queries), kind="stable")
     tiles_2C = np.zeros((2, room), np.int32)
     tiles_2C[0, :count], tiles_2C[1, :count] = rows[order], first_queries[order]
-    flat, arrays = upload(
-        (
-            np.ascontiguousarray(block_tables, np.int32),
-            np.asarray(starts, np.int32),
-            counts_R.astype(np.int32),
-            np.asarray(first_tokens, np.int32),
-            tiles_2C,
-            np.array([count], np.int32),
-        ),
-        device,
-    )
-    tables_RB, starts_R, counts_device_R, first_tokens_R, tiles_device_2C, tile_count_1 = arrays
     return PrefillItems(
-        tables_RB=tables_RB,
-        starts_R=starts_R,
-        counts_R=counts_device_R,
-        first_tokens_R=first_tokens_R,
-        tiles_2C=tiles_device_2C,
-        tile_count_1=tile_count_1,
+        tables_RB=_sent(block_tables, device),
+        starts_R=_sent(starts, device),
+        counts_R=_sent(counts_R, device),
+        first_tokens_R=_sent(first_tokens, device),
+        tiles_2C=_sent(tiles_2C, device),
+        tile_count_1=_sent(np.array([count]), device),
         tile_rows=tile_rows,
-        queries=queries,
-        flat=flat,
     )
 
 
-def upload(arrays: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Send int32 arrays to a device in one copy that nobody waits for; return (all of it, each array)."""
-    ends = np.cumsum([-(-array.size // _ALIGNED) * _ALIGNED for array in arrays])
-    total = int(ends[-1])
-    host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-    for array, end in zip(arrays, ends.tolist(), strict=True):
-        first = end - -(-array.size // _ALIGNED) * _ALIGNED
-        host.numpy()[first : first + array.size] = array.ravel()
-    flat = host.to(device, non_blocking=True)
-    parts = []
-    for array, end in zip(arrays, ends.tolist(), strict=True):
-        first = end - -(-array.size // _ALIGNED) * _ALIGNED
-        parts.append(flat[first : first + array.size].view(array.shape))
-    return flat, parts
+def _sent(numbers: NDArray[np.integer], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(numbers, np.int32, order="C")).to(device)

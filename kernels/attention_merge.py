@@ -6,6 +6,7 @@ Shapes: R rows, C partials (a row's spans, one row after the other), N query hea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,19 +70,28 @@ def _attention_merge_kernel(
     result_1D = tl.zeros((1, BLOCK_D), tl.float32)
     peak_1 = tl.full((1,), float("-inf"), tl.float32)
     total_1 = tl.zeros((1,), tl.float32)
-    for first in range(begin, end, AT_ONCE):
-        place_A = (first + ahead_A).to(tl.int64) * heads + head
-        is_there_A = first + ahead_A < end
-        peaks_A = tl.load(peaks_ptr + place_A, mask=is_there_A, other=float("-inf"))
-        totals_A = tl.load(totals_ptr + place_A, mask=is_there_A, other=0.0)
-        is_read_AD = is_there_A[:, None] & (d_D < SIZE)[None, :]
-        spans_AD = tl.load(results_ptr + place_A[:, None] * SIZE + d_D[None, :], mask=is_read_AD, other=0.0)
-        for ahead in tl.static_range(AT_ONCE):
-            # A sum with zeros takes one out of a tile.
-            span_1D = tl.sum(tl.where((ahead_A == ahead)[:, None], spans_AD, 0.0), axis=0)[None, :]
-            span_peak_1 = tl.sum(tl.where(ahead_A == ahead, peaks_A, 0.0), axis=0) + tl.zeros((1,), tl.float32)
-            span_total_1 = tl.sum(tl.where(ahead_A == ahead, totals_A, 0.0), axis=0) + tl.zeros((1,), tl.float32)
-            result_1D, peak_1, total_1 = merge_partial(result_1D, peak_1, total_1, span_1D, span_peak_1, span_total_1)
+    if end - begin == 1:
+        # Merged with nothing it is what it is.
+        place = begin.to(tl.int64) * heads + head
+        peak_1 = tl.load(peaks_ptr + place + tl.arange(0, 1))
+        total_1 = tl.load(totals_ptr + place + tl.arange(0, 1))
+        result_1D = tl.load(results_ptr + place * SIZE + d_D, mask=d_D < SIZE, other=0.0)[None, :]
+    else:
+        for first in range(begin, end, AT_ONCE):
+            place_A = (first + ahead_A).to(tl.int64) * heads + head
+            is_there_A = first + ahead_A < end
+            peaks_A = tl.load(peaks_ptr + place_A, mask=is_there_A, other=float("-inf"))
+            totals_A = tl.load(totals_ptr + place_A, mask=is_there_A, other=0.0)
+            is_read_AD = is_there_A[:, None] & (d_D < SIZE)[None, :]
+            spans_AD = tl.load(results_ptr + place_A[:, None] * SIZE + d_D[None, :], mask=is_read_AD, other=0.0)
+            for ahead in tl.static_range(AT_ONCE):
+                # A sum with zeros takes one out of a tile.
+                span_1D = tl.sum(tl.where((ahead_A == ahead)[:, None], spans_AD, 0.0), axis=0)[None, :]
+                span_peak_1 = tl.sum(tl.where(ahead_A == ahead, peaks_A, 0.0), axis=0) + tl.zeros((1,), tl.float32)
+                span_total_1 = tl.sum(tl.where(ahead_A == ahead, totals_A, 0.0), axis=0) + tl.zeros((1,), tl.float32)
+                result_1D, peak_1, total_1 = merge_partial(
+                    result_1D, peak_1, total_1, span_1D, span_peak_1, span_total_1
+                )
     sink_1 = peak_1
     if HAS_SINKS:
         sink_1 = tl.load(sinks_ptr + head + tl.arange(0, 1))
@@ -147,7 +157,7 @@ def merge_partials(
         totals_ptr=partials.totals_CN,
         first_items_ptr=first_items_R1,
         tokens_ptr=tokens_R,
-        sinks_ptr=partials.peaks_CN if sinks_N is None else checked_sinks(sinks_N, heads),
+        sinks_ptr=sinks_or_none(sinks_N, heads, out_TND.device),
         out_ptr=out_TND,
         v_scale=options.v_scale,
         HAS_SINKS=sinks_N is not None,
@@ -155,11 +165,19 @@ def merge_partials(
     )
 
 
-def checked_sinks(sinks_N: Tensor, heads: int) -> Tensor:
-    """Return sinks as kernels take them: one float32 number a head, side by side.
+def sinks_or_none(sinks_N: Tensor | None, heads: int, device: torch.device) -> Tensor:
+    """Return sinks as kernels take them: one float32 number a head, side by side; any such where there are none.
 
     Raises: ValueError for another type or number of them
     """
+    if sinks_N is None:
+        return _any_number(device)
     if sinks_N.shape != (heads,) or sinks_N.dtype != torch.float32:
         raise ValueError(f"sinks_N is {sinks_N.dtype} {tuple(sinks_N.shape)}: float32 [{heads}] is needed")
     return sinks_N.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _any_number(device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.zeros(1, dtype=torch.float32, device=device)

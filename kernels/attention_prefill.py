@@ -10,14 +10,14 @@ Shapes: T tokens, N query heads, K KV heads, D head size, R rows, M rows of a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from .attention_decode import TILE_ROWS, attention_decode_configs, checked_cache, side_by_side
 from .attention_items import PrefillItems
-from .attention_merge import checked_sinks
+from .attention_merge import sinks_or_none
 from .attention_span import (
     NO_WINDOW,
     SPAN_KEYS,
@@ -28,7 +28,7 @@ from .attention_span import (
     merge_partial,
 )
 from .backends import uses_triton
-from .compile_case import CompileCase, pointer
+from .compile_case import CompileCase, pointer, targets_for
 from .launch import KernelConfig, jit, launch, next_power_of_2, tl
 from .tiles import rounded
 
@@ -235,62 +235,117 @@ def _attention_prefill_kernel(
     )
 
 
-# Rows of a tile, its keys, warps and stages, by numbers of a head and bytes of a cached number.
-_TILES = {
-    (64, 2): (128, 64, 4, 5),
-    (128, 2): (128, 64, 8, 5),
-    (256, 2): (64, 32, 4, 5),
-    (64, 1): (128, 64, 4, 5),
-    (128, 1): (128, 64, 8, 5),
-    (256, 1): (64, 32, 4, 5),
-    (64, 4): (32, 32, 4, 3),
-    (128, 4): (32, 16, 4, 3),
-    (256, 4): (32, 16, 8, 3),
+# Rows of a tile by numbers of a head and bytes of queries: whatever the device.
+_ROWS = {(64, 2): 128, (128, 2): 128, (256, 2): 64, (64, 4): 32, (128, 4): 32, (256, 4): 32}
+
+# Keys of a tile, warps and stages, by numbers of a head and bytes of queries and cached numbers.
+_FLOAT32 = {
+    (64, 4, 4): (32, 4, 3),
+    (128, 4, 4): (16, 8, 3),
+    (256, 4, 4): (16, 8, 3),
+    (64, 4, 1): (32, 4, 1),
+    (128, 4, 1): (16, 8, 1),
+    (256, 4, 1): (16, 8, 1),
+}
+_HOPPER = {
+    **_FLOAT32,
+    (64, 2, 2): (64, 8, 5),
+    (128, 2, 2): (64, 8, 5),
+    (256, 2, 2): (32, 4, 5),
+    (64, 2, 1): (64, 8, 5),
+    (128, 2, 1): (64, 8, 5),
+    (256, 2, 1): (32, 4, 3),
+}
+_AMPERE = {**_HOPPER, (128, 2, 2): (64, 8, 3), (256, 2, 2): (32, 8, 3)}
+_AMD = {
+    **_FLOAT32,
+    (64, 2, 2): (64, 8, 2),
+    (128, 2, 2): (32, 8, 2),
+    (256, 2, 2): (32, 4, 2),
+    (64, 2, 1): (64, 8, 2),
+    (128, 2, 1): (32, 4, 2),
+    (256, 2, 1): (32, 4, 2),
 }
 
 
-def attention_prefill_config(
-    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool = False
-) -> KernelConfig:
-    """Return how tiles are computed: deterministic ones as decoding's are."""
-    if deterministic:
-        return attention_decode_configs(head_size, dtype, cache_dtype)[0]
-    block = max(64, next_power_of_2(head_size))
-    rows, keys, warps, stages = _TILES[block, dtype.itemsize if dtype is torch.float32 else cache_dtype.itemsize]
-    return KernelConfig(tiles={"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages)
+def _tiles_of(device: torch.device) -> Mapping[tuple[int, int, int], tuple[int, int, int]]:
+    if device.type != "cuda":
+        return _HOPPER
+    if torch.version.hip is not None:
+        return _AMD
+    return _HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else _AMPERE
 
 
 def prefill_tile_rows(
     head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool = False
 ) -> int:
     """Return the rows of a tile, queries times query heads of a KV head, that ``prefill_items`` is to cut into."""
-    config = attention_prefill_config(head_size, dtype, cache_dtype, deterministic=deterministic)
-    return config.tiles["BLOCK_M"]
+    if deterministic:
+        return attention_decode_configs(head_size, dtype, cache_dtype)[0].tiles["BLOCK_M"]
+    return _ROWS[max(64, next_power_of_2(head_size)), dtype.itemsize]
+
+
+def attention_prefill_config(
+    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device, *, deterministic: bool = False
+) -> KernelConfig:
+    """Return how tiles are computed: deterministic ones as decoding's are."""
+    if deterministic:
+        return attention_decode_configs(head_size, dtype, cache_dtype)[0]
+    return _config(head_size, dtype, cache_dtype, _tiles_of(device))
+
+
+def _config(
+    head_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    tiles: Mapping[tuple[int, int, int], tuple[int, int, int]],
+) -> KernelConfig:
+    block = max(64, next_power_of_2(head_size))
+    keys, warps, stages = tiles[block, dtype.itemsize, cache_dtype.itemsize]
+    rows = prefill_tile_rows(head_size, dtype, cache_dtype)
+    return KernelConfig(tiles={"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages)
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``prefill_attention`` launches."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for cache_dtype in (dtype, torch.float8_e4m3fn):
-            sizes = (64, 80, 96, 128, 192, 256) if dtype is torch.bfloat16 else (64, 128, 256)
-            for size in sizes:
-                for deterministic in (False, True):
-                    config = attention_prefill_config(size, dtype, cache_dtype, deterministic=deterministic)
-                    yield _case(dtype, cache_dtype, size, config)
-    config = attention_prefill_config(128, torch.bfloat16, torch.bfloat16)
-    yield _case(torch.bfloat16, torch.bfloat16, 128, config, has_all=True)
+            for size in (64, 80, 128, 256) if dtype is torch.bfloat16 else (64, 128, 256):
+                yield from _cases(dtype, cache_dtype, size)
+                # As decoding's tiles, which are the same everywhere.
+                config = attention_decode_configs(size, dtype, cache_dtype)[0]
+                yield _case(dtype, cache_dtype, size, config, targets_for(dtype, cache_dtype))
+    yield from _cases(torch.bfloat16, torch.bfloat16, 128, has_all=True)
+
+
+def _cases(
+    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, *, has_all: bool = False
+) -> Iterator[CompileCase]:
+    by_config: dict[str, tuple[KernelConfig, list[str]]] = {}
+    for target in targets_for(dtype, cache_dtype):
+        tiles = _AMD if target.startswith("gfx") else _AMPERE if target == "sm_80" else _HOPPER
+        config = _config(head_size, dtype, cache_dtype, tiles)
+        by_config.setdefault(str(config), (config, []))[1].append(target)
+    for config, targets in by_config.values():
+        yield _case(dtype, cache_dtype, head_size, config, tuple(targets), has_all=has_all)
 
 
 def _case(
-    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, config: KernelConfig, *, has_all: bool = False
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_size: int,
+    config: KernelConfig,
+    targets: tuple[str, ...],
+    *,
+    has_all: bool = False,
 ) -> CompileCase:
     plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
     places = ("tables_ptr", "starts_ptr", "counts_ptr", "first_tokens_ptr", "tiles_ptr", "tile_count_ptr")
-    is_float8 = cache_dtype is torch.float8_e4m3fn
+    by_spans = config.tiles["BLOCK_M"] == TILE_ROWS
     what = " window, soft cap, sinks" if has_all else ""
     return CompileCase(
         kernel=_attention_prefill_kernel,
-        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{what}",
+        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{what}{' by spans' if by_spans else ''}",
         config=config,
         signature={
             **dict.fromkeys(("q_ptr", "out_ptr"), pointer(dtype)),
@@ -301,14 +356,14 @@ def _case(
             **dict.fromkeys(("scale", "soft_cap", "v_scale"), "fp32"),
         },
         constants={
-            "BY_SPANS": config.tiles["BLOCK_M"] == TILE_ROWS,
+            "BY_SPANS": by_spans,
             **dict.fromkeys(("HAS_WINDOW", "HAS_SOFT_CAP", "HAS_SINKS"), has_all),
             "GROUP": 4,
             "HEAD_SIZE": head_size,
             "BLOCK_SIZE": 16,
             "SPAN_KEYS": SPAN_KEYS,
         },
-        targets=("sm_90", "sm_100", "gfx942") if is_float8 else ("sm_80", "sm_90", "sm_100", "gfx942"),
+        targets=targets,
     )
 
 
@@ -331,7 +386,7 @@ def prefill_attention(
     if out_TND.shape != q_TND.shape or not out_TND.is_contiguous():
         raise ValueError(f"out_TND is {tuple(out_TND.shape)}: contiguous {tuple(q_TND.shape)} is needed")
     by_spans = items.tile_rows == TILE_ROWS
-    config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, deterministic=by_spans)
+    config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, q_TND.device, deterministic=by_spans)
     if config.tiles["BLOCK_M"] != items.tile_rows:
         raise ValueError(
             f"items have tiles of {items.tile_rows} rows: cut them into prefill_tile_rows(...), here "
@@ -351,7 +406,7 @@ def prefill_attention(
         first_tokens_ptr=items.first_tokens_R,
         tiles_ptr=items.tiles_2C,
         tile_count_ptr=items.tile_count_1,
-        sinks_ptr=None if options.sinks_N is None else checked_sinks(options.sinks_N, heads),
+        sinks_ptr=sinks_or_none(options.sinks_N, heads, q_TND.device),
         out_ptr=out_TND,
         q_stride=q_TND.stride(0),
         columns=items.tables_RB.shape[1],

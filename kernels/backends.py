@@ -35,6 +35,7 @@ class Operation:
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 _ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
+"""Deterministic engines ask these for one way for any number of rows, which is invariant."""
 _TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {

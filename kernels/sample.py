@@ -27,7 +27,7 @@ from .sample_masses import masses
 from .sample_noise import gumbel_noise
 from .sample_race import best_by_race, draw_by_race
 from .sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
-from .sample_tiles import best_by_tiles, draw_by_tiles, fits_tiles
+from .sample_tiles import best_by_tiles, choose_by_kernel, draw_by_tiles, fits_tiles
 
 
 def draw_reference(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
@@ -50,7 +50,8 @@ def draw_reference(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
         valid_R[row] = best.isfinite()
         temperature = torch.tensor(settings.temperatures[row])
         if valid_R[row] and temperature >= COLDEST_TEMPERATURE:
-            noise_V = gumbel_noise(*torch.tensor([[settings.seeds[row]], [settings.positions[row]]]), ids_1V)[0]
+            seed_1, position_1 = (torch.tensor([each[row]]) for each in (settings.seeds, settings.positions))
+            noise_V = gumbel_noise(seed_1, position_1, ids_1V)[0]
             scores_V = logits_V.double() / temperature + noise_V
             token = scores_V.masked_fill(
                 ~_left(logits_V, best, temperature, settings.rows(row, row + 1)), -math.inf
@@ -101,6 +102,8 @@ def choose_best(scores_SR: Tensor, ids_SR: Tensor) -> DrawnTokens:
 
     Shapes: scores_SR [slices, R] float64; ids_SR [slices, R] int64
     """
+    if uses_triton("sample", scores_SR):
+        return choose_by_kernel(scores_SR, ids_SR)
     best_R = scores_SR.amax(0)
     last = torch.iinfo(torch.int64).max
     return DrawnTokens(

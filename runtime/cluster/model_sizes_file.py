@@ -23,7 +23,7 @@ from ..models.model_spec import MoeSpec
 from ..models.registry import FAMILIES, MAX_EXPERTS, MAX_LAYERS, read_model_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625)}
+_QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625), "fp8": ("float8", 1.0)}
 """Option → what is multiplied in, and bytes a number; groups of 32 numbers of 4 bits have a scale of 2 bytes."""
 
 

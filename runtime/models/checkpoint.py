@@ -25,6 +25,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Types of plain numbers."""
+CODE_BYTES = {"I32": 4, "F8_E4M3": 1}
+"""Types of quantized ones."""
 MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -66,12 +69,20 @@ class CheckpointReader:
         target of the region's shape, any float type and device
         Raises: CheckpointError when the file cannot be read.
         """
+        target.copy_(self.read(name, region=region))
+
+    def read(self, name: str, *, region: tuple[slice, ...] = ()) -> Tensor:
+        """Return a stored tensor, or the ``region`` of it, of its own type.
+
+        Raises: CheckpointError when the file cannot be read.
+        """
         header = self.tensors[name]
         try:
-            stored = self._file(header.file).get_slice(name)
-            target.copy_(stored[region] if region else stored[:])
+            file = self._file(header.file)
+            stored: Tensor = file.get_slice(name)[region or slice(None)] if header.shape else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(str(header.file), f"cannot be read: {error}", tensor=name) from error
+        return stored
 
     @property
     def has_open_files(self) -> bool:
@@ -137,7 +148,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorHeader, int]:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
             isinstance(size, int) and size >= 0 for size in shape
         ):
-            element_bytes = DTYPE_BYTES.get(dtype)
+            element_bytes = (DTYPE_BYTES | CODE_BYTES).get(dtype)
             if begin < 0 or end < begin or (element_bytes and end - begin != prod(shape) * element_bytes):
                 raise CheckpointError(str(path), f"offsets {begin} to {end} do not fit shape {shape}", tensor=name)
             return TensorHeader(file=path, dtype=dtype, shape=tuple(shape)), end

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .codes_format import CodesFormat
 from .layout import Role
-from .linear_format import LinearFormat, PlainFormat, choose_format
+from .linear_format import LinearFormat, PlainFormat, Product, choose_format
 from .sharding import Shard
+from .stored_weights import Codes
 from .tree_format import TreeFormat
 
 
@@ -27,6 +29,7 @@ class Formats:
     sums: LinearFormat
     expert_sums: LinearFormat
     router: LinearFormat
+    codes: CodesFormat
 
     def of(self, role: Role) -> LinearFormat:
         """Return the format of weights in a role."""
@@ -40,6 +43,10 @@ class Formats:
             case _:
                 return self.products
 
+    def prepare_codes(self, role: Role, codes: Codes) -> Product:
+        """Take a weight that is quantized on disk."""
+        return self.codes.prepare(codes, self.of(role), is_summed=role in (Role.SUMMED, Role.SUMMED_EXPERTS))
+
 
 def choose_formats(quantization: str, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> Formats:
     """Return the formats for some options and a rank's shard.
@@ -47,8 +54,9 @@ def choose_formats(quantization: str, *, dtype: torch.dtype, device: torch.devic
     Raises: ConfigError naming the option
     """
     products = choose_format(quantization, dtype=dtype, device=device, deterministic=shard.fixed_order)
+    codes = CodesFormat(dtype=dtype, device=device, keep=quantization == "none", one_way=shard.fixed_order)
     if not shard.fixed_order:
-        return Formats(products=products, sums=products, expert_sums=products, router=PlainFormat())
+        return Formats(products=products, sums=products, expert_sums=products, router=PlainFormat(), codes=codes)
     router = choose_format("none", dtype=dtype, device=device, deterministic=True)
     ranks = shard.place.shape.tp
     sums = TreeFormat(products, ranks=ranks)
@@ -57,4 +65,5 @@ def choose_formats(quantization: str, *, dtype: torch.dtype, device: torch.devic
         sums=sums,
         expert_sums=TreeFormat(products, ranks=1) if shard.experts_over_tp else sums,
         router=router,
+        codes=codes,
     )

@@ -25,6 +25,8 @@ from .upload import upload
 
 Int32Array = NDArray[np.int32]
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
@@ -61,12 +63,16 @@ def build_forward_batch(
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
+    cache_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     attended_rows: int | None = None,
+    decode_room: int | None = None,
 ) -> ForwardBatch:
     """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
-    sequence, with weights of type ``dtype``; ``deterministic`` as in ``build_attention_plan``. Attention is planned
-    for the first ``attended_rows`` of the rows; None: for all. All of the batch goes to a GPU in one copy.
+    sequence, with weights of type ``dtype``; ``cache_dtype``, ``deterministic`` and ``decode_room`` as in
+    ``build_attention_plan``.
+    Attention is planned for the first ``attended_rows`` of the rows; None: for all. All of the batch goes to a GPU in
+    one copy.
 
     Shapes: token_ids [tokens] int64 on the host or on ``device``, the rows' tokens one row after the other; starts,
     counts, prompt_lengths [rows] int32, counts at least 1; block_tables [rows, most blocks] int32, what stands beyond
@@ -96,11 +102,16 @@ def build_forward_batch(
                 counts=counts[:attended_rows],
                 block_tables=block_tables[:attended_rows],
                 block_size=block_size,
+                heads=spec.num_heads,
                 kv_heads=spec.num_kv_heads,
+                head_size=spec.head_dim,
                 window=window,
                 dtype=dtype,
                 device=device,
+                cache_dtype=cache_dtype,
                 deterministic=deterministic,
+                items_on=_HOST,
+                decode_room=decode_room,
             )
             for window in spec.windows
         },

@@ -16,12 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.backends import uses_triton_on
 from ...kernels.cpu.linear_int4 import can_pack_int4, linear_int4, pack_int4
 from ...kernels.cpu.linear_int8 import linear_int8, pack_int8
 from ...kernels.cpu.linear_packed import can_pack, linear_packed, pack_weight
 from ...kernels.linear import linear
 from ...kernels.linear_fixed import fixed_linear
 from ...sdk.errors import ConfigError
+from .linear_format_gpu import gpu_format
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 """Multiplies: (x_TI [tokens, inputs], bias_O [outputs] or None) → [tokens, outputs] of x's type."""
@@ -77,8 +79,9 @@ class FixedFormat:
 
     def prepare(self, weight_OI: Tensor, *, wide: bool = False) -> Product:
         """Keep the weight."""
-        dtype = torch.float32 if wide else weight_OI.dtype
-        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, dtype=dtype)
+        if wide:
+            return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, leaves=1, dtype=torch.float32)
+        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O)
 
     def prepare_head(self, weight_OI: Tensor) -> Product:
         """Keep the weight."""
@@ -145,8 +148,10 @@ def choose_format(
         if can_pack(dtype, device):
             return PackedFormat()
         return FixedFormat() if deterministic and device.type == "cuda" else PlainFormat()
-    if device.type != "cpu":
-        raise ConfigError("quantization", f"{quantization!r} is for the CPU in this version, the device is {device}")
+    if device.type != "cpu" or uses_triton_on("linear_w8a8", device):
+        return gpu_format(quantization, dtype=dtype, device=device, one_way=deterministic)
+    if quantization == "fp8":
+        raise ConfigError("quantization", "'fp8' is for GPUs, the device is cpu; use int8 or int4")
     if not can_pack(dtype, device):
         raise ConfigError("quantization", f"{quantization!r} needs float32 or bfloat16 on this CPU, got {dtype}")
     if quantization == "int4" and dtype != torch.bfloat16:

@@ -108,11 +108,26 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAs:
+    """How a checkpoint has the weights of linear layers that it has quantized: "awq", "gptq" or "fp8".
+
+    - ``group``: inputs that share a scale; None is all of them. ``block_outputs``: outputs that do, of float8 numbers.
+    - ``zeros_less_one``: zero points are stored one too low.
+    """
+
+    method: str
+    group: int | None = None
+    block_outputs: int | None = None
+    zeros_less_one: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One model, complete: two equal specs compute the same function of their weights.
 
     ``dtype`` is the name the checkpoint gives ("float32", "bfloat16", "float16"), None when it gives none.
-    ``ladder_follows``: of a stage that is not the last, whether the next one begins with a ladder layer.
+    ``stored_as`` says how linear layers are stored, None plainly. ``ladder_follows``: of a stage that is not the last,
+    whether the next one begins with a ladder layer.
     """
 
     architecture: str
@@ -135,6 +150,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     ladder_follows: bool = False
+    stored_as: StoredAs | None = None
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -12,6 +12,7 @@ from .formats import Formats
 from .layout import Role
 from .linear import Linear
 from .linear_format import Product
+from .weights import Loaded
 
 
 class Parameters:
@@ -22,8 +23,11 @@ class Parameters:
         self._tensors: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Product, ...]] = {}
 
-    def add(self, name: str, tensor: Tensor, role: Role) -> None:
+    def add(self, name: str, tensor: Loaded, role: Role) -> None:
         """Take a parameter in."""
+        if not isinstance(tensor, Tensor):
+            self._products[name] = tuple(self._formats.prepare_codes(role, codes) for codes in tensor)
+            return
         match role:
             case Role.TENSOR:
                 self._tensors[name] = tensor

@@ -14,6 +14,7 @@ from pathlib import Path
 from .config_fields import ConfigFields, read_json
 from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
 from .rope_config import read_rope
+from .stored_config import read_stored_as
 
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 10_000
@@ -94,6 +95,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         dtype=_dtype(fields),
         eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+        stored_as=read_stored_as(fields),
     )
 
 
@@ -101,9 +103,6 @@ def _refuse_what_we_do_not_compute(fields: ConfigFields) -> None:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.problem("hidden_act", f"{activation!r} is not supported; only 'silu' is")
-    if fields.is_set("quantization_config"):
-        method = fields.table("quantization_config").values.get("quant_method", "unknown")
-        raise fields.problem("quantization_config", f"quantized checkpoints ({method!r}) are not supported")
 
 
 def _dtype(fields: ConfigFields) -> str | None:

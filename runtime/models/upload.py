@@ -42,18 +42,35 @@ class Place:
 
 
 class Packed(Generic[_T]):
-    """The tensors of a value that are on the host, and where each will stand; one that comes twice is there once."""
+    """The tensors of a value that are on the host, and where each will stand; what comes twice is there once."""
 
     def __init__(self, value: _T) -> None:
         self._value = value
         found: dict[int, Tensor] = {}
         _collect(value, found)
-        self._tensors = tuple(found.values())
         self._place_of: dict[int, Place] = {}
+        self._written: list[tuple[Tensor, Place]] = []
         self.bytes = 0
-        for key, tensor in found.items():
-            self._place_of[key] = place = Place(self.bytes, tensor.dtype, tuple(tensor.shape))
-            self.bytes += -(-place.bytes // _ALIGNED) * _ALIGNED
+        # The largest first: others may be parts of them.
+        for key in sorted(found, key=lambda key: -found[key].nbytes):
+            tensor = found[key]
+            first_byte = self._within(tensor)
+            place = Place(self.bytes if first_byte is None else first_byte, tensor.dtype, tuple(tensor.shape))
+            self._place_of[key] = place
+            if first_byte is None:
+                self._written.append((tensor, place))
+                self.bytes += -(-place.bytes // _ALIGNED) * _ALIGNED
+
+    def _within(self, part: Tensor) -> int | None:
+        """Return where a tensor stands as a part of one that is written; None where it has to be written itself."""
+        if not part.is_contiguous() or not part.numel():
+            return None
+        for whole, place in self._written:
+            ahead = part.data_ptr() - whole.data_ptr()
+            is_part = whole.is_contiguous() and 0 <= ahead <= whole.nbytes - part.nbytes
+            if is_part and not (place.first_byte + ahead) % part.element_size():
+                return place.first_byte + ahead
+        return None
 
     @property
     def layout(self) -> tuple[Place, ...]:
@@ -62,7 +79,7 @@ class Packed(Generic[_T]):
 
     def write(self, memory: Tensor) -> None:
         """Lay the tensors out. Shapes: memory [bytes] uint8, on the host"""
-        for tensor, place in zip(self._tensors, self.layout, strict=True):
+        for tensor, place in self._written:
             place.of(memory).copy_(tensor)
 
     def over(self, memory: Tensor) -> _T:

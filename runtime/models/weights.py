@@ -16,9 +16,15 @@ from torch import Tensor
 
 from ...sdk.errors import CheckpointError
 from .checkpoint import DTYPE_BYTES, CheckpointReader
-from .layout import Parameter, Piece, expert_layout, is_ignorable, parameter_layout
-from .model_spec import ModelSpec
+from .layout import Parameter, Piece, Role, expert_layout, is_ignorable, parameter_layout
+from .model_spec import ModelSpec, StoredAs
 from .sharding import WHOLE, Shard
+from .stored_weights import Codes, code_tensors, is_stored_in_codes, names_of, read_codes, read_piece
+
+Loaded = Tensor | tuple[Codes, ...]
+"""A parameter as plain numbers, or the quantized weights that it consists of."""
+
+_PRODUCTS = (Role.LINEAR, Role.SUMMED, Role.EXPERTS, Role.SUMMED_EXPERTS)
 
 Progress = Callable[[float], None]
 """Is told, time and again, the share of a rank's weights that is loaded; the last is 1."""
@@ -32,8 +38,10 @@ def read_parameters(
     device: torch.device,
     shard: Shard = WHOLE,
     progress: Progress | None = None,
-) -> Iterator[tuple[Parameter, Tensor]]:
+) -> Iterator[tuple[Parameter, Loaded]]:
     """Read every parameter of ``spec``, or a rank's part of it, from the directory ``path``, one after the other.
+
+    Weights of linear layers that are quantized come as they are stored, on the CPU: one, or one an expert.
 
     ``progress`` hears of a parameter when the next one is asked for: by then it has been turned into what is kept.
 
@@ -47,7 +55,7 @@ def read_parameters(
         # Of one type all: numbers are as good as bytes.
         total, done = sum(prod(parameter.shape) for parameter in layout), 0
         for parameter in layout:
-            yield parameter, _load(reader, parameter, dtype, device)
+            yield parameter, _load_or_keep(reader, parameter, spec, dtype, device)
             done += prod(parameter.shape)
             if progress is not None:
                 progress(done / total)
@@ -70,7 +78,7 @@ def read_expert(
     """
     with CheckpointReader.open(Path(path)) as reader:
         parts = expert_layout(spec, reader.tensors, shard, layer=layer, expert=expert)
-        gate_up, down = (_load(reader, part, dtype, device)[0] for part in parts)
+        gate_up, down = (_load(reader, part, spec, dtype, device)[0] for part in parts)
     return gate_up, down
 
 
@@ -79,10 +87,14 @@ def check_tensors(directory: Path, reader: CheckpointReader, layout: tuple[Param
 
     Raises: CheckpointError naming the file and the tensor.
     """
-    expected = {piece.tensor for parameter in layout for piece in parameter.pieces}
-    for parameter in layout:
-        for piece in parameter.pieces:
+    expected: set[str] = set()
+    for piece in (piece for parameter in layout for piece in parameter.pieces):
+        if spec.stored_as is not None and is_stored_in_codes(piece, spec.stored_as, reader):
+            _check_codes(directory, reader, piece, spec.stored_as)
+            expected |= names_of(piece, spec.stored_as, reader.tensors)
+        else:
             _check_tensor(directory, reader, piece)
+            expected.add(piece.tensor)
     for name, header in reader.tensors.items():
         if name not in expected and not is_ignorable(name, spec):
             raise CheckpointError(
@@ -104,8 +116,38 @@ def _check_tensor(directory: Path, reader: CheckpointReader, piece: Piece) -> No
         raise CheckpointError(str(header.file), problem, tensor=piece.tensor)
 
 
-def _load(reader: CheckpointReader, parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _check_codes(directory: Path, reader: CheckpointReader, piece: Piece, stored_as: StoredAs) -> None:
+    for name, dtype, shape in code_tensors(piece, stored_as, reader.tensors):
+        header = reader.tensors.get(name)
+        if header is None:
+            raise CheckpointError(str(directory), "is missing from the checkpoint", tensor=name)
+        if list(header.shape) != shape:
+            problem = f"has shape {list(header.shape)}, config.json asks for {shape}"
+            raise CheckpointError(str(header.file), problem, tensor=name)
+        if header.dtype not in ([dtype] if dtype else DTYPE_BYTES):
+            raise CheckpointError(
+                str(header.file), f"has type {header.dtype}, wanted {dtype or 'a float'}", tensor=name
+            )
+
+
+def _load_or_keep(
+    reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> Loaded:
+    may_keep = spec.stored_as is not None and parameter.role in _PRODUCTS
+    if may_keep and all(is_stored_in_codes(piece, spec.stored_as, reader) for piece in parameter.pieces):
+        assert spec.stored_as is not None
+        return read_codes(reader, parameter, spec.stored_as)
+    return _load(reader, parameter, spec, dtype, device)
+
+
+def _load(
+    reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return a parameter as plain numbers."""
     tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
     for piece in parameter.pieces:
-        reader.read_into(piece.tensor, piece.place_in(tensor), region=piece.region)
+        if spec.stored_as is not None and is_stored_in_codes(piece, spec.stored_as, reader):
+            piece.place_in(tensor).copy_(read_piece(reader, piece, spec.stored_as).weight())
+        else:
+            reader.read_into(piece.tensor, piece.place_in(tensor), region=piece.region)
     return tensor

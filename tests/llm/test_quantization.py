@@ -45,7 +45,9 @@ def test_text_is_nearly_as_well_predicted(model: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantization: must be one of none, int8, int4, got 'awq'"):
+    with pytest.raises(ConfigError, match="quantization: must be one of none, int8, int4, fp8, got 'awq'"):
         LLM(DEMO, quantization="awq")
     with pytest.raises(ConfigError, match="quantization: 'int4' needs dtype bfloat16"):
         LLM(DEMO, quantization="int4", dtype="float32")
+    with pytest.raises(ConfigError, match="quantization: 'fp8' is for GPUs"):
+        LLM(DEMO, quantization="fp8")

@@ -6,19 +6,21 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
 
-from slipstream import LLM, RequestOutput, SamplingParams
+from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON, KernelConfig, observed_launches
-from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
+from slipstream.tests.models.checkpoints import VOCABULARY, Case, random_model
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=1)
 FILTERED = SamplingParams(
-    temperature=0.9, seed=3, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, max_tokens=6, ignore_eos=True
+    temperature=0.9, seed=3, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, max_tokens=3, ignore_eos=True
 )
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -29,14 +31,40 @@ OPTIONS: dict[str, Any] = {
     "block_size": 8,
     "max_num_seqs": 8,
 }
-MODELS = ("llama_biases", "mistral_window", "qwen3_mixed_layers", "qwen3_moe_normalized")
-"""Plain, with a window, with norms of heads and windows in some layers, with experts."""
-
-MODES: dict[str, dict[str, Any]] = {
-    "at once": {"enable_prefix_caching": False},
-    "in chunks": {"enable_prefix_caching": False, "long_prefill_token_threshold": 5},
-    "behind cached prefixes": {},
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_bias": True,
 }
+MODELS = {
+    "dense": Case(
+        config_class=Qwen3Config,
+        fields={
+            **SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "experts": Case(
+        config_class=Qwen3MoeConfig,
+        fields={**SIZES, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+}
+"""With norms of heads and biases: one with a window in the first of its layers, one with experts."""
+
+IN_CHUNKS: dict[str, Any] = {"long_prefill_token_threshold": 11}
+
+ATTENTION = {"_attention_decode_kernel": 1, "_attention_merge_kernel": 1}
+"""Launches of a decoding step in each layer, by kernel."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +82,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = make_checkpoint(name, tmp_path_factory.mktemp(name))
+            made[name] = tmp_path_factory.mktemp(name)
+            random_model(MODELS[name]).save_pretrained(made[name])
         return made[name]
 
     return make
@@ -63,13 +92,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def prompts(seed: int) -> list[list[int]]:
     """Return prompts of mixed lengths, two of which begin alike over some blocks."""
     draw = random.Random(seed)
-    shared = [draw.randrange(3, VOCABULARY) for _ in range(27)]
-    return [
-        [draw.randrange(3, VOCABULARY) for _ in range(4)],
-        [*shared, 5],
-        [draw.randrange(3, VOCABULARY)],
-        [*shared, 7, 9, 11],
-    ]
+    shared = [draw.randrange(3, VOCABULARY) for _ in range(25)]
+    return [[*shared, 5], [draw.randrange(3, VOCABULARY)], [*shared, 7, 9, 11]]
 
 
 def generate(path: Path, params: SamplingParams, given: list[list[int]], **options: Any) -> list[RequestOutput]:
@@ -97,12 +121,99 @@ def counted() -> Iterator[Counter[str]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_tokens_as_by_torch(name: str, checkpoint: Callable[[str], Path], seed: int) -> None:
+    """In chunks beside rows that decode, then behind cached prefixes."""
     path, given = checkpoint(name), prompts(seed)
     by_torch = generate(path, GREEDY, given, kernels="torch")
-    for mode, options in MODES.items():
-        with counted() as launches:
-            by_triton = generate(path, GREEDY, given, kernels="triton", **options)
-        assert launches, "nothing was launched"
-        assert tokens_of(by_triton) == tokens_of(by_torch), mode
-        if not options:
-            assert sum(output.num_cached_tokens or 0 for output in by_triton) >= 2 * 24
+    by_triton = generate(path, GREEDY, given, kernels="triton", **IN_CHUNKS)
+    assert tokens_of(by_triton) == tokens_of(by_torch)
+    assert sum(output.num_cached_tokens or 0 for output in by_triton) >= 2 * 24
+
+
+def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], seed: int) -> None:
+    path, given = checkpoint("dense"), prompts(seed)
+    params = replace(FILTERED, logit_bias={5: 2.0, 7: -100.0}, presence_penalty=0.3, frequency_penalty=0.2, n=2)
+    drawn = [
+        [
+            [list(sample.token_ids) for sample in output.outputs]
+            for output in generate(path, params, given, kernels=each)
+        ]
+        for each in ("torch", "triton")
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Behind a whole span of keys that they share, in the layer without a window."""
+    draw = random.Random(seed)
+    prompt = {"prompt_token_ids": [draw.randrange(3, VOCABULARY) for _ in range(520)]}
+    options = {**OPTIONS, "max_model_len": 544, "num_gpu_blocks_override": 96}
+    params = SamplingParams(n=4, temperature=1.0, seed=seed, max_tokens=3, ignore_eos=True)
+    drawn = []
+    for kernels in ("torch", "torch,attention=triton"):
+        with counted() as launches, LLM(str(checkpoint("dense")), **options, kernels=kernels) as llm:
+            (output,) = llm.generate(prompt, params)
+            drawn.append([list(sample.token_ids) for sample in output.outputs])
+    assert drawn[0] == drawn[1]
+    assert launches["_shared_prefix_kernel"] == 2, "one for each decoding step of four rows"
+
+
+def test_a_cache_of_8_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Tokens may be others; what the first is drawn from is nearly the same, and prefixes are found as ever."""
+    path, given = checkpoint("dense"), prompts(seed)
+    exact = generate(path, GREEDY, given, kernels="torch")
+    small = generate(path, GREEDY, given, kernels="triton", kv_cache_dtype="fp8", **IN_CHUNKS)
+    differences = [abs(largest(one) - largest(other)) for one, other in zip(small, exact, strict=True)]
+    assert 0 < max(differences) < 1
+    assert tokens_of(small[3:]) == tokens_of(small[:3][::-1]), "what the cache had is what would be computed"
+    assert sum(output.num_cached_tokens or 0 for output in small) >= 2 * 24
+
+
+def largest(output: RequestOutput) -> float:
+    """Return the log-probability of the first token's best candidate."""
+    table = (output.outputs[0].logprobs or [])[0]
+    assert table is not None
+    return max(entry.logprob for entry in table.values())
+
+
+def test_what_a_step_launches(checkpoint: Callable[[str], Path]) -> None:
+    """A decoding step attends by two kernels in each layer, whatever the number of rows."""
+    path, counts = checkpoint("dense"), []
+    for tokens in (2, 3):
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        with counted() as launches, LLM(str(path), **OPTIONS, kernels="triton") as llm:
+            llm.generate([{"prompt_token_ids": [3, 4, 5 + row]} for row in range(3)], params)
+        counts.append(launches)
+    step = {name: counts[1][name] - counts[0][name] for name in ATTENTION}
+    layers = 2
+    assert step == {name: count * layers for name, count in ATTENTION.items()}
+    assert counts[0]["_attention_prefill_kernel"] == counts[1]["_attention_prefill_kernel"] == layers
+
+
+def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("dense")
+    with counted() as launches:
+        generate(path, GREEDY, [[3, 4, 5]], kernels="torch,norm=triton")
+    assert launches
+    assert all("norm" in name for name in launches)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "why"),
+    [
+        ({"kernels": "cuda"}, "kernels", "'cuda' is no backend: use one of auto, torch, triton"),
+        ({"kernels": "conv=triton"}, "kernels", "'conv' is no operation: use one of "),
+        ({"kernels": 3}, "kernels", "must be a name, or operation=backend with commas, got 3"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "must be one of auto, fp8, got 'int8'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "'fp8' is for Triton's kernels, and on cpu attention is not"),
+        (
+            {"kv_cache_dtype": "fp8", "kernels": "triton", "sequence_parallel_size": 2},
+            "kv_cache_dtype",
+            "'fp8' is not for sequence_parallel_size 2",
+        ),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], field: str, why: str, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(checkpoint("dense")), **{**OPTIONS, **options})
+    assert caught.value.field == field
+    assert why in caught.value.problem

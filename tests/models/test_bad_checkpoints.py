@@ -104,7 +104,21 @@ def test_unknown_architecture_lists_the_known(copy_of: Callable[[str], Path], na
     ("changes", "words"),
     [
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu")),
-        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ("quantization_config", "bitsandbytes")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config.bits", "missing")),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, ("quantization_config.bits", "3 bits")),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
+            ("quantization_config.version", "gemv"),
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            ("quantization_config.weight_block_size", "two sizes"),
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
+            ("quantization_config.format", "int-quantized"),
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("rope_scaling.rope_type", "longrope")),
         ({"rope_parameters": {"rope_type": "su"}}, ("rope_parameters.rope_type", "su")),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling.factor", "missing")),

@@ -66,13 +66,24 @@ def test_each_tensor_comes_out_as_it_went_in(seed: int) -> None:
         assert torch.equal(theirs, ours)
         assert theirs.is_contiguous()
         assert theirs.data_ptr() != ours.data_ptr() or not ours.numel()
-    assert {place.first_byte % 64 for place in packed.layout} == {0}
+    assert {place.first_byte % 64 for place in packed.layout} == {0}, "kernels load several numbers at once"
 
 
 def test_a_tensor_that_comes_twice_is_copied_once(seed: int) -> None:
     packed, there = copied(example(seed))
     assert there.inner[None].ids is there.inner[4].ids
     assert len(packed.layout) == 6
+
+
+def test_parts_of_a_tensor_are_parts_of_its_copy(seed: int) -> None:
+    whole = torch.randint(0, 1000, (5, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    parts = (whole[1:3], whole.view(-1)[12:20].view(2, 4), whole[:, 2:4])
+    packed, there = copied(Outer(name="", numbers=whole, inner={}, several=parts))
+    assert packed.bytes == 192 + 64, "only what is no stretch of the whole is copied by itself"
+    assert all(torch.equal(theirs, ours) for ours, theirs in zip(parts, there.several, strict=True))
+    there.numbers[1, 4] = -1
+    assert there.several[0][0, 4] == -1
+    assert there.several[1][0, 0] == -1
 
 
 def test_equal_layouts_take_each_others_place(seed: int) -> None:
