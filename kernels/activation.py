@@ -95,6 +95,7 @@ def compile_cases() -> Iterator[CompileCase]:
             name=kind[1:],
             config=_PLAIN,
             signature={"gate_up_ptr": kind, "out_ptr": kind, **numbers},
+            aligned=tuple(numbers),
         )
         for out_dtype in LARGEST:
             yield CompileCase(
@@ -102,6 +103,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 name=f"{kind[1:]} to {pointer(out_dtype)[1:]}",
                 config=_QUANTIZED,
                 signature={"gate_up_ptr": kind, "out_ptr": pointer(out_dtype), "scales_ptr": "*fp32", **numbers},
+                aligned=tuple(numbers),
                 constants={"LARGEST": LARGEST[out_dtype]},
                 targets=targets_for(out_dtype),
             )

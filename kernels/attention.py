@@ -21,6 +21,8 @@ from .cpu.attention_paged_prefill import PagedRuns, PreparedRuns, attend_paged_r
 from .cpu.attention_prefill import attend_prefill
 from .cpu.attention_prefill_plan import PrefillGroup
 from .cpu.attention_workspace import AttentionWorkspace
+from .shared_items import SharedItems
+from .shared_prefix import shared_decode_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class PreparedAttention:
     """The attention of one step, ready for each layer of one window."""
 
     window: int | None
-    decode: PreparedDecode | PreparedPaged | DecodeItems | None
+    decode: PreparedDecode | PreparedPaged | DecodeItems | SharedItems | None
     prefill: tuple[PrefillGroup, ...] | PreparedRuns | PrefillItems
     workspace: AttentionWorkspace
 
@@ -40,8 +42,8 @@ def prepare_attention(
 
     Valid for one step: the next one may use the workspace's memory. ``layer_cache`` may be any layer's.
     """
-    decode: PreparedDecode | PreparedPaged | DecodeItems | None = None
-    if isinstance(plan.decode, DecodeItems):
+    decode: PreparedDecode | PreparedPaged | DecodeItems | SharedItems | None = None
+    if isinstance(plan.decode, DecodeItems | SharedItems):
         decode = plan.decode
     elif isinstance(plan.decode, PagedRows):
         decode = prepare_paged(plan.decode, layer_cache, heads=heads)
@@ -83,6 +85,8 @@ def paged_attention(
     options = AttentionOptions(scale=scale, window=prepared.window, soft_cap=soft_cap, sinks_N=sinks_N)
     if isinstance(prepared.decode, DecodeItems):
         decode_attention(q_TND, layer_cache, prepared.decode, options, out_TND)
+    elif isinstance(prepared.decode, SharedItems):
+        shared_decode_attention(q_TND, layer_cache, prepared.decode, options, out_TND)
     elif isinstance(prepared.decode, PreparedPaged):
         attend_paged(q_TND, layer_cache, prepared.decode, scale=scale, out_TND=out_TND)
     elif prepared.decode is not None:

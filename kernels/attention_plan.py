@@ -32,6 +32,8 @@ from .cpu.attention_keys import Int32Array, Int64Array, KeyLayout
 from .cpu.attention_paged import PagedRows, build_paged_rows
 from .cpu.attention_paged_prefill import PagedRuns, build_paged_runs
 from .cpu.attention_prefill_plan import PrefillGroup, build_prefill_plan
+from .shared_items import LEAST_ROWS, SharedItems, share_items
+from .shared_prefix import shared_tile_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class AttentionPlan:
     """The attention of one step for the layers of one window: token i sees j when 0 <= i - j < ``window``."""
 
     window: int | None
-    decode: DecodePlan | PagedRows | DecodeItems | None
+    decode: DecodePlan | PagedRows | DecodeItems | SharedItems | None
     prefill: tuple[PrefillGroup, ...] | PagedRuns | PrefillItems
 
 
@@ -58,11 +60,13 @@ def build_attention_plan(
     cache_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     items_on: torch.device | None = None,
+    decode_room: int | None = None,
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
     ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
-    is made, for whoever brings it to ``device`` with other things; None is there at once.
+    is made, for whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many
+    spans of keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
@@ -79,8 +83,10 @@ def build_attention_plan(
             block_size=block_size,
             heads_per_kv=heads // kv_heads,
             tile_rows=prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
+            shared_rows=shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
             window=window,
             device=items_on or device,
+            decode_room=decode_room,
         )
     layout = KeyLayout(block_size=block_size, kv_heads=kv_heads, window=window, dtype=dtype, device=device)
     starts64, counts64 = starts.astype(np.int64), counts.astype(np.int64)
@@ -115,19 +121,38 @@ def _plan_of_items(
     block_size: int,
     heads_per_kv: int,
     tile_rows: int,
+    shared_rows: int,
     window: int | None,
     device: torch.device,
+    decode_room: int | None,
 ) -> AttentionPlan:
-    """Build the plan for Triton's kernels."""
+    """Build the plan for Triton's kernels, which cut their tiles into so many rows; spans that rows share are found on
+    the host.
+    """
     longest = int((starts + counts).max(initial=0))
     # As few different widths as may be: a kernel is compiled anew for one that 16 does not divide.
     block_tables = block_tables[:, : -(-longest // (16 * block_size)) * 16]
     first_tokens = np.cumsum(counts, dtype=np.int32) - counts
     single = counts == 1
     several = ~single
-    decode: DecodeItems | None = None
+    decode: DecodeItems | SharedItems | None = None
     if single.any():
-        decode = decode_items(starts[single], first_tokens[single], block_tables[single], window=window, device=device)
+        items = decode_items(
+            starts[single],
+            first_tokens[single],
+            block_tables[single],
+            window=window,
+            device=device,
+            capacity=decode_room,
+        )
+        decode = items
+        if device.type == "cpu":
+            shared = share_items(
+                items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=shared_rows
+            )
+            # Where nothing is shared, all that is left is the launch of a kernel; with room for any, shapes stay alike.
+            may_share = decode_room is not None and int(single.sum()) >= LEAST_ROWS
+            decode = shared if may_share or int(shared.tile_count_1) else items
     prefill: tuple[PrefillGroup, ...] | PrefillItems = ()
     if several.any():
         prefill = prefill_items(

@@ -94,7 +94,9 @@ def compile_cases() -> Iterator[CompileCase]:
             (_copy_blocks_kernel, copy_signature),
             (_clear_blocks_kernel, {**pointers, **numbers}),
         ):
-            yield CompileCase(kernel=kernel, name=name, config=_CONFIG, signature=signature, constants=words)
+            yield CompileCase(
+                kernel=kernel, name=name, config=_CONFIG, signature=signature, constants=words, aligned=("block_words",)
+            )
 
 
 def copy_blocks(layer_caches: Sequence[Tensor], sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:

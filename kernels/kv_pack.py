@@ -21,6 +21,7 @@ from .tiles import rounded
 
 _CONFIG = KernelConfig(tiles={"BLOCK": 2048}, num_warps=4, num_stages=1)
 _CONFIG_OF_BYTES = KernelConfig(tiles={"BLOCK": 1024}, num_warps=4, num_stages=1)
+_ALIGNED = ("row_stride", "row_start", "size")
 _FLOAT8 = torch.float8_e4m3fn
 _TYPES: Mapping[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -168,6 +169,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 name=f"{way} {unit.dtype} parts={parts}",
                 config=unit.config,
                 signature={**signature, "packed_ptr": pointer(unit.dtype)},
+                aligned=_ALIGNED,
                 constants={"GATHERS": gathers, "PARTS": parts, **unit.constants},
             )
         for kept in _TYPES:
@@ -177,6 +179,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     name=f"{way} {pointer(kept)[1:]} as {pointer(packed)[1:]}",
                     config=_CONFIG,
                     signature={**signature, "packed_ptr": pointer(packed)},
+                    aligned=_ALIGNED,
                     constants={"GATHERS": gathers, "PARTS": 2, **_converting(kept, 16).constants},
                     targets=targets_for(kept, packed),
                 )

@@ -148,13 +148,12 @@ def fixed_linear_config(dtype: torch.dtype, *, is_tree: bool, unit: int = _ALIGN
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Return what ``fixed_linear`` launches."""
+    """Return what ``fixed_linear`` launches: of several numbers of leaves the most, which takes most."""
     for dtype in DTYPES:
-        # (leaves of a launch, whether it is part of a tree, type of the result)
-        ways = [(1, False, dtype), (1, False, torch.float32), (1, True, torch.float32)]
-        trees = [(leaves, True, torch.float32) for leaves in (2, 4) if dtype != torch.float32]
-        kinds = [(*way, _ALIGNED) for way in (*ways, *trees)] + [(*way, 1) for way in ways]
-        for leaves, is_tree, out, unit in dict.fromkeys(kinds):
+        # (leaves of a launch, whether it is part of a tree, type of the result, how leaves are aligned)
+        most = 1 if dtype == torch.float32 else _MOST_AT_ONCE
+        ways = [(1, False, dtype, _ALIGNED), (most, True, torch.float32, _ALIGNED), (1, True, torch.float32, 1)]
+        for leaves, is_tree, out, unit in ways[1 if dtype == torch.float32 else 0 :]:
             kind, to = pointer(dtype), pointer(out)
             yield CompileCase(
                 kernel=_fixed_linear_kernel,
@@ -175,10 +174,10 @@ def fixed_linear(
     bias_O: Tensor | None = None,
     *,
     leaves: int = 0,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     split: bool | None = None,
 ) -> Tensor:
-    """As ``fixed_linear_reference``; a row's bits do not depend on the other rows.
+    """As ``fixed_linear_reference``, of x's type or ``dtype``; a row's bits do not depend on the other rows.
 
     ``leaves``: 1, 2, 4 or 8 chunks of a tree; 0 for a sum that is none, which may have other bits than a tree of one.
     ``split``: whether each chunk is a program's own; None decides by how many tiles there are. It changes no bits.
@@ -187,6 +186,7 @@ def fixed_linear(
     Raises: ValueError naming the tensor, or ``leaves``
     """
     _check(x_TI, weight_OI, bias_O, max(leaves, 1))
+    dtype = dtype or x_TI.dtype
     if not uses_triton("linear_fixed", x_TI):
         return fixed_linear_reference(x_TI, weight_OI, bias_O, leaves=max(leaves, 1), dtype=dtype)
     x_TI, weight_OI = x_TI.contiguous(), weight_OI.contiguous()
@@ -196,14 +196,22 @@ def fixed_linear(
     tiles = -(-tokens // config.tiles["BLOCK_M"]) * -(-outputs // config.tiles["BLOCK_N"])
     if split is None:
         split = tiles < 2 * processors(x_TI.device)
-    if not leaves:
-        out_1TO = torch.empty((1, tokens, outputs), dtype=dtype, device=x_TI.device)
-        _multiply(x_TI, weight_OI, bias_O, out_1TO, config, tiles=tiles, leaves=1)
-        return out_1TO[0]
-    at_once = 1 if split or unit == 1 or x_TI.dtype == torch.float32 else min(leaves, _MOST_AT_ONCE)
-    parts_NTO = torch.empty((leaves // at_once, tokens, outputs), dtype=torch.float32, device=x_TI.device)
+    at_once = max(leaves, 1) if not split and _takes_several(x_TI.dtype, unit) else 1
+    at_once = min(at_once, _MOST_AT_ONCE)
+    # Parts of trees are float32, and so are odd sums, of which there is one kernel.
+    is_last = not leaves and unit != 1
+    parts_NTO = torch.empty(
+        (max(leaves, 1) // at_once, tokens, outputs),
+        dtype=x_TI.dtype if is_last else torch.float32,
+        device=x_TI.device,
+    )
     _multiply(x_TI, weight_OI, bias_O, parts_NTO, config, tiles=tiles, leaves=at_once)
-    return add_stacked(parts_NTO, dtype)
+    return parts_NTO[0].to(dtype) if is_last else add_stacked(parts_NTO, dtype)
+
+
+def _takes_several(dtype: torch.dtype, unit: int) -> bool:
+    """Return whether a program computes several leaves where there are tiles enough."""
+    return unit != 1 and dtype != torch.float32
 
 
 def _multiply(

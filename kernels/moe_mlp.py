@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activation import silu_and_mul
 from .moe_combine import weighted_sum
-from .moe_gemm import MOST_CHOSEN, MOST_MASKED_TOKENS, block_places, block_product, can_multiply, masked_product
+from .moe_gemm import block_places, block_product, can_mask, can_multiply, masked_product
 from .moe_sort import ExpertBlocks, cut_into_blocks, sort_by_expert, sort_into_blocks, unsort
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -69,24 +69,16 @@ def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product
 class StackedExperts:
     """The weights of experts, for kernels that multiply with all of them in one launch.
 
-    ``one_way``: a row's bits do not depend on how many others there are.
-
     Shapes: gate_up_EOH [experts, 2 * intermediate, hidden], gate first; down_EHI [experts, hidden, intermediate]; both
     contiguous
     """
 
     gate_up_EOH: Tensor
     down_EHI: Tensor
-    one_way: bool = False
 
     def can_multiply(self, x_TH: Tensor) -> bool:
         """Return whether kernels take these weights and rows such as ``x``."""
         return can_multiply(x_TH, self.gate_up_EOH) and can_multiply(x_TH, self.down_EHI)
-
-    def block_places(self, entries: int) -> int:
-        """Return how many places the blocks of both products have."""
-        weights = (self.gate_up_EOH, self.down_EHI)
-        return min(block_places(each, entries, one_way=self.one_way) for each in weights)
 
 
 def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, experts: StackedExperts) -> Tensor:
@@ -95,12 +87,12 @@ def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, expert
     Shapes: as ``moe_mlp``; a token's experts are different ones
     """
     num_tokens, chosen = experts_TA.shape
-    if num_tokens <= MOST_MASKED_TOKENS and chosen <= MOST_CHOSEN and not experts.one_way:
+    if can_mask(x_TH.dtype, num_tokens, chosen):
         hidden_RI = masked_product(x_TH, experts.gate_up_EOH, experts_TA, is_gated=True)
         results_RH = masked_product(hidden_RI, experts.down_EHI, experts_TA, is_gated=False)
     else:
         entries = num_tokens * chosen
-        blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), experts.block_places(entries))
+        blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), block_places(experts.down_EHI, entries))
         results_RH = _multiply(x_TH, blocks, entries, experts)
     return weighted_sum(results_RH.view(num_tokens, chosen, x_TH.shape[1]), weights_TA)
 
@@ -111,7 +103,7 @@ def stacked_products(rows_RH: Tensor, counts_E: Tensor, experts: StackedExperts)
     Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
     """
     rows = len(rows_RH)
-    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, experts.block_places(rows)), rows, experts)
+    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, block_places(experts.down_EHI, rows)), rows, experts)
 
 
 def _multiply(x_TH: Tensor, blocks: ExpertBlocks, entries: int, experts: StackedExperts) -> Tensor:

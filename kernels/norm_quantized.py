@@ -98,6 +98,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         **dict.fromkeys(("size", "x_stride"), "i32"),
                         "epsilon": "fp32",
                     },
+                    aligned=("size", "x_stride"),
                     constants={"HAS_RESIDUAL": has_residual, "LARGEST": LARGEST[out_dtype]},
                     targets=targets_for(out_dtype),
                 )

@@ -106,6 +106,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         "size": "i32",
                         "x_stride": "i32",
                     },
+                    aligned=("size", "x_stride"),
                     constants={"LARGEST": LARGEST[out_dtype]},
                     targets=targets_for(out_dtype),
                 )

@@ -191,6 +191,7 @@ def compile_cases() -> Iterator[CompileCase]:
                         **dict.fromkeys(("token_stride", "heads", "kv_heads", "head_size"), "i32"),
                         **dict.fromkeys(("k_factor", "v_factor"), "fp32"),
                     },
+                    aligned=("token_stride", "head_size"),
                     constants={"IS_SCALED": kept == _FLOAT8},
                     targets=targets_for(kept),
                 )

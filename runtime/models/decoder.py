@@ -167,6 +167,10 @@ class Decoder:
             if isinstance(mlp, MoeMlp) and isinstance(mlp.experts, ExpertRanks)
         }
 
+    def reserve_positions(self, longest: int) -> None:
+        """Make room for positions below ``longest``: passes up to there find their angles in memory that stays."""
+        self._positions.reserve(longest)
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Return the logits of hidden states from the last stage, for this rank's ``vocabulary``.
 

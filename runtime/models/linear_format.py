@@ -45,6 +45,20 @@ class LinearFormat(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PlainProduct:
+    """Multiplies with a weight as it is: whoever has a better way may take the weight.
+
+    Shapes: weight_OI [outputs, inputs]
+    """
+
+    weight_OI: Tensor
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return [tokens, outputs]."""
+        return linear(x_TI, self.weight_OI, bias_O)
+
+
+@dataclass(frozen=True, slots=True)
 class PlainFormat:
     """Weights as they are; any device."""
 
@@ -52,7 +66,7 @@ class PlainFormat:
         """Keep the weight."""
         if wide:
             return lambda x_TI, bias_O: linear(x_TI, weight_OI, bias_O).float()
-        return lambda x_TI, bias_O: linear(x_TI, weight_OI, bias_O)
+        return PlainProduct(weight_OI)
 
     def prepare_head(self, weight_OI: Tensor) -> Product:
         """Keep the weight."""
@@ -65,8 +79,9 @@ class FixedFormat:
 
     def prepare(self, weight_OI: Tensor, *, wide: bool = False) -> Product:
         """Keep the weight."""
-        dtype = torch.float32 if wide else weight_OI.dtype
-        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, dtype=dtype)
+        if wide:
+            return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O, leaves=1, dtype=torch.float32)
+        return lambda x_TI, bias_O: fixed_linear(x_TI, weight_OI, bias_O)
 
     def prepare_head(self, weight_OI: Tensor) -> Product:
         """Keep the weight."""

@@ -16,10 +16,10 @@ from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
 from ...kernels.moe_combine import weighted_sum
-from ...kernels.moe_mlp import expert_products, moe_mlp
 from ...kernels.moe_route import Routing, choose_experts
 from ...kernels.moe_sort import sort_by_expert, unsort
-from .expert_ranks import ExpertRanks, SlotProducts
+from .expert_ranks import ExpertRanks
+from .experts import Experts
 from .linear import Linear
 from .linear_format import Product
 from .model_spec import DenseMlpSpec, MoeSpec
@@ -52,7 +52,7 @@ class MoeMlp:
     """
 
     router: Product
-    experts: tuple[SlotProducts, ...] | ExpertRanks
+    experts: Experts | ExpertRanks
     top_k: int
     normalize_top_k: bool
     tp: Collectives | None
@@ -63,13 +63,12 @@ class MoeMlp:
         if isinstance(self.experts, ExpertRanks):
             return Output((yield from self.experts.mix(x_TH, self._choose)))
         weights_TA, experts_TA = self._choose(x_TH)
-        gate_up, down = zip(*self.experts, strict=True)
         if self.tp is None or not self.sums_rows:
-            return Output(moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down), self.tp)
+            return Output(self.experts.mlp(x_TH, weights_TA, experts_TA), self.tp)
         chosen = experts_TA.shape[1]
-        order_R, counts_E = sort_by_expert(experts_TA.flatten(), len(gate_up))
+        order_R, counts_E = sort_by_expert(experts_TA.flatten(), len(self.experts.slots))
         rows_RH = x_TH.index_select(0, torch.div(order_R, chosen, rounding_mode="floor"))
-        summed_RH = yield self.tp.all_reduce(expert_products(rows_RH, counts_E, gate_up, down))
+        summed_RH = yield self.tp.all_reduce(self.experts.products(rows_RH, counts_E))
         return Output(weighted_sum(unsort(summed_RH, order_R).view(-1, chosen, x_TH.shape[1]), weights_TA))
 
     def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +93,10 @@ def take_mlp(
         return DenseMlp(gate_up=parameters.linear(f"{name}.gate_up"), down=parameters.linear(f"{name}.down"), tp=sums)
     slots = tuple(zip(parameters.experts(f"{name}.gate_up"), parameters.experts(f"{name}.down"), strict=True))
     over_experts = groups.tp if shard.experts_over_tp else groups.ep
-    experts: tuple[SlotProducts, ...] | ExpertRanks = slots
-    if over_experts is not None:
+    experts: Experts | ExpertRanks
+    if over_experts is None:
+        experts = Experts(slots)
+    else:
         placed = map_of(shard.expert_placement(spec.num_experts), 0, device=parameters.device)
         columns_group = None if shard.experts_over_tp else groups.tp
         row_sums = sums if shard.fixed_order and columns_group is not None else None

@@ -28,7 +28,8 @@ from ...placement.expert_moves import Rebalance
 from ...placement.expert_plan import next_placement
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import CheckpointError
-from ..models.expert_ranks import ExpertRanks, SlotProducts
+from ..models.expert_ranks import ExpertRanks
+from ..models.experts import SlotProducts
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,24 @@ from __future__ import annotations
 import torch
 
 from ...comm.mesh import MeshShape
-from ...kernels.backends import TABLE, backend_on
+from ...kernels.backends import TABLE, Backend, backend_on
 from ...kernels.cpu.linear_packed import can_pack
 from ...kernels.launch import HAS_TRITON
 from ...kernels.tree_sum import LEAVES, subtree_leaves
 from ...sdk.errors import ConfigError
 from ..models.model_spec import ModelSpec, MoeSpec
 
+_OF_QUANTIZED_WEIGHTS = ("linear_w4a16", "linear_w8a8")
+
 
 def check_fixed_order(
-    spec: ModelSpec, mesh: MeshShape, *, device: torch.device, dtype: torch.dtype, experts_over_tp: bool
+    spec: ModelSpec,
+    mesh: MeshShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    experts_over_tp: bool = False,
 ) -> None:
     """Refuse what would change bits. Raises: ConfigError naming the option"""
     if not subtree_leaves(mesh.tp):
@@ -35,7 +43,7 @@ def check_fixed_order(
                     "equal chunks: use 1 rank, or leave 'deterministic' out",
                 )
     if device.type == "cuda":
-        _check_operations(device)
+        _check_operations(device, quantization)
     elif not can_pack(dtype, device):
         named = str(dtype).removeprefix("torch.")
         raise ConfigError("deterministic", f"needs float32 or bfloat16, as this CPU multiplies them, got {named}")
@@ -50,14 +58,17 @@ def _sums(spec: ModelSpec, *, experts_over_tp: bool) -> dict[str, int]:
     return sums
 
 
-def _check_operations(device: torch.device) -> None:
+def _check_operations(device: torch.device, quantization: str) -> None:
+    """Refuse operations on a GPU that give a row other bits in other company, as all of torch's ways may there."""
     if not HAS_TRITON:
         raise ConfigError("deterministic", "needs Triton on a GPU: install it, or use the CPU")
     for operation in TABLE.values():
+        if quantization == "none" and operation.name in _OF_QUANTIZED_WEIGHTS:
+            continue
         backend = backend_on(operation.name, device)
-        if not operation.batch_invariant[backend]:
+        if backend is Backend.TORCH or not operation.batch_invariant[backend]:
             raise ConfigError(
                 "deterministic",
                 f"{operation.name} ({operation.summary}) by {backend} gives a row other bits in other company: "
-                "leave the choice of kernels to 'auto'",
+                "leave kernels to 'auto', and weights as they are",
             )

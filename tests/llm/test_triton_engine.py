@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON, KernelConfig, observed_launches
-from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
+from slipstream.tests.models.checkpoints import VOCABULARY, Case, random_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=1)
 FILTERED = SamplingParams(
@@ -30,8 +31,35 @@ OPTIONS: dict[str, Any] = {
     "block_size": 8,
     "max_num_seqs": 8,
 }
-MODELS = ("llama_biases", "mistral_window", "qwen3_mixed_layers", "qwen3_moe_normalized")
-"""Plain, with a window, with norms of heads and windows in some layers, with experts."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_bias": True,
+}
+MODELS = {
+    "dense": Case(
+        config_class=Qwen3Config,
+        fields={
+            **SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "experts": Case(
+        config_class=Qwen3MoeConfig,
+        fields={**SIZES, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+}
+"""With norms of heads and biases: one with a window in the first of its layers, one with experts."""
 
 IN_CHUNKS: dict[str, Any] = {"long_prefill_token_threshold": 11}
 
@@ -54,7 +82,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = make_checkpoint(name, tmp_path_factory.mktemp(name))
+            made[name] = tmp_path_factory.mktemp(name)
+            random_model(MODELS[name]).save_pretrained(made[name])
         return made[name]
 
     return make
@@ -101,7 +130,7 @@ def test_the_same_tokens_as_by_torch(name: str, checkpoint: Callable[[str], Path
 
 
 def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], seed: int) -> None:
-    path, given = checkpoint("llama_biases"), prompts(seed)
+    path, given = checkpoint("dense"), prompts(seed)
     params = replace(FILTERED, logit_bias={5: 2.0, 7: -100.0}, presence_penalty=0.3, frequency_penalty=0.2, n=2)
     drawn = [
         [
@@ -113,9 +142,42 @@ def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], s
     assert drawn[0] == drawn[1]
 
 
+def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Behind a whole span of keys that they share, in the layer without a window."""
+    draw = random.Random(seed)
+    prompt = {"prompt_token_ids": [draw.randrange(3, VOCABULARY) for _ in range(520)]}
+    options = {**OPTIONS, "max_model_len": 544, "num_gpu_blocks_override": 96}
+    params = SamplingParams(n=4, temperature=1.0, seed=seed, max_tokens=3, ignore_eos=True)
+    drawn = []
+    for kernels in ("torch", "torch,attention=triton"):
+        with counted() as launches, LLM(str(checkpoint("dense")), **options, kernels=kernels) as llm:
+            (output,) = llm.generate(prompt, params)
+            drawn.append([list(sample.token_ids) for sample in output.outputs])
+    assert drawn[0] == drawn[1]
+    assert launches["_shared_prefix_kernel"] == 2, "one for each decoding step of four rows"
+
+
+def test_a_cache_of_8_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Tokens may be others; what the first is drawn from is nearly the same, and prefixes are found as ever."""
+    path, given = checkpoint("dense"), prompts(seed)
+    exact = generate(path, GREEDY, given, kernels="torch")
+    small = generate(path, GREEDY, given, kernels="triton", kv_cache_dtype="fp8", **IN_CHUNKS)
+    differences = [abs(largest(one) - largest(other)) for one, other in zip(small, exact, strict=True)]
+    assert 0 < max(differences) < 1
+    assert tokens_of(small[3:]) == tokens_of(small[:3][::-1]), "what the cache had is what would be computed"
+    assert sum(output.num_cached_tokens or 0 for output in small) >= 2 * 24
+
+
+def largest(output: RequestOutput) -> float:
+    """Return the log-probability of the first token's best candidate."""
+    table = (output.outputs[0].logprobs or [])[0]
+    assert table is not None
+    return max(entry.logprob for entry in table.values())
+
+
 def test_what_a_step_launches(checkpoint: Callable[[str], Path]) -> None:
     """A decoding step attends by two kernels in each layer, whatever the number of rows."""
-    path, counts = checkpoint("llama_biases"), []
+    path, counts = checkpoint("dense"), []
     for tokens in (2, 3):
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         with counted() as launches, LLM(str(path), **OPTIONS, kernels="triton") as llm:
@@ -128,7 +190,7 @@ def test_what_a_step_launches(checkpoint: Callable[[str], Path]) -> None:
 
 
 def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:
-    path = checkpoint("llama_biases")
+    path = checkpoint("dense")
     with counted() as launches:
         generate(path, GREEDY, [[3, 4, 5]], kernels="torch,norm=triton")
     assert launches
@@ -152,6 +214,6 @@ def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:
 )
 def test_what_is_refused(options: dict[str, Any], field: str, why: str, checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError) as caught:
-        LLM(str(checkpoint("llama_biases")), **{**OPTIONS, **options})
+        LLM(str(checkpoint("dense")), **{**OPTIONS, **options})
     assert caught.value.field == field
     assert why in caught.value.problem

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 from slipstream import LLM, ConfigError
+from slipstream.comm.overlap_cost import Curve, PassCost
+from slipstream.comm.overlap_split import Cuts
+from slipstream.runtime.worker import rank as rank_module
+from slipstream.runtime.worker.token_split import TokenSplit
 from slipstream.tests.kernels.native_ways import torch_alone
 from slipstream.tests.llm.test_deterministic import bits
 from slipstream.tests.models.checkpoints import make_checkpoint
@@ -73,7 +77,6 @@ def test_experts(
         ("parallel_experts", {"tensor_parallel_size": 2, "expert_parallel_size": 2, "expert_exchange": "all_to_all"}),
         ("parallel_experts", {"tensor_parallel_size": 2, "sharded_norm": True}),
         ("parallel_dense", {"tensor_parallel_size": 4, "sharded_norm": True}),
-        ("parallel_dense", {"tensor_parallel_size": 2, "overlap": True}),
         ("parallel_dense", {"tensor_parallel_size": 2, "sequence_parallel_size": 2}),
         ("qwen3", {"tensor_parallel_size": 2}),
         ("llama_mqa", {"tensor_parallel_size": 8}),
@@ -84,6 +87,46 @@ def test_other_ways(
     name: str, options: dict[str, Any], checkpoint: Callable[[str], Path], alone: Callable[..., Bits]
 ) -> None:
     assert generate(checkpoint(name), dtype="bfloat16", **options) == alone(name, "bfloat16")
+
+
+def test_steps_in_parts(
+    checkpoint: Callable[[str], Path], alone: Callable[..., Bits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A wire as slow as the arithmetic: every step that can be cut is.
+    slow = PassCost(
+        compute_s=Curve.line(fixed_s=0.0, per_unit_s=1.0),
+        collective_s=Curve.line(fixed_s=0.0, per_unit_s=1.0),
+        collectives=1,
+        bytes_per_token=1.0,
+    )
+    splits: list[TokenSplit] = []
+
+    def measured(*_: object, **__: object) -> TokenSplit:
+        splits.append(TokenSplit(slow, element_bytes=2, pieces=((0, 3),)))
+        return splits[-1]
+
+    cuts: list[Cuts] = []
+    choose = TokenSplit.cut
+
+    def noted(self: TokenSplit, tokens: int) -> Cuts | None:
+        cut = choose(self, tokens)
+        cuts.extend([] if cut is None else [cut])
+        return cut
+
+    monkeypatch.setattr(rank_module, "measure_split", measured)
+    monkeypatch.setattr(TokenSplit, "cut", noted)
+    # Steps of many tokens, to have something to cut.
+    room = {"num_gpu_blocks_override": 100, "long_prefill_token_threshold": 0, "overlap": True}
+    found = generate(checkpoint("parallel_dense"), dtype="bfloat16", tensor_parallel_size=2, **room)
+    assert found == alone("parallel_dense", "bfloat16")
+    assert cuts, "no step was cut"
+    assert all(split.meter.totals.works for split in splits)
+
+
+def test_without_it_ranks_have_other_bits(checkpoint: Callable[[str], Path], alone: Callable[..., Bits]) -> None:
+    """What the tests above compare would show it."""
+    found = generate(checkpoint("parallel_dense"), dtype="float32", deterministic=False, tensor_parallel_size=2)
+    assert found != alone("parallel_dense", "float32")
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -39,31 +39,41 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 
 def wide(spec: ModelSpec, size: int) -> ModelSpec:
-    return replace(
-        spec, layers=tuple(replace(each, mlp=replace(each.mlp, intermediate_size=size)) for each in spec.layers)
-    )
+    layers = [replace(layer, mlp=replace(layer.mlp, intermediate_size=size)) for layer in spec.layers]
+    return replace(spec, layers=tuple(layers))
 
 
 def check(
-    spec: ModelSpec, *, tp: int = 1, device: torch.device = CPU, dtype: str = "bfloat16", over_tp: bool = False
+    spec: ModelSpec,
+    *,
+    tp: int = 1,
+    device: torch.device = CPU,
+    dtype: str = "bfloat16",
+    quantization: str = "none",
+    over_tp: bool = False,
 ) -> None:
-    check_fixed_order(spec, MeshShape(tp=tp), device=device, dtype=getattr(torch, dtype), experts_over_tp=over_tp)
+    check_fixed_order(
+        spec,
+        MeshShape(tp=tp),
+        device=device,
+        dtype=getattr(torch, dtype),
+        quantization=quantization,
+        experts_over_tp=over_tp,
+    )
 
 
 def test_degrees(dense: ModelSpec) -> None:
     for tp in (1, 2, 4, 8):
         check(dense, tp=tp)
     for tp in (3, 5, 6, 16):
-        with pytest.raises(
-            ConfigError, match=f"{tp} ranks cannot add up in the fixed order.*use 1, 2, 4 or 8"
-        ) as refused:
+        with pytest.raises(ConfigError, match=rf"{tp} ranks cannot add up .*: use 1, 2, 4 or 8") as refused:
             check(dense, tp=tp)
         assert refused.value.field == "tensor_parallel_size"
 
 
 def test_sums_that_do_not_divide(dense: ModelSpec, experts: ModelSpec) -> None:
     check(wide(dense, 100))
-    with pytest.raises(ConfigError, match="sums over the 100 intermediate values.*8 equal chunks"):
+    with pytest.raises(ConfigError, match=r"sums over the 100 intermediate values.*8 equal chunks"):
         check(wide(dense, 100), tp=2)
     with pytest.raises(ConfigError, match="sums over the 100 intermediate values"):
         check(wide(experts, 100), tp=2)
@@ -74,7 +84,7 @@ def test_sums_that_do_not_divide(dense: ModelSpec, experts: ModelSpec) -> None:
 
 
 def test_types_on_a_cpu(dense: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match="needs float32 or bfloat16, .* got float16") as refused:
+    with pytest.raises(ConfigError, match=r"needs float32 or bfloat16, .* got float16") as refused:
         check(dense, dtype="float16")
     assert refused.value.field == "deterministic"
 
@@ -87,6 +97,16 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
         check(dense, device=GPU)
     assert refused.value.field == "deterministic"
     check(dense, device=CPU)
+    # Libraries choose by the sizes of a product.
+    backends.use("attention=torch")
+    with pytest.raises(ConfigError, match=r"attention .* by torch gives a row other bits"):
+        check(dense, device=GPU)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
+def test_quantized_weights_on_a_gpu(dense: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by triton .* weights as they are"):
+        check(dense, device=GPU, quantization="int4")
 
 
 def test_a_gpu_without_triton(dense: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
