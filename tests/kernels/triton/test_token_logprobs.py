@@ -11,7 +11,6 @@ import torch
 from slipstream.kernels import backends
 from slipstream.kernels.token_logprobs import token_logprobs, token_logprobs_reference
 
-
 # What the interpreter says where a row is no distribution: on a GPU it is silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
