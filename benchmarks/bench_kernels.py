@@ -35,6 +35,9 @@ from slipstream.benchmarks.kernel_cases import (
     attention,
     elementwise,
     kv,
+    latent,
+    linear,
+    linear_fixed,
     norm,
     sample,
 )
@@ -46,6 +49,9 @@ FILES: Mapping[str, CasesOf] = {
     "attention": attention.cases,
     "elementwise": elementwise.cases,
     "kv": kv.cases,
+    "latent": latent.cases,
+    "linear": linear.cases,
+    "linear_fixed": linear_fixed.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

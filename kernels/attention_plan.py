@@ -32,7 +32,7 @@ from .cpu.attention_keys import Int32Array, Int64Array, KeyLayout
 from .cpu.attention_paged import PagedRows, build_paged_rows
 from .cpu.attention_paged_prefill import PagedRuns, build_paged_runs
 from .cpu.attention_prefill_plan import PrefillGroup, build_prefill_plan
-from .shared_items import SharedItems, share_items
+from .shared_items import LEAST_ROWS, SharedItems, share_items
 from .shared_prefix import shared_tile_rows
 
 
@@ -60,11 +60,13 @@ def build_attention_plan(
     cache_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     items_on: torch.device | None = None,
+    decode_room: int | None = None,
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
     ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
-    is made, for whoever brings it to ``device`` with other things; None is there at once.
+    is made, for whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many
+    spans of keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
@@ -84,6 +86,7 @@ def build_attention_plan(
             shared_rows=shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
             window=window,
             device=items_on or device,
+            decode_room=decode_room,
         )
     layout = KeyLayout(block_size=block_size, kv_heads=kv_heads, window=window, dtype=dtype, device=device)
     starts64, counts64 = starts.astype(np.int64), counts.astype(np.int64)
@@ -121,6 +124,7 @@ def _plan_of_items(
     shared_rows: int,
     window: int | None,
     device: torch.device,
+    decode_room: int | None,
 ) -> AttentionPlan:
     """Build the plan for Triton's kernels, which cut their tiles into so many rows; spans that rows share are found on
     the host.
@@ -133,14 +137,22 @@ def _plan_of_items(
     several = ~single
     decode: DecodeItems | SharedItems | None = None
     if single.any():
-        items = decode_items(starts[single], first_tokens[single], block_tables[single], window=window, device=device)
+        items = decode_items(
+            starts[single],
+            first_tokens[single],
+            block_tables[single],
+            window=window,
+            device=device,
+            capacity=decode_room,
+        )
         decode = items
         if device.type == "cpu":
             shared = share_items(
                 items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=shared_rows
             )
-            # Where nothing is shared, all that is left is the launch of a kernel.
-            decode = shared if int(shared.tile_count_1) else items
+            # Where nothing is shared, all that is left is the launch of a kernel; with room for any, shapes stay alike.
+            may_share = decode_room is not None and int(single.sum()) >= LEAST_ROWS
+            decode = shared if may_share or int(shared.tile_count_1) else items
     prefill: tuple[PrefillGroup, ...] | PrefillItems = ()
     if several.any():
         prefill = prefill_items(

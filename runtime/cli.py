@@ -54,7 +54,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 KernelsOption = Annotated[str, typer.Option(help="auto, torch, triton, or operation=backend with commas")]
 KvCacheDtypeOption = Annotated[str, typer.Option(help="numbers of the KV cache: auto is dtype; fp8 on GPUs")]
 QuantizationOption = Annotated[str, typer.Option(help="weights: none, int8, int4, or fp8 on a GPU")]
-DeterministicOption = Annotated[bool, typer.Option(help="on a CPU: the same bits whatever else runs")]
+EagerOption = Annotated[bool, typer.Option(help="on a GPU: no captured graphs")]
+DeterministicOption = Annotated[bool, typer.Option(help="the same bits whatever else runs, on -tp 1, 2, 4 or 8")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads that compute on a CPU; default: as many as help")]
 TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks that share every layer")]
 PipelineOption = Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", help="stages with some layers each")]
@@ -111,6 +112,7 @@ def generate(
     quantization: QuantizationOption = "none",
     kernels: KernelsOption = "auto",
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    enforce_eager: EagerOption = False,
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,
@@ -137,6 +139,7 @@ def generate(
         "quantization": quantization,
         "kernels": kernels,
         "kv_cache_dtype": kv_cache_dtype,
+        "enforce_eager": enforce_eager,
         "num_threads": num_threads,
         "deterministic": deterministic,
         "tensor_parallel_size": tensor_parallel_size,
@@ -194,6 +197,7 @@ def serve(
     quantization: QuantizationOption = "none",
     kernels: KernelsOption = "auto",
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    enforce_eager: EagerOption = False,
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,

@@ -96,8 +96,9 @@ class EngineOptions:
     - ``quantization``: how weights are kept: ``none``, as ``dtype`` says, or on a GPU as a quantized checkpoint (AWQ,
       GPTQ, float8) has them; ``int8`` and on GPUs ``fp8``, with activations quantized token by token; ``int4``, in
       groups of 32. Any checkpoint can be quantized while it is read.
-    - ``deterministic``: on a CPU, the same bits for a position whatever else is in the batch, however its prompt is cut
-      and whatever of it the prefix cache has.
+    - ``deterministic``: the same bits for a position whatever else is in the batch, however its prompt is cut, whatever
+      of it the prefix cache has, and whether 1, 2, 4 or 8 tensor-parallel ranks compute it. What cannot keep that is
+      refused. It takes some time.
     - ``kernels``: what carries out operations: ``auto``, the fastest for each on the device; ``torch`` or ``triton``
       for all; or, with commas, ``operation=backend`` (``kernels.backends`` has the table).
     - ``kv_cache_dtype``: of keys and values in the cache: ``auto`` is ``dtype``; ``fp8`` (e4m3), half as large as
@@ -125,8 +126,9 @@ class EngineOptions:
       its share of the tokens only; None does so for steps of as many tokens as were found to gain at the start.
     - ``even_chunks``: with several stages, cut prompts so that steps are equally long and stages do not wait for one
       another; false fills each step to ``max_num_batched_tokens``.
-    - ``enforce_eager`` is accepted because there are no captured graphs to turn off; ``trust_remote_code``
-      is refused when true, because code from a checkpoint is never run.
+    - ``enforce_eager``: on a GPU, launch a decoding step's kernels one by one in place of captured graphs. A CPU has
+      no graphs.
+    - ``trust_remote_code`` is refused when true, because code from a checkpoint is never run.
 
     Units: kv_cache_memory_bytes, bytes; step_timeout_s, seconds
     Raises: ConfigError, naming the option.
@@ -171,7 +173,7 @@ class EngineOptions:
     ranks_per_host: int | None = None
     even_chunks: bool = True
     trust_remote_code: bool = False
-    enforce_eager: bool = True
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
@@ -198,8 +200,9 @@ class EngineOptions:
             raise ConfigError("gpu_memory_utilization", f"is a share, at most 1, got {self.gpu_memory_utilization!r}")
         self._check_ranks()
         self._check_experts()
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError("deterministic", f"must be true or false, got {self.deterministic!r}")
+        for name in ("deterministic", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, f"must be true or false, got {getattr(self, name)!r}")
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code", "must be false: code that comes with a checkpoint is never run")
         # The scheduler's options are checked here too, so that a bad one is refused before the model is read.

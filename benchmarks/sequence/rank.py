@@ -33,7 +33,8 @@ from slipstream.runtime.models.forward import build_divided_batch
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
-from slipstream.runtime.worker.step_forward import StepForward, StepRows
+from slipstream.runtime.worker.step_batch import StepRows
+from slipstream.runtime.worker.step_forward import StepForward
 from slipstream.runtime.worker.wire_meter import ring_meter
 
 _CPU = torch.device("cpu")

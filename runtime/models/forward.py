@@ -66,9 +66,11 @@ def build_forward_batch(
     cache_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     attended_rows: int | None = None,
+    decode_room: int | None = None,
 ) -> ForwardBatch:
     """Build the batch of one step: row r computes positions ``starts[r]`` to ``starts[r] + counts[r]`` of a
-    sequence, with weights of type ``dtype``; ``cache_dtype`` and ``deterministic`` as in ``build_attention_plan``.
+    sequence, with weights of type ``dtype``; ``cache_dtype``, ``deterministic`` and ``decode_room`` as in
+    ``build_attention_plan``.
     Attention is planned for the first ``attended_rows`` of the rows; None: for all. All of the batch goes to a GPU in
     one copy.
 
@@ -109,6 +111,7 @@ def build_forward_batch(
                 cache_dtype=cache_dtype,
                 deterministic=deterministic,
                 items_on=_HOST,
+                decode_room=decode_room,
             )
             for window in spec.windows
         },

@@ -69,6 +69,11 @@ class RotaryPositions:
         self._grow(longest)
         return self._cos_PD.index_select(0, positions_T), self._sin_PD.index_select(0, positions_T)
 
+    def reserve(self, longest: int) -> None:
+        """Let the table reach all positions below ``longest``: it stays where it is then."""
+        if not isinstance(self._spec, DynamicRope):
+            self._grow(longest)
+
     def _in_halves(self, both_TD: Tensor) -> tuple[Tensor, Tensor]:
         cos_TF, sin_TF = both_TD.to(device=self._device, dtype=self._dtype).chunk(2, dim=-1)
         return torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1)

@@ -12,9 +12,10 @@ On a request's way: after the scheduler, around models and sampler.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,12 +34,15 @@ from .grammar_masks import GrammarMasks, TokenMasks
 from .sampler import SampledRows, Sampler, prompt_token_logprobs
 from .sequence_ranks import SequenceRanks
 from .stage_link import StageLink
-from .step_forward import StepForward, StepRows
+from .step_batch import StepRows
+from .step_forward import StepForward
 from .step_kv import StepKv
 from .vocabulary import VocabularySampler
 
 # Rows of logits computed at once for prompt log-probabilities: bounds their memory (rows x vocabulary x 4 bytes).
 _PROMPT_LOGPROB_ROWS = 256
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,10 @@ class ModelExecutor:
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a step behind those submitted before."""
         return self._thread.submit(self._run, plan)
+
+    def call(self, run: Callable[[], _T]) -> Future[_T]:
+        """Queue something else that computes, behind the steps submitted before."""
+        return self._thread.submit(torch.inference_mode()(run))
 
     def close(self) -> None:
         """Let the thread end after the step it is at. Not waited for: after a time-out that step may never end."""

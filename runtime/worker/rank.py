@@ -26,8 +26,9 @@ from ..clock import monotonic_clock
 from ..handoff.rank_kv import RankKv
 from ..handoff.settings import KvSeat, KvShare
 from ..models.decoder import Decoder, load_decoder
+from ..models.formats import choose_formats
 from ..models.kv_cache import KvCache
-from ..models.linear_format import choose_format
+from ..models.layout import Role
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
@@ -38,12 +39,16 @@ from .executor import ModelExecutor, step_thread
 from .expert_balance import ExpertBalance
 from .expert_trial import set_exchange
 from .grammar import GrammarCompiler
+from .graph_backend import GraphBackend, graph_backend
+from .graphs import DecodeGraphs
 from .kernel_choice import choose_kernels
 from .norm_shares import fewest_in_shares
 from .recorded_steps import RecordedSteps
 from .sequence_ranks import SequenceRanks
-from .step_forward import StepForward, StepRows
+from .step_batch import BatchBuilder, StepRows
+from .step_forward import StepForward
 from .token_split import measure_split
+from .warm_up import WARM_UP_LIMIT_S, WarmUp, WarmUpSizes, tuning_for, warm_up
 from .wire_meter import ring_meter, wire_meter
 
 
@@ -55,7 +60,7 @@ class RankSetup:
       those that it sees the rank's own, in the order of the ranks.
     - ``max_slots``, ``max_length``: sequences at once and their longest. ``num_blocks``: of each rank's cache.
     - ``num_threads``: on a CPU, of each rank; None is a share of the cores.
-    - ``kernels``, ``kv_cache_dtype``: as the engine's options.
+    - ``kernels``, ``kv_cache_dtype``, ``enforce_eager``: as the engine's options. ``max_tokens``: of a step.
     - ``sharded_norm``: None is what was found to be faster.
     - ``kv``: how KV is moved between this replica and others; None where none is.
     """
@@ -79,6 +84,8 @@ class RankSetup:
     experts_over_tp: bool = False
     kernels: str = "auto"
     kv_cache_dtype: str = "auto"
+    enforce_eager: bool = False
+    max_tokens: int = 2048
     overlap: bool = False
     sharded_norm: bool | None = None
     redundant_experts: int = 0
@@ -96,11 +103,16 @@ class RankSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """A rank that can carry out steps. ``kv``: its end of KV that is moved, to be closed after the executor."""
+    """A rank that can carry out steps.
+
+    ``kv``: its end of KV that is moved, to be closed after the executor. ``warm_up``: what was done before the first
+    request; None on a CPU.
+    """
 
     executor: ModelExecutor
     grammars: GrammarCompiler
     kv: RankKv | None = None
+    warm_up: WarmUp | None = None
 
 
 def build_rank(
@@ -125,12 +137,17 @@ def build_rank(
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
-    shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp, redundant_experts=setup.redundant_experts)
+    shard = _shard(setup, groups)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
         settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=ranks_on_host or setup.mesh.size)
     thread = step_thread()
+    if device.type == "cuda":
+        # Kernels are launched on the thread's own device.
+        thread.submit(torch.cuda.set_device, device).result()
+    # What ranks do together is not captured.
+    backend = None if setup.enforce_eager or groups.place.shape.size > 1 else graph_backend(device)
     load = partial(
         load_decoder,
         path,
@@ -138,7 +155,6 @@ def build_rank(
         dtype=dtype,
         device=device,
         quantization=setup.quantization,
-        deterministic=setup.deterministic,
         groups=groups,
         shard=shard,
         progress=progress,
@@ -147,14 +163,15 @@ def build_rank(
         model = thread.submit(load).result()
         cache = KvCache.allocate(
             local_spec,
-            num_blocks=setup.num_blocks,
+            # One more than the scheduler knows of, for rows that only fill a graph.
+            num_blocks=setup.num_blocks + (backend is not None),
             block_size=setup.block_size,
             dtype=cache_dtype(setup.kv_cache_dtype, dtype),
             device=device,
         )
         meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
-        layers = thread.submit(_layers, setup, spec, model, cache, groups).result()
+        layers = thread.submit(_layers, setup, spec, model, cache, groups, backend).result()
         kv = None if setup.kv is None else _rank_kv(setup, setup.kv, kv_seat, spec, cache, groups)
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
@@ -175,7 +192,44 @@ def build_rank(
         sequences=SequenceRanks(groups.sp, block_size=setup.block_size),
         kv=kv,
     )
-    return Rank(executor=executor, grammars=grammars, kv=kv)
+    report = None
+    if device.type == "cuda" or backend is not None:
+        try:
+            report = _warm_up(setup, executor, layers, model)
+        except BaseException:
+            executor.close()
+            raise
+    return Rank(executor=executor, grammars=grammars, kv=kv, warm_up=report)
+
+
+def _warm_up(setup: RankSetup, executor: ModelExecutor, layers: StepForward, model: Decoder) -> WarmUp:
+    sizes = WarmUpSizes(
+        most_tokens=setup.max_tokens,
+        most_rows=setup.max_slots,
+        longest=setup.max_length,
+        num_blocks=setup.num_blocks,
+        block_size=setup.block_size,
+    )
+    tuning = tuning_for(model.device, deterministic=setup.deterministic)
+    limit_s = WARM_UP_LIMIT_S if setup.mesh.size == 1 else None
+    report = warm_up(executor, sizes, clock=monotonic_clock, graphs=layers.graphs, tuning=tuning, limit_s=limit_s)
+    _forget_loads(model)
+    return report
+
+
+def _forget_loads(model: Decoder) -> None:
+    """Made-up tokens say nothing about the experts' loads."""
+    for experts in model.expert_layers.values():
+        experts.load_E.zero_()
+
+
+def _shard(setup: RankSetup, groups: MeshGroups) -> Shard:
+    return Shard(
+        place=groups.place,
+        experts_over_tp=setup.experts_over_tp,
+        redundant_experts=setup.redundant_experts,
+        fixed_order=setup.deterministic,
+    )
 
 
 def _grammars(setup: RankSetup, spec: ModelSpec) -> GrammarCompiler:
@@ -224,9 +278,7 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
     placement = ExpertPlacement.of_ranks(
         [first.experts_by_rank(0)] * len(layers), num_experts=first.num_experts, ranks_per_host=first.ranks_per_host
     )
-    linear_format = choose_format(
-        setup.quantization, dtype=model.dtype, device=model.device, deterministic=setup.deterministic
-    )
+    formats = choose_formats(setup.quantization, dtype=model.dtype, device=model.device, shard=shard)
 
     def read(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_expert(
@@ -239,13 +291,21 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
         interval=setup.expert_balance_steps,
         policy=setup.expert_policy,
         read=read,
-        prepare=linear_format.prepare,
+        prepare_gate_up=formats.of(Role.EXPERTS).prepare,
+        prepare_down=formats.of(Role.SUMMED_EXPERTS).prepare,
         device=model.device,
     )
 
 
 @torch.inference_mode()
-def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, groups: MeshGroups) -> StepForward:
+def _layers(
+    setup: RankSetup,
+    spec: ModelSpec,
+    model: Decoder,
+    cache: KvCache,
+    groups: MeshGroups,
+    backend: GraphBackend | None,
+) -> StepForward:
     """Return the rank's layers; which ways steps go through them is measured with the other ranks of the stage."""
     make = partial(
         StepForward,
@@ -257,7 +317,16 @@ def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, g
     )
     group, also = (groups.tp, groups.ep) if groups.tp is not None else (groups.ep, None)
     if group is None:
-        return make(recorded=RecordedSteps.where_possible(model, cache) if groups.place.shape.size == 1 else None)
+        if groups.place.shape.size > 1:
+            return make()
+        graphs = DecodeGraphs.where_possible(
+            BatchBuilder(model=model, cache=cache, deterministic=setup.deterministic),
+            backend,
+            scratch_block=setup.num_blocks,
+            most_rows=setup.max_slots,
+            most_columns=-(-setup.max_length // setup.block_size),
+        )
+        return make(recorded=RecordedSteps.where_possible(model, cache), graphs=graphs)
     spent = model.spec.hidden_size * model.dtype.itemsize
     most_tokens = min(setup.max_length, setup.num_blocks * setup.block_size)
     on_cpu, ladder = model.device.type == "cpu", any(layer.ladder for layer in spec.layers)
@@ -291,9 +360,7 @@ def _layers(setup: RankSetup, spec: ModelSpec, model: Decoder, cache: KvCache, g
         meter = (
             split.meter if split is not None else wire_meter(group, bytes_per_token=spent, estimates=ladder, also=also)
         )
-    for experts in model.expert_layers.values():
-        # Made-up tokens say nothing about the experts' loads.
-        experts.load_E.zero_()
+    _forget_loads(model)
     return make(split=split, shares_from=shares_from, meter=meter)
 
 

@@ -9,7 +9,6 @@ behind its own attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,27 +18,13 @@ from ...comm.overlap import Parts, run_interleaved, run_plain
 from ...comm.overlap_meter import OverlapMeter
 from ...comm.overlap_split import Cuts, cut_rows
 from ...comm.sequence_split import StepDivision
-from ..messages import Int32Array
 from ..models.decoder import Decoder, LayerDone
-from ..models.forward import ForwardBatch, build_divided_batch, build_forward_batch
+from ..models.forward import ForwardBatch, build_divided_batch
 from ..models.kv_cache import KvCache
+from .graphs import DecodeGraphs
 from .recorded_steps import RecordedSteps
+from .step_batch import BatchBuilder, StepRows
 from .token_split import TokenSplit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRows:
-    """The rows of a step, as arrays; tokens one row after the other.
-
-    Shapes: token_ids_T [tokens] int64 on the host; starts, counts, prompt_lengths [rows] int32; block_tables [rows,
-    most blocks] int32
-    """
-
-    token_ids_T: Tensor
-    starts: Int32Array
-    counts: Int32Array
-    prompt_lengths: Int32Array
-    block_tables: Int32Array
 
 
 class StepForward:
@@ -47,7 +32,7 @@ class StepForward:
 
     ``split`` says where steps are cut; without it they are not. From ``shares_from`` tokens on, a step or its part
     keeps the residual in shares; None: never. ``meter``: of the wire, and ``ring_meter`` of it in divided steps; None
-    where nobody else is there, or on a GPU. ``recorded``: of a rank that is alone, None without.
+    where nobody else is there, or on a GPU. ``recorded``, ``graphs``: of a rank that is alone, None without.
     """
 
     def __init__(
@@ -62,6 +47,7 @@ class StepForward:
         meter: OverlapMeter | None = None,
         ring_meter: OverlapMeter | None = None,
         recorded: RecordedSteps | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -72,19 +58,28 @@ class StepForward:
         self._meter = meter
         self._ring_meter = ring_meter
         self._recorded = recorded
+        self._graphs = graphs
+        self._batches = BatchBuilder(model=model, cache=cache, deterministic=deterministic)
         self._hidden_before_s = 0.0
         self._wire_before_s = 0.0
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """The graphs that decoding steps are run by; None without any."""
+        return self._graphs
 
     def run(self, rows: StepRows, hidden_TH: Tensor | None = None, *, layer_done: LayerDone | None = None) -> Tensor:
         """Return the hidden states of all tokens; ``hidden_TH`` comes from the stage before.
 
-        ``layer_done`` is told of each layer once all tokens have passed its attention; a recorded step, which is over
-        in a moment, tells nothing.
+        ``layer_done`` is told of each layer once all tokens have passed its attention; a step that is recorded or
+        a graph, over in a moment, tells nothing.
 
         Shapes: hidden_TH, and what is returned, [tokens, hidden size]
         """
+        if self._graphs is not None and self._graphs.take(rows):
+            return self._graphs.run(rows)
         if self._recorded is not None and self._recorded.take(rows.counts):
-            return self._recorded.run(self._batch(rows))
+            return self._recorded.run(self._batches.build(rows))
         cuts = None if self._split is None else self._split.cut(rows.token_ids_T.shape[0])
         return self.run_cut(rows, hidden_TH, cuts, self._meter, layer_done)
 
@@ -138,26 +133,11 @@ class StepForward:
         return taken
 
     def _parts(self, rows: StepRows, hidden_TH: Tensor | None, layer_done: LayerDone | None = None) -> Parts:
-        return self._through(self._batch(rows), hidden_TH, layer_done)
+        return self._through(self._batches.build(rows), hidden_TH, layer_done)
 
     def _through(self, batch: ForwardBatch, hidden_TH: Tensor | None, layer_done: LayerDone | None = None) -> Parts:
         in_shares = self._shares_from is not None and batch.token_ids_T.shape[0] >= self._shares_from
         return self._model.forward_parts(batch, self._cache, hidden_TH, sharded_norm=in_shares, layer_done=layer_done)
-
-    def _batch(self, rows: StepRows) -> ForwardBatch:
-        return build_forward_batch(
-            token_ids=rows.token_ids_T,
-            starts=rows.starts,
-            counts=rows.counts,
-            prompt_lengths=rows.prompt_lengths,
-            block_tables=rows.block_tables,
-            block_size=self._block_size,
-            spec=self._model.spec,
-            deterministic=self._deterministic,
-            dtype=self._model.dtype,
-            cache_dtype=self._cache.layers[0].dtype,
-            device=self._model.device,
-        )
 
 
 def _part_of(rows: StepRows, pieces: Sequence[tuple[int, int, int]], tokens: slice) -> StepRows:

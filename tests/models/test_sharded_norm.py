@@ -21,7 +21,8 @@ from slipstream.runtime.models.decoder import load_decoder
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import Shard
-from slipstream.runtime.worker.step_forward import StepForward, StepRows
+from slipstream.runtime.worker.step_batch import StepRows
+from slipstream.runtime.worker.step_forward import StepForward
 from slipstream.tests.fakes.thread_peers import local_mesh
 from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
 

@@ -14,7 +14,8 @@ from slipstream.runtime.models.decoder import Decoder, load_decoder
 from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.worker.recorded_steps import MOST_ROWS, RecordedSteps
-from slipstream.runtime.worker.step_forward import StepForward, StepRows
+from slipstream.runtime.worker.step_batch import StepRows
+from slipstream.runtime.worker.step_forward import StepForward
 from slipstream.tests.kernels.native_ways import compiled_or_skip, torch_alone
 from slipstream.tests.models.checkpoints import VOCABULARY, make_checkpoint
 

@@ -20,7 +20,8 @@ from slipstream.runtime.models.kv_cache import KvCache
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.worker.executor import ModelExecutor, step_thread
 from slipstream.runtime.worker.grammar import GrammarCompiler
-from slipstream.runtime.worker.step_forward import StepForward, StepRows
+from slipstream.runtime.worker.step_batch import StepRows
+from slipstream.runtime.worker.step_forward import StepForward
 from slipstream.runtime.worker.step_kv import StepKv
 from slipstream.tests.engine.builders import request
 from slipstream.tests.kernels.native_ways import torch_alone
