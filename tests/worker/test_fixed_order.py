@@ -49,7 +49,6 @@ def check(
     tp: int = 1,
     device: torch.device = CPU,
     dtype: str = "bfloat16",
-    quantization: str = "none",
     over_tp: bool = False,
 ) -> None:
     check_fixed_order(
@@ -57,7 +56,6 @@ def check(
         MeshShape(tp=tp),
         device=device,
         dtype=getattr(torch, dtype),
-        quantization=quantization,
         experts_over_tp=over_tp,
     )
 

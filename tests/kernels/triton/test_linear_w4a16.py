@@ -145,3 +145,8 @@ def test_configurations_are_chosen_by_rows() -> None:
 )
 def test_splits_are_powers_of_two_by_the_weights_shape(tiles: int, steps: int, splits: int) -> None:
     assert split_count(tiles, steps) == splits
+
+
+def test_one_way_splits_a_shard_of_the_outputs_as_the_whole() -> None:
+    for steps in (1, 7, 16, 56, 4096):
+        assert len({split_count(tiles, steps, one_way=True) for tiles in (1, 16, 64, 448)}) == 1
