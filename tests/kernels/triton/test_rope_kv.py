@@ -121,11 +121,11 @@ def test_a_cache_of_float8_has_scales(dtype: torch.dtype, seed: int, launches: l
     values = read_kv(step.rows, cache)[:, 2:]
     assert values.abs().max() == 448
     torch.testing.assert_close(values * 0.007, step.qkv_TSD[:, 6:].float().clamp(-3.136, 3.136), rtol=1 / 15, atol=1e-4)
-    assert launches == ["_rope_kv_kernel"]
+    assert launches == (["_rope_kv_kernel"] if dtype == torch.bfloat16 else [])
 
 
 def test_what_is_no_number_stays_so_in_float8(seed: int) -> None:
-    step = step_of(seed, tokens=2, kept=FLOAT8)
+    step = step_of(seed, tokens=2, dtype=torch.bfloat16, kept=FLOAT8)
     step.cache.fill_(0)
     step.qkv_TSD[0, 6, 3] = float("nan")
     for way in (rotate_and_write_, rotate_and_write_reference_):
