@@ -35,6 +35,10 @@ from slipstream.benchmarks.kernel_cases import (
     attention,
     elementwise,
     kv,
+    latent,
+    linear,
+    linear_fixed,
+    moe,
     norm,
     sample,
 )
@@ -46,6 +50,10 @@ FILES: Mapping[str, CasesOf] = {
     "attention": attention.cases,
     "elementwise": elementwise.cases,
     "kv": kv.cases,
+    "latent": latent.cases,
+    "linear": linear.cases,
+    "linear_fixed": linear_fixed.cases,
+    "moe": moe.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

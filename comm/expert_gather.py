@@ -46,10 +46,12 @@ def mix_gathered(
     *,
     placed: ExpertMap,
     products: Products,
+    columns: Collectives | None = None,
 ) -> Parts:
     """Run each token through its experts, wherever they are; return all tokens' weighted sums, on every rank.
 
-    ``levels`` and ``products`` as of ``experts.mix``; weights and experts are of this rank's ``share_of`` the tokens.
+    ``levels``, ``products`` and ``columns`` as of ``experts.mix``; weights and experts are of this rank's ``share_of``
+    the tokens.
 
     Shapes: x_TH [tokens, hidden], the same on all ranks, at least one; weights_WA [share, chosen] float32;
     experts_WA [share, chosen] int64; returns [tokens, hidden]
@@ -70,6 +72,8 @@ def mix_gathered(
     results_KH = products(gather(x_TH, torch.div(own_K, chosen, rounding_mode="floor")), counts_NS[rank])
     if len(results_KH) != len(own_K):
         raise misuse(levels[-1], f"the experts made {len(results_KH)} rows of {len(own_K)}; one each is due")
+    if columns is not None:
+        results_KH = yield columns.all_reduce(results_KH.float())
     all_KH = yield from gather_counted_rows(levels, results_KH, counts_N)
     by_choice_KH = unsort(all_KH, order_K)
     return weighted_sum(by_choice_KH.view(tokens, chosen, by_choice_KH.shape[1]), weights_TA)

@@ -82,11 +82,13 @@ def mix(
     placed: ExpertMap,
     products: Products,
     shared: Shared | None = None,
+    columns: Collectives | None = None,
 ) -> Steps[Mixed]:
     """Run each token through its experts, wherever they are, and return the weighted sum, and ``shared`` added to it.
 
     All ranks call it, each with its own tokens, or none. Where each expert's weights are spread over ranks too (tensor
-    parallelism), products and ``shared`` return partial sums, and the caller adds up ``output_TH`` over those ranks.
+    parallelism), products and ``shared`` return partial sums, and the caller adds up ``output_TH`` over those ranks. Or
+    ``columns`` are those ranks: each row is summed over them first, and tokens' sums have the bits of whole experts.
 
     Shapes: x_TH [tokens, hidden]; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
     Raises: CommMisuse when shapes, map and group do not fit, or ranks disagree; as ``Work.wait``
@@ -96,6 +98,8 @@ def mix(
     meanwhile = None if shared is None else lambda: added.append(shared())
     sent = yield from dispatch(levels, x_TH, weights_TA, experts_TA, placed=placed, meanwhile=meanwhile)
     results_KH = products(sent.rows_KH, sent.counts_S)
+    if columns is not None:
+        results_KH = yield columns.all_reduce(results_KH.float())
     output_TH = yield from combine(sent, results_KH, weights_TA)
     for shared_TH in added:
         output_TH += shared_TH

@@ -36,6 +36,7 @@ class Operation:
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 _ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
 """Deterministic engines ask these for one way for any number of rows, which is invariant."""
+_TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
@@ -44,6 +45,11 @@ TABLE: Mapping[str, Operation] = {
         Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
         Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),
+        Operation(
+            name="linear_fixed",
+            summary="the product with weights in one order of sums, for deterministic",
+            batch_invariant=_TRITON_ALONE,
+        ),
         Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
         Operation(
             name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
@@ -56,6 +62,7 @@ TABLE: Mapping[str, Operation] = {
         Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),
         Operation(name="rope_kv", summary="rotary positions, and KV written to its blocks", batch_invariant=_BOTH),
         Operation(name="sample", summary="edits of logits, draws, log-probabilities", batch_invariant=_BOTH),
+        Operation(name="tree_sum", summary="parts of a sum, added up as a tree", batch_invariant=_BOTH),
     )
 }
 """All operations that there is a choice for, by name."""

@@ -11,6 +11,7 @@ from . import (
     attention_prefill,
     kv_blocks,
     kv_pack,
+    linear_fixed,
     linear_w4a16,
     linear_w8a8,
     logit_edits,
@@ -29,6 +30,7 @@ from . import (
     split_sums,
     token_logprobs,
     token_mask,
+    tree_sum,
 )
 from .compile_case import CompileCase
 
@@ -39,6 +41,7 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "attention_prefill": attention_prefill.compile_cases,
     "kv_blocks": kv_blocks.compile_cases,
     "kv_pack": kv_pack.compile_cases,
+    "linear_fixed": linear_fixed.compile_cases,
     "linear_w4a16": linear_w4a16.compile_cases,
     "linear_w8a8": linear_w8a8.compile_cases,
     "logit_edits": logit_edits.compile_cases,
@@ -57,6 +60,7 @@ MODULES: Mapping[str, Callable[[], Iterator[CompileCase]]] = {
     "split_sums": split_sums.compile_cases,
     "token_logprobs": token_logprobs.compile_cases,
     "token_mask": token_mask.compile_cases,
+    "tree_sum": tree_sum.compile_cases,
 }
 """By file: its cases, one for each dtype and tile configuration that its operations can launch."""
 

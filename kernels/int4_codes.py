@@ -149,8 +149,7 @@ def concatenated(parts: list[Int4Codes]) -> Int4Codes:
     for part in parts[1:]:
         if part.group != first.group:
             raise ValueError(f"weights in groups of {first.group} and of {part.group} inputs cannot be one")
-        same = (part.order_I is None) == (first.order_I is None)
-        if not same or (first.order_I is not None and not torch.equal(part.order_I, first.order_I)):
+        if not _have_one_order(part.order_I, first.order_I):
             raise ValueError("weights whose inputs are in different orders (g_idx) cannot be one")
     return Int4Codes(
         codes_OI=torch.cat([part.codes_OI for part in parts]),
@@ -158,6 +157,12 @@ def concatenated(parts: list[Int4Codes]) -> Int4Codes:
         zeros_OG=torch.cat([part.zeros_OG for part in parts]),
         order_I=first.order_I,
     )
+
+
+def _have_one_order(one_I: Tensor | None, other_I: Tensor | None) -> bool:
+    if one_I is None or other_I is None:
+        return one_I is other_I
+    return torch.equal(one_I, other_I)
 
 
 def in_kernel_groups(codes: Int4Codes) -> Int4Codes:

@@ -101,14 +101,18 @@ def unpack_int4_matrix(matrix: Int4Matrix) -> Int4Codes:
     )
 
 
-def linear_w4a16_reference(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None) -> Tensor:
+def linear_w4a16_reference(
+    x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
     """Return ``x @ weight.T + bias``, the weight being what its integers stand for; summed in float32.
 
-    Shapes: x_TI [tokens, inputs] any float type; bias_O [outputs]; returns [tokens, outputs] of x's type
+    Shapes: x_TI [tokens, inputs] any float type; bias_O [outputs]; returns [tokens, outputs] of x's type, or float32 if
+    ``wide``
     Source: weights of 4 bits, activations of 16 (AWQ, arXiv 2306.00978, section 2)
     """
     bias = None if bias_O is None else bias_O.float()
-    return functional.linear(x_TI.float(), unpack_int4_matrix(matrix).weight(), bias).to(x_TI.dtype)
+    product_TO = functional.linear(x_TI.float(), unpack_int4_matrix(matrix).weight(), bias)
+    return product_TO if wide else product_TO.to(x_TI.dtype)
 
 
 @jit
@@ -213,7 +217,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 for out in (dtype, torch.float32):
                     yield CompileCase(
                         kernel=_w4a16_kernel,
-                        name=f"{pointer(dtype)[1:]} groups of {group}{' split' if out != dtype else ''}",
+                        name=f"{pointer(dtype)[1:]} groups of {group}{' wide' if out != dtype else ''}",
                         config=config,
                         signature={
                             "x_ptr": pointer(dtype),
@@ -226,8 +230,10 @@ def compile_cases() -> Iterator[CompileCase]:
                     )
 
 
-def linear_w4a16(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None, *, one_way: bool = False) -> Tensor:
-    """As ``linear_w4a16_reference``.
+def linear_w4a16(
+    x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None, *, one_way: bool = False, wide: bool = False
+) -> Tensor:
+    """As ``linear_w4a16_reference``; ``wide``: the result is float32.
 
     ``one_way``: the same arithmetic for any number of rows, so that a row's bits never depend on how many there are
 
@@ -236,7 +242,8 @@ def linear_w4a16(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None,
     if x_TI.dim() != 2 or x_TI.shape[1] != matrix.inputs:
         raise ValueError(f"x_TI: [tokens, {matrix.inputs}] is multiplied with this matrix, got {list(x_TI.shape)}")
     if not uses_triton("linear_w4a16", x_TI) or x_TI.dtype not in (torch.bfloat16, torch.float16):
-        return linear_w4a16_reference(x_TI, matrix, bias_O)
+        return linear_w4a16_reference(x_TI, matrix, bias_O, wide=wide)
+    dtype = torch.float32 if wide else x_TI.dtype
     if matrix.order_I is not None:
         x_TI = x_TI.index_select(1, matrix.order_I)
     if matrix.inputs % SPAN:
@@ -244,8 +251,8 @@ def linear_w4a16(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None = None,
     elif x_TI.stride(1) != 1 or x_TI.stride(0) % _ALIGNED:
         x_TI = x_TI.contiguous()
     if bias_O is not None:
-        bias_O = bias_O.to(x_TI.dtype).contiguous()
-    out_TO = empty_outputs(x_TI, matrix.outputs, x_TI.dtype)
+        bias_O = bias_O.to(dtype).contiguous()
+    out_TO = empty_outputs(x_TI, matrix.outputs, dtype)
     config = w4a16_config(x_TI.shape[0], one_way=one_way)
     spans, filled_up, _ = matrix.words_SOW.shape
     is_split = one_way or x_TI.shape[0] <= _MOST_SPLIT_ROWS

@@ -195,13 +195,18 @@ def compile_cases() -> Iterator[CompileCase]:
                 )
 
 
-def linear_w8a8(x_TI: Tensor, matrix: ByteMatrix, bias_O: Tensor | None = None, *, one_way: bool = False) -> Tensor:
-    """Return ``x @ weight.T + bias``, x quantized row by row to the matrix' type; the result is of x's type.
+def linear_w8a8(
+    x_TI: Tensor, matrix: ByteMatrix, bias_O: Tensor | None = None, *, one_way: bool = False, wide: bool = False
+) -> Tensor:
+    """Return ``x @ weight.T + bias``, x quantized row by row to the matrix' type.
+
+    The result is of x's type, or float32 if ``wide``.
 
     Shapes: x_TI [tokens, inputs] any float type; bias_O [outputs]; returns [tokens, outputs]
     """
     rows_TI, scales_T1 = quantize_rows(x_TI, matrix.values_OI.dtype)
-    return linear_w8a8_rows(rows_TI, scales_T1, matrix, bias_O, dtype=x_TI.dtype, one_way=one_way)
+    dtype = torch.float32 if wide else x_TI.dtype
+    return linear_w8a8_rows(rows_TI, scales_T1, matrix, bias_O, dtype=dtype, one_way=one_way)
 
 
 def linear_w8a8_rows(

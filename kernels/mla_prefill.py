@@ -132,16 +132,17 @@ def mla_prefill(q_TNW: Tensor, cache_BSW: Tensor, items: PrefillItems, options: 
     check_mla(q_TNW, cache_BSW, options, out_TNL)
     heads, width = q_TNW.shape[1:]
     rows = mla_prefill_tile_rows(heads, q_TNW.dtype, options)
-    if rows != items.tile_rows or items.queries != rows // min(heads, rows):
+    if rows != items.tile_rows:
         raise ValueError(
-            f"items are tiles of {items.tile_rows} rows: build them for {rows}, and {heads} heads a KV head"
+            f"items have tiles of {items.tile_rows} rows: cut them into mla_prefill_tile_rows(...), {rows}"
         )
+    queries = rows // min(heads, rows)
     if not uses_triton("mla", q_TNW):
         _by_reference(q_TNW, cache_BSW, items, options, out_TNL)
         return
     launch(
         _mla_prefill_kernel,
-        (items.tiles_2C.shape[1], -(-heads // (rows // items.queries))),
+        (items.tiles_2C.shape[1], -(-heads // (rows // queries))),
         mla_config(rows, q_TNW.dtype),
         q_ptr=q_TNW.contiguous(),
         cache_ptr=cache_BSW,
@@ -153,7 +154,7 @@ def mla_prefill(q_TNW: Tensor, cache_BSW: Tensor, items: PrefillItems, options: 
         tile_count_ptr=items.tile_count_1,
         out_ptr=out_TNL,
         heads=heads,
-        tile_queries=items.queries,
+        tile_queries=queries,
         table_stride=items.tables_RB.shape[1],
         block_size=cache_BSW.shape[1],
         scale=options.scale * options.cache_scale,

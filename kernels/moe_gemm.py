@@ -27,7 +27,7 @@ from .moe_sort import MOST_EXPERTS, ExpertBlocks
 from .tiles import dot, rounded
 from .tuning import launch_tuned
 
-MOST_MASKED_TOKENS = 64
+MOST_MASKED_TOKENS = 32
 """The most tokens of the masked way."""
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -184,30 +184,19 @@ def _config(places: int, outputs: int, inputs: int, *, warps: int, stages: int, 
     return KernelConfig(tiles=tiles, num_warps=warps, num_stages=stages)
 
 
-def block_places(weights_EOI: Tensor, entries: int, *, one_way: bool = False) -> int:
-    """Return how many places blocks have: more where experts have many rows. ``one_way``: the same for any number."""
-    unit = _unit(*weights_EOI.shape[1:])
-    is_large = entries >= 96 * len(weights_EOI) and _has_large_blocks(weights_EOI.dtype, unit)
-    return _PLACES[is_large and not one_way]
+def block_places(weights_EOI: Tensor, entries: int) -> int:
+    """Return how many places blocks have: more where experts have many rows."""
+    is_large = weights_EOI.dtype.itemsize == 2 and entries >= 96 * len(weights_EOI)
+    return _PLACES[is_large]
 
 
-def _has_large_blocks(dtype: torch.dtype, unit: int) -> bool:
-    return dtype.itemsize == 2 and unit > 1
-
-
-def _unit(outputs: int, inputs: int) -> int:
-    return 1 if inputs % _UNIT or outputs % (2 * _UNIT) else _UNIT
-
-
-def block_configs(
-    dtype: torch.dtype, places: int, unit: int, *, is_gated: bool, is_wide: bool
-) -> Sequence[KernelConfig]:
+def block_configs(dtype: torch.dtype, places: int, *, is_gated: bool, is_wide: bool) -> Sequence[KernelConfig]:
     """Return the ways to multiply blocks; the first unless tuning has found another.
 
-    Gate and up are two products: a program has half as many outputs of them. Rows that are not aligned (``unit`` 1)
-    are loaded number by number. ``is_wide``: the device multiplies from shared memory, and has registers for more sums.
+    Gate and up are two products: a program has half as many outputs of them. ``is_wide``: the device multiplies from
+    shared memory, and has registers for more sums.
     """
-    if unit == 1 or dtype.itemsize > 2:
+    if dtype.itemsize > 2:
         return (_config(places, 32 if is_gated else 64, 32, warps=8, stages=2),)
     if places == _PLACES[0]:
         return (_config(places, 64 if is_gated else 128, 64, warps=4, stages=4),)
@@ -215,31 +204,33 @@ def block_configs(
     return (_config(places, 128 if is_gated else 256, 64, warps=8, stages=3), narrow) if is_wide else (narrow,)
 
 
+def _unit(dtype: torch.dtype) -> int:
+    """Return the unit of sizes: rows of 16-bit numbers are aligned (``can_multiply``), others are of any length."""
+    return 1 if dtype.itemsize > 2 else _UNIT
+
+
 @lru_cache(maxsize=16)
 def _is_wide(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def masked_config(dtype: torch.dtype, tokens: int, unit: int, *, is_gated: bool) -> KernelConfig:
+def masked_config(*, is_gated: bool) -> KernelConfig:
     """Return how few tokens are multiplied: weights come in wide rows, several on their way at once."""
-    places = 16 if tokens <= 16 else MOST_MASKED_TOKENS
-    if unit == 1 or dtype.itemsize > 2:
-        return _config(places, 32, 32, warps=4 if places == 16 else 8, stages=2, BLOCK_A=MOST_CHOSEN)
-    stages = 4 if places == 16 else 3
-    return _config(places, 32 if is_gated else 64, 128, warps=4, stages=stages, BLOCK_A=MOST_CHOSEN)
+    outputs = 32 if is_gated else 64
+    return _config(MOST_MASKED_TOKENS, outputs, 128, warps=4, stages=4, BLOCK_A=MOST_CHOSEN)
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``block_product`` and ``masked_product`` launch."""
-    for dtype, is_gated, unit in product(_TYPES, (False, True), (1, _UNIT)):
+    for dtype, is_gated in product(_TYPES, (False, True)):
         kind = pointer(dtype)
         sizes = dict.fromkeys(("entries_per_row", "input_units", "output_units"), "i32")
         pointers = {"x_ptr": kind, "weights_ptr": kind, "out_ptr": kind}
-        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}{' not aligned' if unit == 1 else ''}"
-        constants = {"IS_GATED": is_gated, "UNIT": unit}
-        for places in _PLACES if _has_large_blocks(dtype, unit) else _PLACES[:1]:
-            everywhere = block_configs(dtype, places, unit, is_gated=is_gated, is_wide=False)
-            for config in block_configs(dtype, places, unit, is_gated=is_gated, is_wide=True):
+        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}"
+        constants = {"IS_GATED": is_gated, "UNIT": _unit(dtype)}
+        for places in _PLACES if dtype.itemsize == 2 else _PLACES[:1]:
+            everywhere = block_configs(dtype, places, is_gated=is_gated, is_wide=False)
+            for config in block_configs(dtype, places, is_gated=is_gated, is_wide=True):
                 tables = dict.fromkeys(("entries_ptr", "experts_ptr", "rows_ptr"), "*i32")
                 yield CompileCase(
                     kernel=_block_product_kernel,
@@ -249,20 +240,29 @@ def compile_cases() -> Iterator[CompileCase]:
                     constants=constants,
                     targets=tuple(SHARED_BYTES)[config not in everywhere :],
                 )
-        for tokens in (16, MOST_MASKED_TOKENS):
+        if dtype.itemsize == 2:
             yield CompileCase(
                 kernel=_masked_product_kernel,
                 name=name,
-                config=masked_config(dtype, tokens, unit, is_gated=is_gated),
+                config=masked_config(is_gated=is_gated),
                 signature={**pointers, "experts_ptr": "*i64", "tokens": "i32", "chosen": "i32", **sizes},
                 constants=constants,
             )
 
 
 def can_multiply(x_TI: Tensor, weights_EOI: Tensor) -> bool:
-    """Return whether the kernels take rows and weights: on a GPU, of one type, experts not too many to sort by."""
+    """Return whether the kernels take rows and weights: on a GPU, of one type, experts not too many to sort by.
+
+    Sizes of 16-bit weights have to be multiples of 16.
+    """
     is_fit = weights_EOI.dtype == x_TI.dtype in _TYPES and len(weights_EOI) <= MOST_EXPERTS
-    return is_fit and weights_EOI.is_contiguous() and uses_triton("moe_gemm", x_TI)
+    is_aligned = not any(size % _unit(x_TI.dtype) for size in weights_EOI.shape[1:])
+    return is_fit and is_aligned and weights_EOI.is_contiguous() and uses_triton("moe_gemm", x_TI)
+
+
+def can_mask(dtype: torch.dtype, tokens: int, chosen: int) -> bool:
+    """Return whether the masked way takes so many tokens and choices: few, of 16-bit numbers."""
+    return dtype.itemsize == 2 and tokens <= MOST_MASKED_TOKENS and chosen <= MOST_CHOSEN
 
 
 def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, entries: int, is_gated: bool) -> Tensor:
@@ -276,7 +276,7 @@ def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, en
     launch_tuned(
         _block_product_kernel,
         lambda config: (count * -(-out_RO.shape[1] // config.tiles["BLOCK_N"]),),
-        block_configs(x_TI.dtype, places, sizes["UNIT"], is_gated=is_gated, is_wide=_is_wide(x_TI.device)),
+        block_configs(x_TI.dtype, places, is_gated=is_gated, is_wide=_is_wide(x_TI.device)),
         (x_TI.dtype, tuple(weights_EOI.shape), next_power_of_2(entries)),
         x_ptr=x_TI.contiguous(),
         weights_ptr=weights_EOI,
@@ -292,20 +292,20 @@ def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, en
 
 
 def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_gated: bool) -> Tensor:
-    """As ``expert_product_reference``, for at most ``MOST_MASKED_TOKENS`` tokens; a token's experts are different ones.
+    """As ``expert_product_reference``, where ``can_mask`` says so; a token's experts are different ones.
 
     Shapes: x_TI [tokens or entries, inputs]; weights_EOI contiguous; experts_TA [tokens, chosen] int64; returns
     [entries, outputs]
     Raises: ValueError where shapes do not fit
     """
     tokens, chosen = experts_TA.shape
-    if tokens > MOST_MASKED_TOKENS or chosen > MOST_CHOSEN or experts_TA.dtype != torch.int64:
+    if not can_mask(x_TI.dtype, tokens, chosen) or experts_TA.dtype != torch.int64:
         raise ValueError(
-            f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, MOST_CHOSEN]}, got {[tokens, chosen]}, "
-            f"{experts_TA.dtype}"
+            f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, MOST_CHOSEN]}, of 16-bit x_TI, "
+            f"got {[tokens, chosen]} {experts_TA.dtype}, {x_TI.dtype}"
         )
     sizes, out_RO = _prepare(x_TI, weights_EOI, tokens * chosen, is_gated)
-    config = masked_config(x_TI.dtype, tokens, sizes["UNIT"], is_gated=is_gated)
+    config = masked_config(is_gated=is_gated)
     launch(
         _masked_product_kernel,
         (-(-out_RO.shape[1] // config.tiles["BLOCK_N"]), len(weights_EOI) if tokens * chosen else 0),
@@ -335,8 +335,9 @@ def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) ->
         raise ValueError(f"weights_EOI must have gate and up, got {weights_EOI.shape[1]} outputs")
     if entries % max(rows, 1) or (entries and not rows):
         raise ValueError(f"x_TI has {rows} rows, which do not divide the {entries} entries")
-    outputs = weights_EOI.shape[1] // (2 if is_gated else 1)
-    unit = _unit(weights_EOI.shape[1], inputs)
+    outputs, unit = weights_EOI.shape[1] // (2 if is_gated else 1), _unit(x_TI.dtype)
+    if inputs % unit or outputs % unit:
+        raise ValueError(f"weights_EOI of {x_TI.dtype} must be of multiples of {unit}, got {list(weights_EOI.shape)}")
     sizes = {
         "entries_per_row": entries // max(rows, 1),
         "input_units": inputs // unit,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activation import silu_and_mul
 from .moe_combine import weighted_sum
-from .moe_gemm import MOST_CHOSEN, MOST_MASKED_TOKENS, block_places, block_product, can_multiply, masked_product
+from .moe_gemm import block_places, block_product, can_mask, can_multiply, masked_product
 from .moe_sort import ExpertBlocks, cut_into_blocks, sort_by_expert, sort_into_blocks, unsort
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -47,25 +47,27 @@ def moe_mlp(
 def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product], down: Sequence[Product]) -> Tensor:
     """Return what each expert makes of its rows.
 
-    Rows behind the last counted one are padding; what stands in their place in the result has no meaning.
+    Rows behind the last counted one are padding; what stands in their place in the result has no meaning. The result is
+    of the type that ``down`` returns; without a counted row, of the rows' own.
 
     Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
     """
-    results_RH = torch.empty_like(rows_RH)
+    results_RH: Tensor | None = None
     first = 0
     for expert, count in enumerate(counts_E.tolist()):
         if count:
             hidden_RI = silu_and_mul(gate_up[expert](rows_RH[first : first + count], None))
-            results_RH[first : first + count] = down[expert](hidden_RI, None)
+            made_RH = down[expert](hidden_RI, None)
+            if results_RH is None:
+                results_RH = rows_RH.new_empty(rows_RH.shape, dtype=made_RH.dtype)
+            results_RH[first : first + count] = made_RH
             first += count
-    return results_RH
+    return torch.empty_like(rows_RH) if results_RH is None else results_RH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackedExperts:
     """The weights of experts, for kernels that multiply with all of them in one launch.
-
-    ``one_way``: a row's bits do not depend on how many others there are.
 
     Shapes: gate_up_EOH [experts, 2 * intermediate, hidden], gate first; down_EHI [experts, hidden, intermediate]; both
     contiguous
@@ -73,16 +75,10 @@ class StackedExperts:
 
     gate_up_EOH: Tensor
     down_EHI: Tensor
-    one_way: bool = False
 
     def can_multiply(self, x_TH: Tensor) -> bool:
         """Return whether kernels take these weights and rows such as ``x``."""
         return can_multiply(x_TH, self.gate_up_EOH) and can_multiply(x_TH, self.down_EHI)
-
-    def block_places(self, entries: int) -> int:
-        """Return how many places the blocks of both products have."""
-        weights = (self.gate_up_EOH, self.down_EHI)
-        return min(block_places(each, entries, one_way=self.one_way) for each in weights)
 
 
 def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, experts: StackedExperts) -> Tensor:
@@ -91,12 +87,12 @@ def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, expert
     Shapes: as ``moe_mlp``; a token's experts are different ones
     """
     num_tokens, chosen = experts_TA.shape
-    if num_tokens <= MOST_MASKED_TOKENS and chosen <= MOST_CHOSEN and not experts.one_way:
+    if can_mask(x_TH.dtype, num_tokens, chosen):
         hidden_RI = masked_product(x_TH, experts.gate_up_EOH, experts_TA, is_gated=True)
         results_RH = masked_product(hidden_RI, experts.down_EHI, experts_TA, is_gated=False)
     else:
         entries = num_tokens * chosen
-        blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), experts.block_places(entries))
+        blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), block_places(experts.down_EHI, entries))
         results_RH = _multiply(x_TH, blocks, entries, experts)
     return weighted_sum(results_RH.view(num_tokens, chosen, x_TH.shape[1]), weights_TA)
 
@@ -107,7 +103,7 @@ def stacked_products(rows_RH: Tensor, counts_E: Tensor, experts: StackedExperts)
     Shapes: rows_RH [rows, hidden], sorted by expert; counts_E [experts] int64; returns [rows, hidden]
     """
     rows = len(rows_RH)
-    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, experts.block_places(rows)), rows, experts)
+    return _multiply(rows_RH, cut_into_blocks(counts_E, rows, block_places(experts.down_EHI, rows)), rows, experts)
 
 
 def _multiply(x_TH: Tensor, blocks: ExpertBlocks, entries: int, experts: StackedExperts) -> Tensor:

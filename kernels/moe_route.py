@@ -127,8 +127,8 @@ def _choose_experts_kernel(
     biased,
     sums_two,
     normalize,
+    is_sigmoid,
     scaling,
-    IS_SIGMOID: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -146,13 +146,11 @@ def _choose_experts_kernel(
 
     BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_S
     logits = tl.reshape(logits, (BLOCK_T, BLOCK_E))
-    if IS_SIGMOID:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        # Tokens behind the last have no largest logit.
-        largest = tl.where(token < tokens, tl.max(logits, axis=1), 0.0)
-        scores = tl.exp(logits - largest[:, None])
-        scores = scores / tl.where(token < tokens, tl.sum(scores, axis=1), 1.0)[:, None]
+    # Tokens behind the last have no largest logit.
+    largest = tl.where(token < tokens, tl.max(logits, axis=1), 0.0)
+    odds = tl.exp(logits - largest[:, None])
+    total = tl.where(token < tokens, tl.sum(odds, axis=1), 1.0)
+    scores = tl.where(is_sigmoid != 0, 1.0 / (1.0 + tl.exp(-logits)), odds / total[:, None])
     bias_GS = tl.load(bias_ptr + expert_GS, mask=is_expert_GS & (expert_GS < biased), other=0.0)
     wanted = scores + tl.reshape(bias_GS, (BLOCK_E,))[None, :]
     expert = tl.reshape(expert_GS, (BLOCK_E,))[None, :]
@@ -192,9 +190,9 @@ def _choose_experts_kernel(
 
 
 _MOST_CHOSEN = 16
-_SIZES = (32, 128, 256, 512)
+_SIZES = (128, 512)
 _GROUPS = 8
-_GROUP_SIZES = (32, 64)
+_GROUP_SIZES = (64,)
 
 
 def choose_config(num_experts: int, groups: int) -> KernelConfig | None:
@@ -212,26 +210,24 @@ def choose_config(num_experts: int, groups: int) -> KernelConfig | None:
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``choose_experts`` launches."""
     shapes = [(1, size) for size in _SIZES] + [(_GROUPS, _GROUPS * size) for size in _GROUP_SIZES]
-    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "biased", "sums_two", "normalize")
+    numbers = ("tokens", "top_k", "groups", "group_size", "top_groups", "biased", "sums_two", "normalize", "is_sigmoid")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for groups, experts in shapes:
             config = choose_config(experts, groups)
             assert config is not None
-            for score in Score:
-                yield CompileCase(
-                    kernel=_choose_experts_kernel,
-                    name=f"{pointer(dtype)[1:]} {score} {experts}{f' in {groups}' if groups > 1 else ''}",
-                    config=config,
-                    signature={
-                        "logits_ptr": pointer(dtype),
-                        "bias_ptr": "*fp32",
-                        "weights_ptr": "*fp32",
-                        "experts_ptr": "*i64",
-                        **dict.fromkeys(numbers, "i32"),
-                        "scaling": "fp32",
-                    },
-                    constants={"IS_SIGMOID": score is Score.SIGMOID},
-                )
+            yield CompileCase(
+                kernel=_choose_experts_kernel,
+                name=f"{pointer(dtype)[1:]} {experts}{f' in {groups}' if groups > 1 else ''}",
+                config=config,
+                signature={
+                    "logits_ptr": pointer(dtype),
+                    "bias_ptr": "*fp32",
+                    "weights_ptr": "*fp32",
+                    "experts_ptr": "*i64",
+                    **dict.fromkeys(numbers, "i32"),
+                    "scaling": "fp32",
+                },
+            )
 
 
 def choose_experts(logits_TE: Tensor, routing: Routing, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -277,8 +273,8 @@ def _choose_by_triton(
         biased=0 if bias_E is None else experts,
         sums_two=int(routing.sums_two),
         normalize=int(routing.normalize),
+        is_sigmoid=int(routing.score is Score.SIGMOID),
         scaling=routing.scaling,
-        IS_SIGMOID=routing.score is Score.SIGMOID,
     )
     return weights_TA, experts_TA
 

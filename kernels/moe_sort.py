@@ -186,7 +186,7 @@ def _cut_rows_kernel(
     tl.store(entries_ptr + block * places + place, first + place, mask=place < rows)
 
 
-_SIZES = (32, 128, 256, MOST_EXPERTS)
+_SIZES = (128, MOST_EXPERTS)
 _MOST_CHUNKS = 128
 _MOST_PLACES = 128
 
@@ -201,9 +201,7 @@ def sort_config(num_experts: int) -> KernelConfig:
     )
 
 
-def _cut_config(num_experts: int) -> KernelConfig:
-    size = sort_config(num_experts).tiles["BLOCK_E"]
-    return KernelConfig(tiles={"BLOCK_M": _MOST_PLACES, "BLOCK_E": size}, num_warps=4, num_stages=1)
+_CUT_CONFIG = KernelConfig(tiles={"BLOCK_M": _MOST_PLACES, "BLOCK_E": MOST_EXPERTS}, num_warps=4, num_stages=1)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -231,12 +229,12 @@ def compile_cases() -> Iterator[CompileCase]:
                 **dict.fromkeys(("entries", "chunk", "chunks", "experts", "blocks", "places"), "i32"),
             },
         )
-        yield CompileCase(
-            kernel=_cut_rows_kernel,
-            name=f"{size} experts",
-            config=_cut_config(size),
-            signature={"counts_ptr": "*i64", **blocks, "experts": "i32", "places": "i32"},
-        )
+    yield CompileCase(
+        kernel=_cut_rows_kernel,
+        name=f"{MOST_EXPERTS} experts",
+        config=_CUT_CONFIG,
+        signature={"counts_ptr": "*i64", **blocks, "experts": "i32", "places": "i32"},
+    )
 
 
 def sort_into_blocks(experts_R: Tensor, num_experts: int, places: int) -> ExpertBlocks:
@@ -277,16 +275,16 @@ def cut_into_blocks(counts_E: Tensor, rows: int, places: int) -> ExpertBlocks:
     Raises: ValueError
     """
     num_experts = len(counts_E)
-    config = _cut_config(num_experts)
-    if counts_E.dtype != torch.int64 or not 0 < places <= _MOST_PLACES:
+    if counts_E.dtype != torch.int64 or num_experts > MOST_EXPERTS or not 0 < places <= _MOST_PLACES:
         raise ValueError(
-            f"counts_E must be int64, and blocks of at most {_MOST_PLACES}, got {counts_E.dtype}, {places}"
+            f"counts_E must be at most [{MOST_EXPERTS}] int64, and blocks of at most {_MOST_PLACES} places, "
+            f"got [{num_experts}] {counts_E.dtype}, {places}"
         )
     found = _empty_blocks(most_blocks(rows, num_experts, places), places, counts_E.device)
     launch(
         _cut_rows_kernel,
         (len(found.rows_B),),
-        config,
+        _CUT_CONFIG,
         counts_ptr=counts_E.contiguous(),
         entries_ptr=found.entries_BM,
         block_experts_ptr=found.experts_B,

@@ -27,7 +27,7 @@ from .sample_masses import masses
 from .sample_noise import gumbel_noise
 from .sample_race import best_by_race, draw_by_race
 from .sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
-from .sample_tiles import best_by_tiles, draw_by_tiles, fits_tiles
+from .sample_tiles import best_by_tiles, choose_by_kernel, draw_by_tiles, fits_tiles
 
 
 def draw_reference(logits_RV: Tensor, settings: DrawSettings) -> DrawnTokens:
@@ -102,6 +102,8 @@ def choose_best(scores_SR: Tensor, ids_SR: Tensor) -> DrawnTokens:
 
     Shapes: scores_SR [slices, R] float64; ids_SR [slices, R] int64
     """
+    if uses_triton("sample", scores_SR):
+        return choose_by_kernel(scores_SR, ids_SR)
     best_R = scores_SR.amax(0)
     last = torch.iinfo(torch.int64).max
     return DrawnTokens(

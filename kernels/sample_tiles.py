@@ -1,6 +1,6 @@
 """Drawing by kernels, without a sort: one pass over the logits, and then a look at the few tiles that matter.
 
-``_scan_kernel`` reads every logit once and keeps three numbers for each tile of 256 tokens: its best logit, an estimate
+``_scan_kernel`` reads every logit once and keeps three numbers for each tile of 128 tokens: its best logit, an estimate
 of its best score, and an estimate of its mass. ``_draw_kernel`` (``sample_walk`` has its steps) goes on from these, a
 row a program: a tile is read again only if a token that decides can be in it.
 
@@ -19,14 +19,15 @@ from torch import Tensor
 from .compile_case import CompileCase, pointer
 from .launch import KernelConfig, jit, launch, tl
 from .sample_masses import mass_scale
-from .sample_noise import hash_tokens, row_keys
+from .sample_noise import row_keys
 from .sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
-from .sample_walk import estimate_again, first_largest_of, floor_of_top_k, is_outside, winner
+from .sample_walk import estimate_again, first_largest_of, floor_of_top_k, is_outside, times_of, winner
 
-TILE = 256
+TILE = 128  # four numbers for each thread of a warp: a tile is reduced within one
 _DOUBT = 1e-4  # of the whole mass: nearer to the cut than this, estimates do not decide; they are good to about 1e-5
-_SCAN = KernelConfig(tiles={"TILE": TILE, "GROUP": 8}, num_warps=4, num_stages=1)
-_ROW_TILES = (256, 1024)
+_CHOOSE = KernelConfig(tiles={"BLOCK": 128}, num_warps=4, num_stages=1)
+_SCAN = KernelConfig(tiles={"TILE": TILE, "GROUP": 16}, num_warps=4, num_stages=1)
+ROW_SIZES = (1 << 17, 1 << 18)  # the largest vocabularies of the configurations for rows
 
 
 @jit
@@ -57,8 +58,8 @@ def _scan_kernel(
     x = tl.load(
         logits_ptr + row.to(tl.int64) * row_stride + columns_GT, mask=columns_GT < vocabulary, other=float("-inf")
     )
-    is_broken_G = tl.max((x != x).to(tl.int32), axis=1) > 0
-    best_G = tl.where(is_broken_G, float("nan"), tl.max(x, axis=1))
+    # NaN counts as +inf: neither belongs to a distribution.
+    best_G = tl.max(tl.where(x == x, x, float("inf")), axis=1)
     out_G = row.to(tl.int64) * tiles + tiles_G
     is_there_G = tiles_G < tiles
     tl.store(best_ptr + out_G, best_G, mask=is_there_G)
@@ -67,9 +68,8 @@ def _scan_kernel(
         scale = (1.4426950408889634 / temperature).to(tl.float32)
         level_G = tl.where((best_G > float("-inf")) & (best_G < float("inf")), best_G, 0.0)
         decay_GT = (x - level_G[:, None]) * scale
-        hashed_GT = hash_tokens(tl.load(integers_ptr + row), columns_GT + first_id)
-        estimate_GT = decay_GT - tl.log2((16777216 - hashed_GT).to(tl.float32))
-        tl.store(estimate_ptr + out_G, tl.max(estimate_GT, axis=1), mask=is_there_G)
+        times_GT = times_of(decay_GT, tl.load(integers_ptr + row), columns_GT + first_id)
+        tl.store(estimate_ptr + out_G, -tl.log2(tl.min(times_GT, axis=1)), mask=is_there_G)
         if tl.load(numbers_ptr + rows + row) < 1.0:
             tl.store(mass_ptr + out_G, tl.sum(tl.exp2(decay_GT), axis=1), mask=is_there_G)
 
@@ -146,20 +146,49 @@ def _draw_kernel(
     tl.store(scores_ptr + row, score)
 
 
+@jit
+def _choose_kernel(scores_ptr, ids_ptr, best_ptr, chosen_ptr, slices, rows, BLOCK: tl.constexpr):
+    """One program finds the best of all slices for BLOCK rows: its score, and its token, the lowest among equals."""
+    rows_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_there = rows_B < rows
+    best_B = tl.full((BLOCK,), float("-inf"), tl.float64)
+    chosen_B = tl.zeros((BLOCK,), tl.int64)
+    for each in range(0, slices):
+        scores_B = tl.load(scores_ptr + each * rows + rows_B, mask=is_there, other=float("-inf"))
+        ids_B = tl.load(ids_ptr + each * rows + rows_B, mask=is_there, other=0)
+        # A score that is NaN stays the best, and is no token.
+        is_better_B = (scores_B > best_B) | (scores_B != scores_B) | ((scores_B == best_B) & (ids_B < chosen_B))
+        is_better_B = is_better_B & (best_B == best_B) & (scores_B != float("-inf"))
+        best_B = tl.where(is_better_B, scores_B, best_B)
+        chosen_B = tl.where(is_better_B & (scores_B == scores_B), ids_B, tl.where(is_better_B, 0, chosen_B))
+    tl.store(best_ptr + rows_B, best_B, mask=is_there)
+    tl.store(chosen_ptr + rows_B, chosen_B, mask=is_there)
+
+
 def fits_tiles(logits_RV: Tensor) -> bool:
     """Return whether kernels take such logits: float32, a row's numbers side by side, at most 262,144 tokens."""
     is_plain = logits_RV.dtype == torch.float32 and logits_RV.stride(-1) == 1
-    return is_plain and 0 < logits_RV.shape[1] <= _ROW_TILES[-1] * TILE
+    return is_plain and 0 < logits_RV.shape[1] <= ROW_SIZES[-1]
 
 
 def row_config(vocabulary: int) -> KernelConfig:
-    """Return how a row's tiles are held: all of them at once, four read again side by side."""
-    tiles = next(each for each in _ROW_TILES if vocabulary <= each * TILE)
-    return KernelConfig(tiles={"TILES": tiles, "TILE": TILE, "GROUP": 4}, num_warps=4, num_stages=1)
+    """Return how a row's tiles are held: all of them at once, eight read again side by side."""
+    tiles = next(each for each in ROW_SIZES if vocabulary <= each) // TILE
+    return KernelConfig(tiles={"TILES": tiles, "TILE": TILE, "GROUP": 8}, num_warps=4, num_stages=1)
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Return what ``draw_by_tiles`` and ``best_by_tiles`` launch."""
+    """Return what ``draw_by_tiles``, ``best_by_tiles`` and ``choose_by_kernel`` launch."""
+    yield CompileCase(
+        kernel=_choose_kernel,
+        name="slices",
+        config=_CHOOSE,
+        signature={
+            **dict.fromkeys(("scores_ptr", "best_ptr"), pointer(torch.float64)),
+            **dict.fromkeys(("ids_ptr", "chosen_ptr"), pointer(torch.int64)),
+            **dict.fromkeys(("slices", "rows"), "i32"),
+        },
+    )
     shared = {
         **dict.fromkeys(("logits_ptr", "best_ptr", "estimate_ptr", "mass_ptr"), pointer(torch.float32)),
         "numbers_ptr": pointer(torch.float64),
@@ -167,15 +196,14 @@ def compile_cases() -> Iterator[CompileCase]:
         **dict.fromkeys(("rows", "vocabulary", "tiles", "row_stride", "first_id"), "i32"),
     }
     aligned = ("vocabulary", "row_stride")
-    for name, multiples in (("aligned rows", aligned), ("any rows", ())):
-        yield CompileCase(
-            kernel=_scan_kernel, name=name, config=_SCAN, signature={**shared, "groups": "i32"}, aligned=multiples
-        )
-    for tiles in _ROW_TILES:
+    yield CompileCase(
+        kernel=_scan_kernel, name="scan", config=_SCAN, signature={**shared, "groups": "i32"}, aligned=aligned
+    )
+    for vocabulary in ROW_SIZES:
         yield CompileCase(
             kernel=_draw_kernel,
-            name=f"up to {tiles * TILE} tokens",
-            config=row_config(tiles * TILE),
+            name=f"up to {vocabulary} tokens",
+            config=row_config(vocabulary),
             signature={
                 **shared,
                 "list_ptr": pointer(torch.int32),
@@ -185,8 +213,8 @@ def compile_cases() -> Iterator[CompileCase]:
                 "doubt": "fp32",
             },
             aligned=aligned,
-            # NVIDIA's assembler prefers 128 registers, and a row's settings in memory, to fewer threads at a time.
-            spill_bytes=64,
+            # NVIDIA's assembler stops at 168 registers, and keeps a number or two of the row's settings in memory.
+            spill_bytes=16,
         )
 
 
@@ -214,7 +242,7 @@ def upload_settings(settings: DrawSettings, vocabulary: int, device: torch.devic
 
 
 def scan(logits_RV: Tensor, numbers_3R: Tensor, integers_2R: Tensor, *, first_id: int = 0) -> Tensor:
-    """Return each tile's best logit (NaN where one is), estimate and mass; the latter where the settings ask for them.
+    """Return each tile's best logit (+inf where one is NaN), estimate and mass; these where the settings ask for them.
 
     Shapes: logits_RV [R, V] float32; numbers_3R, integers_2R as uploaded; returns [3, R, T] float32
     """
@@ -279,3 +307,22 @@ def best_by_tiles(logits_RV: Tensor, settings: DrawSettings, *, first_id: int) -
         doubt=_DOUBT,
     )
     return scores_R, ids_R
+
+
+def choose_by_kernel(scores_SR: Tensor, ids_SR: Tensor) -> DrawnTokens:
+    """As ``sample.choose_best``."""
+    slices, rows = scores_SR.shape
+    best_R = torch.empty(rows, dtype=torch.float64, device=scores_SR.device)
+    chosen_R = torch.empty(rows, dtype=torch.int64, device=scores_SR.device)
+    launch(
+        _choose_kernel,
+        (-(-rows // _CHOOSE.tiles["BLOCK"]),),
+        _CHOOSE,
+        scores_ptr=scores_SR.contiguous(),
+        ids_ptr=ids_SR.contiguous(),
+        best_ptr=best_R,
+        chosen_ptr=chosen_R,
+        slices=slices,
+        rows=rows,
+    )
+    return DrawnTokens(token_ids_R=chosen_R, valid_R=best_R.isfinite())

@@ -4,9 +4,10 @@ A walk goes over a list of tile numbers in memory, GROUP tiles at a time. All of
 read it, so there is a barrier on either side of the writing.
 
 Scores are compared relative to the row's best logit, in powers of two. Let r = 2**24 - hash, so that a token's uniform
-number is u = 1 - r / (2**24 + 1). The estimate ``(logit - best) * scale - log2(r)`` is never below the score
-``(logit - best) * scale - log2(-log(u)) - log2(2**24 + 1)``, because ``-log(u) >= 1 - u``: whatever has an estimate
-below a score that was reached cannot win. Only what is left is scored in float64.
+number is u = 1 - r / (2**24 + 1). The estimate ``decay - log2(r)``, with ``decay = (logit - best) * scale``, is never
+below the score ``decay - log2(-log(u)) - log2(2**24 + 1)``, because ``-log(u) >= 1 - u``: whatever has an estimate
+below a score that was reached cannot win. Only what is left is scored in float64. A tile's best estimate is that of its
+least time, ``r / 2**decay``: an exponential a token, and a logarithm a tile.
 
 Two tuples go through all of it: ``row`` is (pointer to the logits, pointer to the list, vocabulary), ``drawing`` is
 (best logit, temperature, scale, key, first id), temperature a float64, scale its reciprocal in powers of two.
@@ -45,14 +46,13 @@ def load_listed(row, first, count, TILE: tl.constexpr, GROUP: tl.constexpr):
 
 @jit
 def first_largest_of(row, best_T, TILE: tl.constexpr):
-    """Return the largest logit, the first column of it, and it as a score (float64): NaN if one is NaN or +inf."""
+    """Return the largest logit, the first column of it, and it as a score (float64): NaN if it is +inf."""
     row_ptr, vocabulary = row[0], row[2]
-    is_broken = tl.max((best_T != best_T).to(tl.int32), axis=0) > 0
     best = tl.max(best_T, axis=0)
     columns = tl.argmax(best_T, axis=0) * TILE + tl.arange(0, TILE)
     x = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf"))
     column = tl.min(tl.where(x == best, columns, vocabulary - 1), axis=0)
-    return best, column, tl.where(is_broken | (best == float("inf")), float("nan"), best).to(tl.float64)
+    return best, column, tl.where(best == float("inf"), float("nan"), best).to(tl.float64)
 
 
 @jit
@@ -106,11 +106,9 @@ def floor_of_top_k(row, best_T, best, k, TILES: tl.constexpr, TILE: tl.constexpr
 
 
 @jit
-def estimates_of(x, columns, drawing):
-    """Return what is never below the scores of tokens."""
-    best, scale, key, first_id = drawing[0], drawing[2], drawing[3], drawing[4]
-    hashed = hash_tokens(key, columns + first_id)
-    return (x - best) * scale - tl.log2((16777216 - hashed).to(tl.float32))
+def times_of(decay, key, token_ids):
+    """Return when tokens arrive at the earliest, in a race that the first to arrive wins."""
+    return (16777216 - hash_tokens(key, token_ids)).to(tl.float32) * tl.exp2(-decay)
 
 
 @jit
@@ -127,16 +125,17 @@ def estimate_again(
     GROUP: tl.constexpr,
 ):
     """Return the estimate of each tile, -inf where nothing takes part, and of the mass of all that takes part."""
-    best, scale = drawing[0], drawing[2]
+    best, scale, key, first_id = drawing[0], drawing[2], drawing[3], drawing[4]
     is_wanted_T = (best_T >= floor) & (best_T > cut)
     count = list_tiles(row, is_wanted_T, TILES)
     for first in range(0, count, GROUP):
         x, columns_GT, tiles_G = load_listed(row, first, count, TILE, GROUP)
         is_in_GT = (x >= floor) & (x > cut)
-        estimates_GT = tl.where(is_in_GT, estimates_of(x, columns_GT, drawing), float("-inf"))
-        masses_GT = tl.where(is_in_GT, tl.exp2((x - best) * scale), 0.0)
+        decay_GT = (x - best) * scale
+        times_GT = tl.where(is_in_GT, times_of(decay_GT, key, columns_GT + first_id), float("inf"))
+        masses_GT = tl.where(is_in_GT, tl.exp2(decay_GT), 0.0)
         is_listed_G = first + tl.arange(0, GROUP) < count
-        tl.store(estimate_ptr + tiles_G, tl.max(estimates_GT, axis=1), mask=is_listed_G)
+        tl.store(estimate_ptr + tiles_G, -tl.log2(tl.min(times_GT, axis=1)), mask=is_listed_G)
         tl.store(mass_ptr + tiles_G, tl.sum(masses_GT, axis=1), mask=is_listed_G)
     # Other threads load what these have stored.
     tl.debug_barrier()
@@ -149,13 +148,13 @@ def estimate_again(
 def winner(row, drawing, estimate_T, floor, cut, TILES: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr):
     """Return the column of the best-scored token, the lowest among equals; its score (float64) and its logit."""
     row_ptr, vocabulary = row[0], row[2]
-    best, temperature, key, first_id = drawing[0], drawing[1], drawing[3], drawing[4]
+    best, temperature, scale, key, first_id = drawing
     # The token with the best estimate is scored first; what cannot reach its score is not looked at.
     columns = tl.argmax(estimate_T, axis=0) * TILE + tl.arange(0, TILE)
     x = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf"))
     is_in = (x >= floor) & (x > cut)
-    estimates = tl.where(is_in, estimates_of(x, columns, drawing), float("-inf"))
-    place = tl.argmax(estimates, axis=0)
+    times = tl.where(is_in, times_of((x - best) * scale, key, columns + first_id), float("inf"))
+    place = tl.argmin(times, axis=0)
     hashed = tl.sum(tl.where(tl.arange(0, TILE) == place, hash_tokens(key, columns + first_id), 0), axis=0)
     distance = (tl.max(tl.where(tl.arange(0, TILE) == place, x, float("-inf")), axis=0) - best).to(tl.float64)
     reached = (distance / temperature + noise_of_hashes(hashed)) * 1.4426950408889634 - 24.00000009

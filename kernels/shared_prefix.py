@@ -122,9 +122,11 @@ def shared_prefix_config(
         return attention_decode_configs(head_size, dtype, cache_dtype)[0]
     block = max(64, next_power_of_2(head_size))
     if dtype is torch.float32:
-        return KernelConfig(tiles={"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": block}, num_warps=8, num_stages=2)
-    keys = 64 if block <= 128 else 32
-    return KernelConfig(tiles={"BLOCK_M": 64, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=4, num_stages=3)
+        # Numbers of 8 bits on their way to float32 take the registers of a second stage.
+        stages = 2 if cache_dtype is torch.float32 else 1
+        return KernelConfig(tiles={"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": block}, num_warps=8, num_stages=stages)
+    keys, warps = 64 if block <= 128 else 32, 4 if block == 64 else 8
+    return KernelConfig(tiles={"BLOCK_M": 64, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=3)
 
 
 def shared_tile_rows(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool) -> int:
@@ -135,7 +137,8 @@ def shared_tile_rows(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtyp
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``shared_partials`` launches."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        sizes = (64, 80, 96, 128, 192, 256) if dtype is torch.bfloat16 else (64, 128, 256)
+        # Heads of 96 and 192 numbers are filled up as those of 80 are.
+        sizes = (64, 80, 128, 256) if dtype is torch.bfloat16 else (64, 128, 256)
         for size in sizes:
             for deterministic in (False, True):
                 yield _case(dtype, dtype, size, deterministic=deterministic)
@@ -165,6 +168,8 @@ def _case(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, *, deter
             "SPAN_KEYS": SPAN_KEYS,
         },
         targets=("sm_90", "sm_100", "gfx942") if is_float8 else ("sm_80", "sm_90", "sm_100", "gfx942"),
+        # Addresses that are computed before the loop over keys, where its tiles fill the registers.
+        spill_bytes=64,
     )
 
 

@@ -119,7 +119,7 @@ def split_sums_(
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``split_sums_`` launches."""
     for parts, has_scales in ((torch.float32, False), (torch.float32, True), (torch.int32, True)):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32) if has_scales else (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             scales = "*fp32" if has_scales else pointer(dtype)
             yield CompileCase(
                 kernel=_split_sums_kernel,

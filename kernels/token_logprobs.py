@@ -17,7 +17,7 @@ from .backends import uses_triton
 from .compile_case import CompileCase, pointer
 from .launch import KernelConfig, jit, launch, tl
 from .sample_masses import chunk_rows, mass_scale, masses, masses_of
-from .sample_tiles import TILE, fits_tiles, row_config, scan
+from .sample_tiles import ROW_SIZES, fits_tiles, row_config, scan
 from .sample_walk import order_of
 
 
@@ -34,7 +34,8 @@ class LogprobRows:
     top_logprobs_RK: Tensor
 
 
-_GROUP = 8  # tiles whose mass is added by one program
+# Exponentials in float64 take registers: eight logits a thread.
+_MASS = KernelConfig(tiles={"BLOCK": 2048}, num_warps=8, num_stages=1)
 
 
 @jit
@@ -45,28 +46,22 @@ def _mass_kernel(
     masses_ptr,
     above_ptr,
     vocabulary,
-    tiles,
     groups,
     row_stride,
     mass_scale,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program adds the masses of GROUP tiles of one row, and counts what is above the row's given token."""
+    """One program adds the masses of BLOCK tokens of one row, and counts what is above the row's given token."""
     program = tl.program_id(0)
     row, group = program // groups, program % groups
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
-    tiles_T = tl.arange(0, TILES)
-    best_T = tl.load(best_ptr + row.to(tl.int64) * tiles + tiles_T, mask=tiles_T < tiles, other=float("-inf"))
-    tiles_G = group * GROUP + tl.arange(0, GROUP)
-    columns_GT = tiles_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    x = tl.load(row_ptr + columns_GT, mask=columns_GT < vocabulary, other=float("-inf"))
+    columns = group * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf"))
     temperature = tl.full((), 1.0, tl.float64)
-    masses_GT = masses_of(x, tl.max(best_T, axis=0), temperature, mass_scale)
-    is_above_GT = x > tl.load(row_ptr + tl.load(token_ids_ptr + row))
-    tl.store(masses_ptr + program, tl.sum(tl.sum(masses_GT, axis=1), axis=0))
-    tl.store(above_ptr + program, tl.sum(tl.sum(is_above_GT.to(tl.int32), axis=1), axis=0))
+    masses = masses_of(x, tl.load(best_ptr + row), temperature, mass_scale)
+    is_above = x > tl.load(row_ptr + tl.load(token_ids_ptr + row))
+    tl.store(masses_ptr + program, tl.sum(masses, axis=0))
+    tl.store(above_ptr + program, tl.sum(is_above.to(tl.int32), axis=0))
 
 
 @jit
@@ -88,7 +83,7 @@ def _logprob_kernel(
     k,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """One program does the rest for one row: the given token's log-probability, and the k most likely, one by one.
 
@@ -99,7 +94,7 @@ def _logprob_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     tiles_T = tl.arange(0, TILES)
     best_T = tl.load(best_ptr + row.to(tl.int64) * tiles + tiles_T, mask=tiles_T < tiles, other=float("-inf"))
-    groups_G = tl.arange(0, TILES)
+    groups_G = tl.arange(0, GROUPS)
     mass = tl.sum(tl.load(masses_ptr + row * groups + groups_G, mask=groups_G < groups, other=0), axis=0)
     above = tl.sum(tl.load(above_ptr + row * groups + groups_G, mask=groups_G < groups, other=0), axis=0)
     normalizer = tl.max(best_T, axis=0).to(tl.float64) + tl.log(mass.to(tl.float64) / mass_scale)
@@ -130,11 +125,10 @@ def _logprob_kernel(
         left_T = tl.where(tiles_T == tile, left, left_T)
 
 
-def _config(kernel: object, vocabulary: int) -> KernelConfig:
-    tiles = row_config(vocabulary).tiles["TILES"]
-    # Exponentials in float64 take registers: eight numbers of a tile a thread.
-    warps = 8 if kernel is _mass_kernel else 4
-    return KernelConfig(tiles={"TILES": tiles, "TILE": TILE, "GROUP": _GROUP}, num_warps=warps, num_stages=1)
+def _rest_config(vocabulary: int) -> KernelConfig:
+    row = row_config(vocabulary).tiles
+    groups = row["TILES"] * row["TILE"] // _MASS.tiles["BLOCK"]
+    return KernelConfig(tiles={"TILES": row["TILES"], "TILE": row["TILE"], "GROUPS": groups}, num_stages=1)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -143,23 +137,24 @@ def compile_cases() -> Iterator[CompileCase]:
         **dict.fromkeys(("logits_ptr", "best_ptr"), pointer(torch.float32)),
         **dict.fromkeys(("token_ids_ptr", "masses_ptr"), pointer(torch.int64)),
         "above_ptr": pointer(torch.int32),
-        **dict.fromkeys(("vocabulary", "tiles", "groups", "row_stride"), "i32"),
+        **dict.fromkeys(("vocabulary", "groups", "row_stride"), "i32"),
         "mass_scale": "fp32",
     }
-    rest = {
-        **dict.fromkeys(("logprobs_ptr", "top_logprobs_ptr"), pointer(torch.float32)),
-        **dict.fromkeys(("ranks_ptr", "top_ids_ptr"), pointer(torch.int64)),
-        "k": "i32",
-    }
-    for vocabulary in (1 << 16, 1 << 18):
-        for kernel, signature in ((_mass_kernel, shared), (_logprob_kernel, {**shared, **rest})):
-            yield CompileCase(
-                kernel=kernel,
-                name=f"up to {vocabulary} tokens",
-                config=_config(kernel, vocabulary),
-                signature=signature,
-                aligned=("vocabulary", "row_stride"),
-            )
+    aligned = ("vocabulary", "row_stride")
+    yield CompileCase(kernel=_mass_kernel, name="masses", config=_MASS, signature=shared, aligned=aligned)
+    for vocabulary in ROW_SIZES:
+        yield CompileCase(
+            kernel=_logprob_kernel,
+            name=f"up to {vocabulary} tokens",
+            config=_rest_config(vocabulary),
+            signature={
+                **shared,
+                **dict.fromkeys(("logprobs_ptr", "top_logprobs_ptr"), pointer(torch.float32)),
+                **dict.fromkeys(("ranks_ptr", "top_ids_ptr"), pointer(torch.int64)),
+                **dict.fromkeys(("tiles", "k"), "i32"),
+            },
+            aligned=aligned,
+        )
 
 
 def token_logprobs_reference(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRows:
@@ -190,7 +185,7 @@ def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRow
 def _by_tiles(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRows:
     rows, vocabulary = logits_RV.shape
     device = logits_RV.device
-    groups = -(-vocabulary // (TILE * _GROUP))
+    groups = -(-vocabulary // _MASS.tiles["BLOCK"])
     # Temperature 0: of the scan, only the best logits are wanted.
     nothing_3R = torch.zeros((3, rows), dtype=torch.int64, device=device)
     best_RT = scan(logits_RV, nothing_3R.view(torch.float64), nothing_3R)[0]
@@ -203,21 +198,21 @@ def _by_tiles(logits_RV: Tensor, token_ids_R: Tensor, k: int) -> LogprobRows:
     shared = {
         "logits_ptr": logits_RV,
         "token_ids_ptr": token_ids_R.contiguous(),
-        "best_ptr": best_RT,
         "masses_ptr": torch.empty((rows, groups), dtype=torch.int64, device=device),
         "above_ptr": torch.empty((rows, groups), dtype=torch.int32, device=device),
         "vocabulary": vocabulary,
-        "tiles": best_RT.shape[1],
         "groups": groups,
         "row_stride": logits_RV.stride(0),
         "mass_scale": mass_scale(vocabulary),
     }
-    launch(_mass_kernel, (rows * groups,), _config(_mass_kernel, vocabulary), **shared)
+    launch(_mass_kernel, (rows * groups,), _MASS, **shared, best_ptr=best_RT.amax(-1))
     launch(
         _logprob_kernel,
         (rows,),
-        _config(_logprob_kernel, vocabulary),
+        _rest_config(vocabulary),
         **shared,
+        best_ptr=best_RT,
+        tiles=best_RT.shape[1],
         logprobs_ptr=made.logprobs_R,
         ranks_ptr=made.ranks_R,
         top_ids_ptr=made.top_ids_RK,

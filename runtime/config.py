@@ -96,8 +96,9 @@ class EngineOptions:
     - ``quantization``: how weights are kept: ``none``, as ``dtype`` says, or on a GPU as a quantized checkpoint (AWQ,
       GPTQ, float8) has them; ``int8`` and on GPUs ``fp8``, with activations quantized token by token; ``int4``, in
       groups of 32. Any checkpoint can be quantized while it is read.
-    - ``deterministic``: on a CPU, the same bits for a position whatever else is in the batch, however its prompt is cut
-      and whatever of it the prefix cache has.
+    - ``deterministic``: the same bits for a position whatever else is in the batch, however its prompt is cut, whatever
+      of it the prefix cache has, and whether 1, 2, 4 or 8 tensor-parallel ranks compute it. What cannot keep that is
+      refused. It takes some time.
     - ``kernels``: what carries out operations: ``auto``, the fastest for each on the device; ``torch`` or ``triton``
       for all; or, with commas, ``operation=backend`` (``kernels.backends`` has the table).
     - ``kv_cache_dtype``: of keys and values in the cache: ``auto`` is ``dtype``; ``fp8`` (e4m3), half as large as

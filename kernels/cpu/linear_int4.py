@@ -85,16 +85,24 @@ def unpack_int4(weight: Int4Weight | Int4Panels, first: int, last: int) -> Tenso
 
 
 def linear_int4(
-    x_TI: Tensor, weight: Int4Weight | Int4Panels, bias_O: Tensor | None = None, *, one_way: bool = False
+    x_TI: Tensor,
+    weight: Int4Weight | Int4Panels,
+    bias_O: Tensor | None = None,
+    *,
+    one_way: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     """Return ``x @ weight.T + bias``.
 
-    ``one_way``: the same kernel for any number of rows, so that a row's bits never depend on how many there are
+    ``one_way``: the same kernel for any number of rows, so that a row's bits never depend on how many there are.
+    ``wide``: as float32, for a sum that goes on. torch's kernel gives x's type: without compiled ones it was rounded.
 
     Shapes: x_TI [tokens, inputs] of the scales' type; bias_O [outputs]
     """
     if isinstance(weight, Int4Panels):
-        return linear_int4_panels(x_TI, weight, bias_O)
+        return linear_int4_panels(x_TI, weight, bias_O, wide=wide)
+    if wide:
+        return linear_int4(x_TI, weight, bias_O, one_way=one_way).float()
     if one_way or x_TI.shape[0] < MANY_ROWS:
         product_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_TI.contiguous(), weight.packed, GROUP, weight.scales_GO2

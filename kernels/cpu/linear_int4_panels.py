@@ -68,8 +68,8 @@ def int4_integers(weight: Int4Panels) -> tuple[Tensor, Tensor]:
     return integers_OI[: weight.outputs], scales_OG[: weight.outputs]
 
 
-def linear_int4_panels(x_TI: Tensor, weight: Int4Panels, bias_O: Tensor | None) -> Tensor:
-    """Return ``x @ weight.T + bias``.
+def linear_int4_panels(x_TI: Tensor, weight: Int4Panels, bias_O: Tensor | None, *, wide: bool = False) -> Tensor:
+    """Return ``x @ weight.T + bias``, of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] bfloat16; bias_O [outputs] bfloat16, contiguous
     """
@@ -77,17 +77,18 @@ def linear_int4_panels(x_TI: Tensor, weight: Int4Panels, bias_O: Tensor | None) 
         x_TI = x_TI.contiguous()
     rows, inputs = x_TI.shape
     assert inputs == weight.inputs and x_TI.dtype == torch.bfloat16
-    product_TO = x_TI.new_empty((rows, weight.outputs))
+    product_TO = x_TI.new_empty((rows, weight.outputs), dtype=torch.float32 if wide else None)
     weight.compiled.linear_int4(
         x_TI.data_ptr(),
         weight.words_PGRVL2.data_ptr(),
         weight.scales_PGVL.data_ptr(),
-        bias_address(bias_O, product_TO),
+        bias_address(bias_O, x_TI, weight.outputs),
         product_TO.data_ptr(),
         rows,
         inputs,
         weight.outputs,
         x_TI.stride(0) * x_TI.itemsize,
+        wide,
         torch.get_num_threads(),
     )
     return product_TO

@@ -61,21 +61,23 @@ def pack_int8(weight_OI: Tensor) -> Int8Weight | Int8Panels:
     )
 
 
-def linear_int8(x_TI: Tensor, weight: Int8Weight | Int8Panels, bias_O: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``, both quantized; the result is of x's type.
+def linear_int8(
+    x_TI: Tensor, weight: Int8Weight | Int8Panels, bias_O: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
+    """Return ``x @ weight.T + bias``, both quantized; the result is of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] float32 or bfloat16; bias_O [outputs]
     Source: dynamic quantization by token (ZeroQuant, arXiv 2206.01861, section 3.1)
     """
     if isinstance(weight, Int8Panels):
-        return linear_int8_panels(x_TI, weight, bias_O)
+        return linear_int8_panels(x_TI, weight, bias_O, wide=wide)
     integers_TI, scales_T1 = quantize_rows(x_TI)
     unsigned_TI = integers_TI.add_(_ZERO_POINT).to(torch.uint8)
     product_TO = in_buckets(unsigned_TI, lambda rows_TI: _multiply(rows_TI, weight))
     product_TO.mul_(scales_T1)
     if bias_O is not None:
         product_TO.add_(bias_O)
-    return product_TO.to(x_TI.dtype)
+    return product_TO if wide else product_TO.to(x_TI.dtype)
 
 
 def _multiply(unsigned_TI: Tensor, weight: Int8Weight) -> Tensor:

@@ -52,8 +52,8 @@ def lay_int8_panels(integers_OI: Tensor, scales_O: Tensor) -> Int8Panels | None:
     )
 
 
-def linear_int8_panels(x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None) -> Tensor:
-    """Return ``x @ weight.T + bias``, both quantized; the result is of x's type.
+def linear_int8_panels(x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None, *, wide: bool = False) -> Tensor:
+    """Return ``x @ weight.T + bias``, both quantized; the result is of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] float32 or bfloat16; bias_O [outputs] of x's type, contiguous
     """
@@ -64,7 +64,7 @@ def linear_int8_panels(x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None) 
     threads, is_bfloat16 = torch.get_num_threads(), x_TI.dtype == torch.bfloat16
     unsigned_TI = x_TI.new_empty((rows, inputs), dtype=torch.uint8)
     row_scales_T = x_TI.new_empty(rows, dtype=torch.float32)
-    product_TO = x_TI.new_empty((rows, weight.outputs))
+    product_TO = x_TI.new_empty((rows, weight.outputs), dtype=torch.float32 if wide else None)
     weight.compiled.quantize_rows(
         x_TI.data_ptr(),
         unsigned_TI.data_ptr(),
@@ -81,12 +81,13 @@ def linear_int8_panels(x_TI: Tensor, weight: Int8Panels, bias_O: Tensor | None) 
         weight.words.data_ptr(),
         weight.scales_O.data_ptr(),
         weight.corrections_O.data_ptr(),
-        bias_address(bias_O, product_TO),
+        bias_address(bias_O, x_TI, weight.outputs),
         product_TO.data_ptr(),
         rows,
         inputs,
         weight.outputs,
         is_bfloat16,
+        wide,
         threads,
     )
     return product_TO

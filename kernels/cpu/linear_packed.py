@@ -45,13 +45,19 @@ def pack_weight(weight_OI: Tensor) -> PackedWeight:
     return packed
 
 
-def linear_packed(x_TI: Tensor, packed_weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+def linear_packed(
+    x_TI: Tensor, packed_weight: PackedWeight, bias_O: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
     """Return ``x @ weight.T + bias``.
+
+    ``wide``: as float32, for a sum that goes on. oneDNN gives x's type and no other, so there it has been rounded.
 
     Shapes: x_TI [tokens, inputs] of the weight's type; packed_weight from ``pack_weight``; bias_O [outputs]
     """
     if isinstance(packed_weight, Panels):
-        return linear_panels(x_TI, packed_weight, bias_O)
+        return linear_panels(x_TI, packed_weight, bias_O, wide=wide)
+    if wide:
+        return linear_packed(x_TI.contiguous(), packed_weight, bias_O).float()
     if x_TI.shape[0] == 1 and x_TI.shape[1] > _LONGEST_PLAIN_SUM:
         return _multiply(x_TI.expand(2, -1).contiguous(), packed_weight, bias_O)[:1]
     return in_buckets(x_TI, lambda rows_TI: _multiply(rows_TI, packed_weight, bias_O))

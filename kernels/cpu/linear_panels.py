@@ -92,8 +92,8 @@ def whole_panels(values_O: Tensor, lanes: int) -> Tensor:
     return torch.cat((values_O, values_O.new_zeros((missing, *values_O.shape[1:]))))
 
 
-def linear_panels(x_TI: Tensor, weight: Panels, bias_O: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``.
+def linear_panels(x_TI: Tensor, weight: Panels, bias_O: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """Return ``x @ weight.T + bias``, of x's type or, if ``wide``, of float32.
 
     Shapes: x_TI [tokens, inputs] of the weight's type; bias_O [outputs] contiguous
     """
@@ -101,25 +101,26 @@ def linear_panels(x_TI: Tensor, weight: Panels, bias_O: Tensor | None = None) ->
         x_TI = x_TI.contiguous()
     rows, inputs = x_TI.shape
     assert inputs == weight.inputs and x_TI.dtype == weight.dtype
-    product_TO = x_TI.new_empty((rows, weight.outputs))
+    product_TO = x_TI.new_empty((rows, weight.outputs), dtype=torch.float32 if wide else None)
     weight.compiled.linear(
         x_TI.data_ptr(),
         weight.words_PSVL.data_ptr(),
-        bias_address(bias_O, product_TO),
+        bias_address(bias_O, x_TI, weight.outputs),
         product_TO.data_ptr(),
         rows,
         inputs,
         weight.outputs,
         x_TI.stride(0) * x_TI.itemsize,
         x_TI.dtype == torch.bfloat16,
+        wide,
         torch.get_num_threads(),
     )
     return product_TO
 
 
-def bias_address(bias_O: Tensor | None, product_TO: Tensor) -> int | None:
-    """Return where a bias stands in memory, None without one."""
+def bias_address(bias_O: Tensor | None, x_TI: Tensor, outputs: int) -> int | None:
+    """Return where a bias, of x's type, stands in memory, None without one."""
     if bias_O is None:
         return None
-    assert bias_O.dtype == product_TO.dtype and bias_O.shape == product_TO.shape[1:] and bias_O.is_contiguous()
+    assert bias_O.dtype == x_TI.dtype and bias_O.shape == (outputs,) and bias_O.is_contiguous()
     return bias_O.data_ptr()

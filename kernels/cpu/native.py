@@ -100,9 +100,10 @@ _ARGUMENTS = {
     "rope_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I),
     "attend_decode": (POINTER(DecodeJob),),
     "attend_prefill": (POINTER(PrefillJob),),
-    "linear": (_P, _P, _P, _P, _N, _N, _N, _N, _I, _I),
-    "linear_int8": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I),
-    "linear_int4": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _I),
+    "linear": (_P, _P, _P, _P, _N, _N, _N, _N, _I, _I, _I),
+    "linear_int8": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I),
+    "linear_int4": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _I, _I),
+    "add_pairs": (POINTER(c_void_p), _P, _N, _N, _I, _I),
     "quantize_rows": (_P, _P, _P, _N, _N, _N, _I, _I),
     "first_largest": (_P, _P, _P, _N, _N, _N, _I),
     "clear": (_P, _N, _N, _I),
@@ -137,6 +138,7 @@ class Native:
         self.linear = loaded.slipstream_linear
         self.linear_int8 = loaded.slipstream_linear_int8
         self.linear_int4 = loaded.slipstream_linear_int4
+        self.add_pairs = loaded.slipstream_add_pairs
         self.quantize_rows = loaded.slipstream_quantize_rows
         self.first_largest, self.clear = loaded.slipstream_first_largest, loaded.slipstream_clear
         self.record, self.replay = loaded.slipstream_record, loaded.slipstream_replay

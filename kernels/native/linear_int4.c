@@ -99,11 +99,14 @@ static void multiply_piece(void *argument, int64_t piece) {
     }
 }
 
-/* out = x @ weight + bias; x [rows, inputs], rows `row_bytes` apart, inputs whole groups. */
+/* out = x @ weight + bias; x [rows, inputs], rows `row_bytes` apart, inputs whole groups; out bfloat16, or float32 if
+ * `wide`.
+ */
 EXPORT void slipstream_linear_int4(const void *x, const void *weight, const void *scales, const void *bias, void *out,
-                                   int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int threads) {
+                                   int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int wide,
+                                   int threads) {
     struct product_job job = {.x = x, .weight = weight, .scales = scales, .bias = bias, .out = out, .rows = rows,
-                              .inputs = inputs, .outputs = outputs, .row_bytes = row_bytes};
+                              .inputs = inputs, .outputs = outputs, .row_bytes = row_bytes, .wide = wide};
     struct call call = product_call(multiply_piece, &job, 4);
     run_call(&call, threads_for(&job, threads));
 }
@@ -115,9 +118,10 @@ EXPORT int slipstream_has_int4(void) {
 }
 
 EXPORT void slipstream_linear_int4(const void *x, const void *weight, const void *scales, const void *bias, void *out,
-                                   int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int threads) {
+                                   int64_t rows, int64_t inputs, int64_t outputs, int64_t row_bytes, int wide,
+                                   int threads) {
     (void)x, (void)weight, (void)scales, (void)bias, (void)out, (void)rows, (void)inputs, (void)outputs;
-    (void)row_bytes, (void)threads;
+    (void)row_bytes, (void)wide, (void)threads;
 }
 
 #endif

@@ -219,22 +219,24 @@ INLINE void multiply(struct product_job *job, int bits, int most_threads) {
     run_call(&call, threads);
 }
 
-/* out = x @ weight + bias; x, bias and out are of the weight's type, inputs whole steps. */
+/* out = x @ weight + bias; x and bias are of the weight's type, out too or `wide`; inputs whole steps. */
 EXPORT void slipstream_linear(const void *x, const void *weight, const void *bias, void *out, int64_t rows,
-                              int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int threads) {
+                              int64_t inputs, int64_t outputs, int64_t row_bytes, int bf16, int wide,
+                              int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .out = out, .rows = rows, .inputs = inputs,
-                              .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32};
+                              .outputs = outputs, .row_bytes = row_bytes, .kind = bf16 ? BFLOAT16 : FLOAT32,
+                              .wide = wide};
     multiply(&job, bf16 ? 16 : 32, threads);
 }
 
 /* Of integers: x unsigned, with 128 added, each row with a scale; corrections are 128 times each output's sum of
- * weights; bias and out are bfloat16 or float32. corrections and scales [whole panels of outputs].
+ * weights; bias and out are bfloat16 or float32, or out is `wide`. corrections and scales [whole panels of outputs].
  */
 EXPORT void slipstream_linear_int8(const void *x, const float *row_scales, const void *weight, const float *scales,
                                    const int32_t *corrections, const void *bias, void *out, int64_t rows,
-                                   int64_t inputs, int64_t outputs, int bf16, int threads) {
+                                   int64_t inputs, int64_t outputs, int bf16, int wide, int threads) {
     struct product_job job = {.x = x, .weight = weight, .bias = bias, .scales = scales, .corrections = corrections,
                               .row_scales = row_scales, .out = out, .rows = rows, .inputs = inputs,
-                              .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16};
+                              .outputs = outputs, .row_bytes = inputs, .kind = INT8, .bf16 = bf16, .wide = wide};
     multiply(&job, 8, threads);
 }

@@ -27,7 +27,7 @@ struct product_job {
     void *out;
     int64_t rows, inputs, outputs, row_bytes, panel_bytes;
     int64_t large, halved; /* of one row's pieces: linear_panels.c */
-    int kind, bf16;
+    int kind, bf16, wide; /* wide: out is float32 whatever x is */
 };
 
 INLINE int64_t panels_of(const struct product_job *job) {
@@ -70,7 +70,7 @@ SELDOM void write_outputs(const struct product_job *job, int64_t row, int64_t fi
     int count = left < LANES ? (int)left : LANES;
     if (job->bias)
         values = values + load_up_to(job->bias, first, count, bf16);
-    store_up_to(job->out, row * job->outputs + first, values, count, bf16);
+    store_up_to(job->out, row * job->outputs + first, values, count, bf16 && !job->wide);
 }
 
 #endif

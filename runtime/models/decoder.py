@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...comm.collectives import Collectives
 from ...comm.groups import ALONE, MeshGroups
 from ...comm.overlap import Parts, Steps, run_plain
+from ...comm.tree_sum import TreeGroup
 from ...kernels.attention import prepare_attention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.kv_blocks import clear_blocks
@@ -24,9 +26,9 @@ from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
+from .formats import choose_formats
 from .forward import ForwardBatch
 from .kv_cache import KvCache
-from .linear_format import CodesFormat, choose_format
 from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
@@ -76,7 +78,12 @@ class Decoder:
         self.spec = spec
         self.vocabulary = shard.vocabulary(spec.vocab_size)
         self._groups = groups
-        self._layers = tuple(_take_layer(spec, parameters, index, groups, shard) for index in range(spec.num_layers))
+        self._sums = groups.tp
+        if groups.tp is not None and shard.fixed_order:
+            self._sums = TreeGroup(groups.tp, parameters.tensor("layers.0.input_norm").dtype)
+        self._layers = tuple(
+            _take_layer(spec, parameters, index, groups, shard, self._sums) for index in range(spec.num_layers)
+        )
         self._embedding_VH = self._final_norm_H = self._head = None
         if groups.place.is_first_stage:
             self._embedding_VH = parameters.tensor("embedding")
@@ -127,7 +134,7 @@ class Decoder:
         self, inputs: PassInputs, cache: KvCache, *, sharded_norm: bool = False, layer_done: LayerDone | None = None
     ) -> Parts:
         """Run this stage's layers over what ``open_parts`` has returned. As ``forward_parts``."""
-        epsilon, tp = self.spec.rms_norm_eps, self._groups.tp
+        epsilon, tp = self.spec.rms_norm_eps, self._sums
         residual, residual_TH = open_residual(
             inputs.hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
         )
@@ -228,34 +235,37 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str = "none",
-    deterministic: bool = False,
     groups: MeshGroups = ALONE,
     shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load the weights in the directory ``path``, or a rank's ``shard`` of them, and return its decoder.
 
-    ``spec`` is the whole model's. ``progress`` is told how much is loaded.
+    ``spec`` is the whole model's. With ``shard.fixed_order`` a row's bits depend neither on other rows nor on how many
+    tensor-parallel ranks there are. ``progress`` is told how much is loaded.
 
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
-    linear_format = choose_format(quantization, dtype=dtype, device=device, deterministic=deterministic)
     local_spec = shard.local_spec(spec)
-    codes_format = CodesFormat(
-        plain=linear_format, dtype=dtype, device=device, keep=quantization == "none", deterministic=deterministic
-    )
-    parameters = Parameters(linear_format, codes_format)
+    parameters = Parameters(choose_formats(quantization, dtype=dtype, device=device, shard=shard))
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)
 
 
-def _take_layer(spec: ModelSpec, parameters: Parameters, index: int, groups: MeshGroups, shard: Shard) -> DecoderLayer:
+def _take_layer(
+    spec: ModelSpec,
+    parameters: Parameters,
+    index: int,
+    groups: MeshGroups,
+    shard: Shard,
+    sums: Collectives | None,
+) -> DecoderLayer:
     name, layer = f"layers.{index}", spec.layers[index]
     return DecoderLayer(
         input_norm_H=parameters.tensor(f"{name}.input_norm"),
         attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
-        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard),
+        mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard, sums=sums),
         ladder=layer.ladder,
     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,15 +26,11 @@ from ...comm.expert_map import ExpertMap
 from ...comm.experts import Products, mix
 from ...comm.level_gather import gather_rows
 from ...comm.overlap import Parts
-from ...kernels.moe_mlp import expert_products
 from ...kernels.moe_sort import count_by_expert
-from .linear_format import Product
+from .experts import Experts, SlotProducts
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Chooses experts: x_TH [tokens, hidden] → weights_TA [tokens, chosen] float32, experts_TA [tokens, chosen] int64."""
-
-SlotProducts = tuple[Product, Product]
-"""What multiplies with an expert's gate|up and with its down weights."""
 
 NEVER, ALWAYS = 0, sys.maxsize
 """Values of ``most_gathered`` for one way whatever the number of tokens."""
@@ -59,19 +54,22 @@ class ExpertRanks:
         slots: tuple[SlotProducts, ...],
         *,
         columns_group: Collectives | None,
+        row_sums: Collectives | None = None,
         levels: Sequence[Collectives] = (),
     ) -> None:
         """Take the group over which experts are spread, and the one over which each expert's columns are.
 
-        ``slots``: the weights of this rank's slots. ``levels``: where the group is on several hosts, the levels of its
+        ``slots``: the weights of this rank's slots. ``row_sums``: the columns' ranks again, where each row is summed
+        over them before it is weighted. ``levels``: where the group is on several hosts, the levels of its
         exchange, as in ``comm.experts``.
         """
         self.group = group
-        self.slots = slots
+        self._experts = Experts(slots)
         self.most_gathered = NEVER
         self._levels = tuple(levels) or (group,)
         self._placed = placed
         self._columns_group = columns_group
+        self._row_sums = row_sums
         self.load_E = torch.zeros(placed.num_experts, dtype=torch.int64, device=placed.slots_NE.device)
         self.pairs_EE: Tensor | None = None
 
@@ -81,13 +79,18 @@ class ExpertRanks:
         return self._placed.num_experts
 
     @property
+    def slots(self) -> tuple[SlotProducts, ...]:
+        """The products of this rank's slots."""
+        return self._experts.slots
+
+    @property
     def groups(self) -> tuple[Collectives, ...]:
         """The groups whose ranks all go the same way: what is agreed on in each, one after the other, all know."""
         return (self.group,) if self._columns_group is None else (self.group, self._columns_group)
 
     def switch(self, placed: ExpertMap, slots: tuple[SlotProducts, ...]) -> None:
         """Use another placement from the next step on; all ranks of the group switch before the same step."""
-        self._placed, self.slots = placed, slots
+        self._placed, self._experts = placed, Experts(slots)
 
     def count_pairs(self) -> None:
         """Begin to count which experts are chosen together."""
@@ -102,11 +105,16 @@ class ExpertRanks:
         own_WH = x_TH[share_of(tokens, self.group.rank, self.group.size)]
         weights_WA, experts_WA = route(own_WH)
         self._count(experts_WA)
-        gate_up, down = zip(*self.slots, strict=True)
-        products = partial(expert_products, gate_up=gate_up, down=down)
+        products = self._experts.products
         if tokens <= self.most_gathered:
             output_TH = yield from mix_gathered(
-                self._levels, x_TH, weights_WA, experts_WA, placed=self._placed, products=products
+                self._levels,
+                x_TH,
+                weights_WA,
+                experts_WA,
+                placed=self._placed,
+                products=products,
+                columns=self._row_sums,
             )
             return (yield from self._summed(output_TH))
         return (yield from self._exchanged(own_WH, weights_WA, experts_WA, products, tokens))
@@ -114,7 +122,15 @@ class ExpertRanks:
     def _exchanged(
         self, own_WH: Tensor, weights_WA: Tensor, experts_WA: Tensor, products: Products, tokens: int
     ) -> Parts:
-        mixed = yield from mix(self._levels, own_WH, weights_WA, experts_WA, placed=self._placed, products=products)
+        mixed = yield from mix(
+            self._levels,
+            own_WH,
+            weights_WA,
+            experts_WA,
+            placed=self._placed,
+            products=products,
+            columns=self._row_sums,
+        )
         output_WH = yield from self._summed(mixed.output_TH)
         share_WH = output_WH.new_zeros((-(-tokens // self.group.size), output_WH.shape[1]))
         share_WH[: output_WH.shape[0]] = output_WH
@@ -122,7 +138,7 @@ class ExpertRanks:
 
     def _summed(self, output_TH: Tensor) -> Parts:
         """Return the sum over the ranks that have the other columns of the same experts."""
-        if self._columns_group is None:
+        if self._columns_group is None or self._row_sums is not None:
             return output_TH
         return (yield self._columns_group.all_reduce(output_TH))
 

@@ -34,11 +34,17 @@ class Piece:
 
 
 class Role(Enum):
-    """What the decoder does with a parameter: multiplies with it, once or expert by expert, or uses its numbers."""
+    """What the decoder does with a parameter: multiplies with it, once or expert by expert, or uses its numbers.
+
+    Products in the roles SUMMED and SUMMED_EXPERTS are added up over the ranks that have the other inputs.
+    """
 
     TENSOR = "tensor"
     LINEAR = "linear"
+    SUMMED = "summed"
     EXPERTS = "experts"
+    SUMMED_EXPERTS = "summed experts"
+    ROUTER = "router"
     HEAD = "head"
 
 
@@ -95,8 +101,8 @@ def is_ignorable(tensor: str, spec: ModelSpec) -> bool:
     return tensor.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and tensor == "lm_head.weight")
 
 
-def _whole(name: str, tensor: str, *shape: int) -> Parameter:
-    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),))
+def _whole(name: str, tensor: str, *shape: int, role: Role = Role.TENSOR) -> Parameter:
+    return Parameter(name=name, shape=shape, pieces=(Piece(tensor=tensor, shape=shape),), role=role)
 
 
 def _vocabulary(name: str, tensor: str, spec: ModelSpec, shard: Shard, *, role: Role = Role.TENSOR) -> Parameter:
@@ -139,7 +145,7 @@ def _column_linear(name: str, disk: str, outputs: int, inputs: int, part: range,
     """Return a linear layer of which the rank has some inputs (row-parallel): its products are summed over ranks."""
     region = () if len(part) == inputs else (slice(None), slice(part.start, part.stop))
     piece = Piece(tensor=f"{disk}.weight", shape=(outputs, inputs), region=region)
-    weight = Parameter(name=f"{name}.weight", shape=(outputs, len(part)), pieces=(piece,), role=Role.LINEAR)
+    weight = Parameter(name=f"{name}.weight", shape=(outputs, len(part)), pieces=(piece,), role=Role.SUMMED)
     return [weight, _whole(f"{name}.bias", f"{disk}.bias", outputs)] if bias else [weight]
 
 
@@ -192,9 +198,9 @@ def _moe(
         pieces = _single_experts(f"{disk}.mlp.experts", names, size, hidden, experts, part)
     gate_up, down = (len(experts), 2 * len(part), hidden), (len(experts), hidden, len(part))
     return [
-        _whole(f"{name}.router", router, mlp.num_experts, hidden),
+        _whole(f"{name}.router", router, mlp.num_experts, hidden, role=Role.ROUTER),
         Parameter(name=f"{name}.gate_up", shape=gate_up, pieces=pieces[0], role=Role.EXPERTS),
-        Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.EXPERTS),
+        Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.SUMMED_EXPERTS),
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.backends import uses_triton
+from ...kernels.backends import uses_triton_on
 from ...kernels.float8_codes import Float8Codes
 from ...kernels.int4_codes import Int4Codes, can_quantize_int4, quantize_int4
 from ...kernels.linear_w4a16 import linear_w4a16, pack_int4_matrix
@@ -37,17 +37,17 @@ class ByteFormat:
     dtype: torch.dtype
     one_way: bool = False
 
-    def prepare(self, weight_OI: Tensor) -> _Product:
-        """Quantize the weight."""
-        return self.product(quantize_matrix(weight_OI, self.dtype))
+    def prepare(self, weight_OI: Tensor, *, wide: bool = False) -> _Product:
+        """Quantize the weight; as ``LinearFormat.prepare``."""
+        return self.product(quantize_matrix(weight_OI, self.dtype), wide=wide)
 
     def prepare_head(self, weight_OI: Tensor) -> _Product:
         """Quantize the weight."""
         return self.prepare(weight_OI)
 
-    def product(self, matrix: ByteMatrix) -> _Product:
+    def product(self, matrix: ByteMatrix, *, wide: bool = False) -> _Product:
         """Return what multiplies with a matrix."""
-        return lambda x_TI, bias_O: linear_w8a8(x_TI, matrix, bias_O, one_way=self.one_way)
+        return lambda x_TI, bias_O: linear_w8a8(x_TI, matrix, bias_O, one_way=self.one_way, wide=wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +56,20 @@ class WordFormat:
 
     one_way: bool = False
 
-    def prepare(self, weight_OI: Tensor) -> _Product:
-        """Quantize the weight."""
+    def prepare(self, weight_OI: Tensor, *, wide: bool = False) -> _Product:
+        """Quantize the weight; as ``LinearFormat.prepare``."""
         if not can_quantize_int4(weight_OI, INT4_GROUP):
-            return self.prepare_head(weight_OI)
-        return self.product(quantize_int4(weight_OI, group=INT4_GROUP))
+            return ByteFormat(torch.int8, one_way=self.one_way).prepare(weight_OI, wide=wide)
+        return self.product(quantize_int4(weight_OI, group=INT4_GROUP), wide=wide)
 
     def prepare_head(self, weight_OI: Tensor) -> _Product:
         """Quantize the weight to 8 bits."""
         return ByteFormat(torch.int8, one_way=self.one_way).prepare(weight_OI)
 
-    def product(self, codes: Int4Codes) -> _Product:
+    def product(self, codes: Int4Codes, *, wide: bool = False) -> _Product:
         """Return what multiplies with a weight that is quantized already."""
         matrix = pack_int4_matrix(codes)
-        return lambda x_TI, bias_O: linear_w4a16(x_TI, matrix, bias_O, one_way=self.one_way)
+        return lambda x_TI, bias_O: linear_w4a16(x_TI, matrix, bias_O, one_way=self.one_way, wide=wide)
 
 
 def gpu_format(
@@ -99,15 +99,14 @@ def kept_product(codes: Int4Codes | Float8Codes, *, device: torch.device, one_wa
 
     Float8 numbers with scales by block have none: they become plain numbers.
     """
-    some = torch.empty(0, device=device)
     if isinstance(codes, Int4Codes):
-        if not uses_triton("linear_w4a16", some):
+        if not uses_triton_on("linear_w4a16", device):
             return None
         try:
             return WordFormat(one_way=one_way).product(codes.to(device))
         except ValueError:  # groups that the kernel does not take
             return None
-    if not (codes.has_one_scale and uses_triton("linear_w8a8", some) and has_float8(device)):
+    if not (codes.has_one_scale and uses_triton_on("linear_w8a8", device) and has_float8(device)):
         return None
     moved = codes.to(device)
     return ByteFormat(torch.float8_e4m3fn, one_way=one_way).product(

@@ -6,8 +6,8 @@ Shapes: T tokens, H hidden size, I intermediate size, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...comm.collectives import Collectives
@@ -15,10 +15,13 @@ from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
 from ...kernels.activation import silu_and_mul
-from ...kernels.moe_mlp import moe_mlp
-from ...kernels.moe_route import route
-from .expert_ranks import ExpertRanks, SlotProducts
+from ...kernels.moe_combine import weighted_sum
+from ...kernels.moe_route import Routing, choose_experts
+from ...kernels.moe_sort import sort_by_expert, unsort
+from .expert_ranks import ExpertRanks
+from .experts import Experts
 from .linear import Linear
+from .linear_format import Product
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import Output
 from .parameters import Parameters
@@ -44,51 +47,68 @@ class MoeMlp:
     """A mixture of gated MLPs; gate and up of an expert are one product.
 
     ``experts`` are all experts, of which ``tp`` ranks have the other columns; or those of this rank and how the others
-    are reached.
-
-    Shapes: router_EH [experts, hidden] contiguous
+    are reached. ``sums_rows``: the columns' sum is taken row by row, before experts' results are weighted, so that it
+    has the bits of whole experts.
     """
 
-    router_EH: Tensor
-    experts: tuple[SlotProducts, ...] | ExpertRanks
+    router: Product
+    experts: Experts | ExpertRanks
     top_k: int
     normalize_top_k: bool
     tp: Collectives | None
+    sums_rows: bool
 
     def parts(self, x_TH: Tensor) -> Steps[Output]:
         """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""
-        choose = partial(route, gate_EH=self.router_EH, top_k=self.top_k, normalize=self.normalize_top_k)
         if isinstance(self.experts, ExpertRanks):
-            return Output((yield from self.experts.mix(x_TH, choose)))
-        weights_TA, experts_TA = choose(x_TH)
-        gate_up, down = zip(*self.experts, strict=True)
-        return Output(moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down), self.tp)
+            return Output((yield from self.experts.mix(x_TH, self._choose)))
+        weights_TA, experts_TA = self._choose(x_TH)
+        if self.tp is None or not self.sums_rows:
+            return Output(self.experts.mlp(x_TH, weights_TA, experts_TA), self.tp)
+        chosen = experts_TA.shape[1]
+        order_R, counts_E = sort_by_expert(experts_TA.flatten(), len(self.experts.slots))
+        rows_RH = x_TH.index_select(0, torch.div(order_R, chosen, rounding_mode="floor"))
+        summed_RH = yield self.tp.all_reduce(self.experts.products(rows_RH, counts_E))
+        return Output(weighted_sum(unsort(summed_RH, order_R).view(-1, chosen, x_TH.shape[1]), weights_TA))
+
+    def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of each token's experts, and these."""
+        return choose_experts(self.router(x_TH, None), Routing(top_k=self.top_k, normalize=self.normalize_top_k))
 
 
 Mlp = DenseMlp | MoeMlp
 
 
 def take_mlp(
-    spec: DenseMlpSpec | MoeSpec, parameters: Parameters, name: str, *, groups: MeshGroups, shard: Shard
+    spec: DenseMlpSpec | MoeSpec,
+    parameters: Parameters,
+    name: str,
+    *,
+    groups: MeshGroups,
+    shard: Shard,
+    sums: Collectives | None,
 ) -> Mlp:
-    """Return the MLP called ``name``."""
+    """Return the MLP called ``name``. ``sums``: the tp ranks, as they add up what each has a part of."""
     if isinstance(spec, DenseMlpSpec):
-        return DenseMlp(
-            gate_up=parameters.linear(f"{name}.gate_up"), down=parameters.linear(f"{name}.down"), tp=groups.tp
-        )
-    router_EH = parameters.tensor(f"{name}.router")
+        return DenseMlp(gate_up=parameters.linear(f"{name}.gate_up"), down=parameters.linear(f"{name}.down"), tp=sums)
     slots = tuple(zip(parameters.experts(f"{name}.gate_up"), parameters.experts(f"{name}.down"), strict=True))
     over_experts = groups.tp if shard.experts_over_tp else groups.ep
-    experts: tuple[SlotProducts, ...] | ExpertRanks = slots
-    if over_experts is not None:
-        placed = map_of(shard.expert_placement(spec.num_experts), 0, device=router_EH.device)
+    experts: Experts | ExpertRanks
+    if over_experts is None:
+        experts = Experts(slots)
+    else:
+        placed = map_of(shard.expert_placement(spec.num_experts), 0, device=parameters.device)
         columns_group = None if shard.experts_over_tp else groups.tp
+        row_sums = sums if shard.fixed_order and columns_group is not None else None
         levels = groups.expert_levels
-        experts = ExpertRanks(over_experts, placed, slots, columns_group=columns_group, levels=levels)
+        experts = ExpertRanks(
+            over_experts, placed, slots, columns_group=columns_group, row_sums=row_sums, levels=levels
+        )
     return MoeMlp(
-        router_EH=router_EH,
+        router=parameters.router(f"{name}.router"),
         experts=experts,
         top_k=spec.top_k,
         normalize_top_k=spec.normalize_top_k,
-        tp=groups.tp,
+        tp=sums,
+        sums_rows=shard.fixed_order,
     )

@@ -5,37 +5,38 @@ Filled one parameter at a time, so that a weight is in its format before the nex
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .formats import Formats
 from .layout import Role
 from .linear import Linear
-from .linear_format import CodesFormat, LinearFormat, Product
+from .linear_format import Product
 from .weights import Loaded
 
 
 class Parameters:
     """Parameters by their names in ``parameter_layout``."""
 
-    def __init__(self, linear_format: LinearFormat, codes_format: CodesFormat) -> None:
-        self._format = linear_format
-        self._codes_format = codes_format
+    def __init__(self, formats: Formats) -> None:
+        self._formats = formats
         self._tensors: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Product, ...]] = {}
 
     def add(self, name: str, tensor: Loaded, role: Role) -> None:
         """Take a parameter in."""
         if not isinstance(tensor, Tensor):
-            self._products[name] = tuple(self._codes_format.prepare(codes) for codes in tensor)
+            self._products[name] = tuple(self._formats.prepare_codes(role, codes) for codes in tensor)
             return
         match role:
             case Role.TENSOR:
                 self._tensors[name] = tensor
-            case Role.LINEAR:
-                self._products[name] = (self._format.prepare(tensor),)
-            case Role.EXPERTS:
-                self._products[name] = tuple(self._format.prepare(weight) for weight in tensor)
+            case Role.LINEAR | Role.SUMMED | Role.ROUTER:
+                self._products[name] = (self._formats.of(role).prepare(tensor),)
+            case Role.EXPERTS | Role.SUMMED_EXPERTS:
+                self._products[name] = tuple(self._formats.of(role).prepare(weight) for weight in tensor)
             case Role.HEAD:
-                self._products[name] = (self._format.prepare_head(tensor),)
+                self._products[name] = (self._formats.products.prepare_head(tensor),)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -50,9 +51,19 @@ class Parameters:
         """Return the weights of all experts of a layer."""
         return self._products[name]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self._tensors.values())).device
+
+    def router(self, name: str) -> Product:
+        """Return what scores a layer's experts."""
+        (product,) = self._products[name]
+        return product
+
     def head(self, *, tied: bool) -> Product:
         """Return the output head; ``tied``: it is the embedding, of which the format keeps a copy of its own."""
         if tied:
-            return self._format.prepare_head(self._tensors["embedding"])
+            return self._formats.products.prepare_head(self._tensors["embedding"])
         (product,) = self._products["head"]
         return product

@@ -25,12 +25,14 @@ class Shard:
 
     ``experts_over_tp``: experts are spread over the tp ranks, each of them whole; otherwise they are spread over ep,
     and each one's columns over tp. ``redundant_experts``: slots of a layer, over all ranks, beyond one an expert;
-    filled up so that every rank has as many.
+    filled up so that every rank has as many. ``fixed_order``: sums over tp ranks have the bits of one rank's; columns
+    are cut where the chunks of such sums are (``kernels.tree_sum``).
     """
 
     place: MeshPlace
     experts_over_tp: bool = False
     redundant_experts: int = 0
+    fixed_order: bool = False
 
     def layers(self, spec: ModelSpec) -> range:
         """Return the layers of the rank's stage; earlier stages have one more where the number does not divide."""
@@ -53,7 +55,8 @@ class Shard:
         size = mlp.intermediate_size
         if self.experts_over_tp and isinstance(mlp, MoeSpec):
             return range(size)
-        unit = _COLUMN_UNIT if size % _COLUMN_UNIT == 0 and size // _COLUMN_UNIT >= self.place.shape.tp else 1
+        whole_units = size % _COLUMN_UNIT == 0 and size // _COLUMN_UNIT >= self.place.shape.tp
+        unit = _COLUMN_UNIT if whole_units and not self.fixed_order else 1
         part = _share(size // unit, self.place.tp, self.place.shape.tp)
         return range(part.start * unit, part.stop * unit)
 

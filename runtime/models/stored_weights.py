@@ -67,7 +67,7 @@ def read_codes(reader: CheckpointReader, parameter: Parameter, stored_as: Stored
 
     Raises: CheckpointError naming the file and the tensor
     """
-    if parameter.role is not Role.EXPERTS:
+    if parameter.role not in (Role.EXPERTS, Role.SUMMED_EXPERTS):
         return (_joined(reader, parameter.pieces, stored_as),)
     by_expert = groupby(parameter.pieces, key=lambda piece: piece.place[0])
     return tuple(_joined(reader, tuple(pieces), stored_as) for _, pieces in by_expert)
@@ -104,7 +104,7 @@ def _read_int4(reader: CheckpointReader, piece: Piece, stored_as: StoredAs) -> I
     if f"{stem}.g_idx" in reader.tensors:
         g_idx_I = reader.read(f"{stem}.g_idx", region=(columns,)) - groups.start
         is_cut = columns.stop - columns.start < piece.shape[1]
-        if is_cut and not bool((g_idx_I.diff() >= 0).all()):
+        if is_cut and bool((g_idx_I.diff() < 0).any()):
             raise ValueError("inputs in an order of their own (act-order) cannot be divided over tensor-parallel ranks")
     return int4_codes.read_gptq(qweight_WO, qzeros_GW, scales_GO, g_idx_I, zeros_less_one=stored_as.zeros_less_one)
 

@@ -24,6 +24,8 @@ from .stored_weights import Codes, code_tensors, is_stored_in_codes, names_of, r
 Loaded = Tensor | tuple[Codes, ...]
 """A parameter as plain numbers, or the quantized weights that it consists of."""
 
+_PRODUCTS = (Role.LINEAR, Role.SUMMED, Role.EXPERTS, Role.SUMMED_EXPERTS)
+
 Progress = Callable[[float], None]
 """Is told, time and again, the share of a rank's weights that is loaded; the last is 1."""
 
@@ -131,7 +133,7 @@ def _check_codes(directory: Path, reader: CheckpointReader, piece: Piece, stored
 def _load_or_keep(
     reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> Loaded:
-    may_keep = spec.stored_as is not None and parameter.role in (Role.LINEAR, Role.EXPERTS)
+    may_keep = spec.stored_as is not None and parameter.role in _PRODUCTS
     if may_keep and all(is_stored_in_codes(piece, spec.stored_as, reader) for piece in parameter.pieces):
         assert spec.stored_as is not None
         return read_codes(reader, parameter, spec.stored_as)

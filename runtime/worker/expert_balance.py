@@ -28,7 +28,8 @@ from ...placement.expert_moves import Rebalance
 from ...placement.expert_plan import next_placement
 from ...placement.experts import ExpertPlacement
 from ...sdk.errors import CheckpointError
-from ..models.expert_ranks import ExpertRanks, SlotProducts
+from ..models.expert_ranks import ExpertRanks
+from ..models.experts import SlotProducts
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class ExpertBalance:
         interval: int,
         policy: str,
         read: ReadExpert,
-        prepare: Prepare,
+        prepare_gate_up: Prepare,
+        prepare_down: Prepare,
         device: torch.device,
     ) -> None:
         """Take the layers by their number, and the placement they begin with, whose layers are these in order.
@@ -92,7 +94,7 @@ class ExpertBalance:
         self._placement = placement
         self._interval = interval
         self._read = read
-        self._prepare = prepare
+        self._prepare_gate_up, self._prepare_down = prepare_gate_up, prepare_down
         self._device = device
         self._counts = DecayedCounts(
             len(self._layers), placement.num_experts, half_life_steps=_HALF_LIFE_INTERVALS * interval
@@ -191,7 +193,7 @@ class ExpertBalance:
                     logger.exception("experts stay where they are: layer %d cannot be read", self._numbers[place[0]])
                     change.failed = True
                     return
-                change.prepared[place] = (self._prepare(gate_up), self._prepare(down))
+                change.prepared[place] = (self._prepare_gate_up(gate_up), self._prepare_down(down))
                 del reading[place]
                 return
 

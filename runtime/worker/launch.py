@@ -31,6 +31,7 @@ from ..models.registry import read_model_spec
 from ..models.sharding import Shard, check_degrees
 from ..models.weights import Progress
 from .cache_dtype import cache_dtype, check_cache_dtype
+from .fixed_order import check_fixed_order
 from .grammar import GrammarCompiler
 from .kernel_choice import choose_kernels
 from .rank import Rank, RankSetup, build_rank
@@ -96,17 +97,18 @@ def launch_engine(
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     check_cache_dtype(options.kv_cache_dtype, device, mesh)
-    if options.deterministic and device.type != "cpu":
-        raise ConfigError("deterministic", f"is for the CPU in this version, the device is {device}")
-    # Rank 0 has as many layers and heads as any.
-    first = Shard(
-        place=mesh.place(0),
-        experts_over_tp=options.enable_expert_parallel,
-        redundant_experts=options.num_redundant_experts,
-    )
+    if options.deterministic:
+        check_fixed_order(
+            spec,
+            mesh,
+            device=device,
+            dtype=dtype,
+            quantization=options.quantization,
+            experts_over_tp=options.enable_expert_parallel,
+        )
     max_model_len, cache_size = size_engine(
         options,
-        first.local_spec(spec),
+        _first_shard(options, mesh).local_spec(spec),
         device,
         dtype,
         cache_dtype=cache_dtype(options.kv_cache_dtype, dtype),
@@ -160,6 +162,16 @@ def _kv_share(kv: KvSettings, model: str) -> KvShare:
         kinds=kv.kinds,
         across_hosts=kv.across_hosts,
         limits=kv.limits,
+    )
+
+
+def _first_shard(options: EngineOptions, mesh: MeshShape) -> Shard:
+    """Return what rank 0 holds: as many layers and heads as any."""
+    return Shard(
+        place=mesh.place(0),
+        experts_over_tp=options.enable_expert_parallel,
+        redundant_experts=options.num_redundant_experts,
+        fixed_order=options.deterministic,
     )
 
 

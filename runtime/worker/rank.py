@@ -26,8 +26,9 @@ from ..clock import monotonic_clock
 from ..handoff.rank_kv import RankKv
 from ..handoff.settings import KvSeat, KvShare
 from ..models.decoder import Decoder, load_decoder
+from ..models.formats import choose_formats
 from ..models.kv_cache import KvCache
-from ..models.linear_format import choose_format
+from ..models.layout import Role
 from ..models.model_spec import ModelSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
@@ -136,7 +137,7 @@ def build_rank(
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
     dtype = getattr(torch, setup.dtype)
-    shard = Shard(place=groups.place, experts_over_tp=setup.experts_over_tp, redundant_experts=setup.redundant_experts)
+    shard = _shard(setup, groups)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
@@ -154,7 +155,6 @@ def build_rank(
         dtype=dtype,
         device=device,
         quantization=setup.quantization,
-        deterministic=setup.deterministic,
         groups=groups,
         shard=shard,
         progress=progress,
@@ -223,6 +223,15 @@ def _forget_loads(model: Decoder) -> None:
         experts.load_E.zero_()
 
 
+def _shard(setup: RankSetup, groups: MeshGroups) -> Shard:
+    return Shard(
+        place=groups.place,
+        experts_over_tp=setup.experts_over_tp,
+        redundant_experts=setup.redundant_experts,
+        fixed_order=setup.deterministic,
+    )
+
+
 def _grammars(setup: RankSetup, spec: ModelSpec) -> GrammarCompiler:
     return GrammarCompiler(
         Path(setup.tokenizer).expanduser() / "tokenizer.json",
@@ -269,9 +278,7 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
     placement = ExpertPlacement.of_ranks(
         [first.experts_by_rank(0)] * len(layers), num_experts=first.num_experts, ranks_per_host=first.ranks_per_host
     )
-    linear_format = choose_format(
-        setup.quantization, dtype=model.dtype, device=model.device, deterministic=setup.deterministic
-    )
+    formats = choose_formats(setup.quantization, dtype=model.dtype, device=model.device, shard=shard)
 
     def read(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_expert(
@@ -284,7 +291,8 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
         interval=setup.expert_balance_steps,
         policy=setup.expert_policy,
         read=read,
-        prepare=linear_format.prepare,
+        prepare_gate_up=formats.of(Role.EXPERTS).prepare,
+        prepare_down=formats.of(Role.SUMMED_EXPERTS).prepare,
         device=model.device,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels.logit_edits import EditEntries, LogitEdits, edit_logits_
 from ...kernels.sample import draw
-from ...kernels.sample_settings import COLDEST_TEMPERATURE, DrawSettings
+from ...kernels.sample_settings import COLDEST_TEMPERATURE, DrawnTokens, DrawSettings
 from ...kernels.token_logprobs import token_logprobs
 from ...kernels.token_mask import keep_allowed_
 from ..messages import AdmittedSequence, BoolArray, Int32Array, TokenLogprobs
@@ -167,14 +167,14 @@ class Sampler:
                     logits_RV, torch.from_numpy(masks.rows).to(device), torch.from_numpy(masks.masks).to(device)
                 )
             drawn = draw(logits_RV, self.settings(slots, positions))
-            valid = drawn.valid_R.cpu().numpy()
+            token_ids, valid = on_host(drawn)
             logprobs: dict[int, TokenLogprobs] = {}
             if raw_NV is not None:
                 tokens_N = drawn.token_ids_R[torch.from_numpy(asking).to(logits_RV.device)]
                 tables = _tables(raw_NV, tokens_N, self._logprobs[slots[asking]])
                 logprobs = dict(zip(asking.tolist(), tables, strict=True))
             return SampledRows(
-                token_ids=drawn.token_ids_R.to(torch.int32).cpu().numpy(),
+                token_ids=token_ids,
                 logprobs=logprobs,
                 invalid_rows=() if valid.all() else tuple(np.flatnonzero(~valid).tolist()),
                 grammar_rows=() if masks is None else masks.failed_rows,
@@ -211,6 +211,15 @@ class Sampler:
             bias=bias.entries(), mask=mask.entries(), repetition=repetition.entries(), counts=counts.entries()
         )
         edit_logits_(logits_RV, edits)
+
+
+def on_host(drawn: DrawnTokens) -> tuple[Int32Array, BoolArray]:
+    """Return drawn tokens, and which are valid, in one copy from the device.
+
+    Shapes: returns [rows] int32, [rows]
+    """
+    both_2R = torch.stack((drawn.token_ids_R.to(torch.int32), drawn.valid_R.to(torch.int32))).cpu().numpy()
+    return both_2R[0], both_2R[1] != 0
 
 
 def prompt_token_logprobs(logits_NV: Tensor, target_ids_N: NDArray[np.int32], k: int) -> tuple[TokenLogprobs, ...]:

@@ -17,7 +17,7 @@ from ...comm.collectives import Collectives
 from ...kernels.sample import choose_best, draw_best
 from ..messages import Int32Array
 from .grammar_masks import TokenMasks
-from .sampler import SampledRows, Sampler
+from .sampler import SampledRows, Sampler, on_host
 
 
 class VocabularySampler:
@@ -84,9 +84,9 @@ class VocabularySampler:
             # Token ids are exact in float64: one exchange carries both.
             pairs_S2N = self._group.all_gather(torch.stack((scores_N, ids_N.double())).unsqueeze(0)).wait()
             drawn = choose_best(pairs_S2N[:, 0], pairs_S2N[:, 1].long())
-            valid = drawn.valid_R.cpu().numpy()
+            token_ids, valid = on_host(drawn)
         return SampledRows(
-            token_ids=drawn.token_ids_R.to(torch.int32).cpu().numpy(),
+            token_ids=token_ids,
             invalid_rows=tuple(np.flatnonzero(~valid).tolist()),
         )
 

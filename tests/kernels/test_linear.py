@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,9 @@ import torch
 from slipstream.kernels.cpu.linear_int4 import GROUP, MANY_ROWS, can_pack_int4, linear_int4, pack_int4, unpack_int4
 from slipstream.kernels.cpu.linear_int8 import linear_int8, pack_int8, quantize_rows
 from slipstream.kernels.cpu.linear_packed import can_pack, linear_packed, pack_weight
+from slipstream.kernels.cpu.linear_panels import Panels
 from slipstream.kernels.cpu.row_buckets import in_buckets
+from slipstream.tests.kernels.native_ways import torch_alone
 
 CPU = torch.device("cpu")
 SHAPES = [(160, 64), (96, 1024), (48, 1056), (32, 4096), (513, 96), (7, 5)]
@@ -141,3 +146,23 @@ def test_zeros_and_large_numbers() -> None:
     large = torch.full((16, 32), 3e30)
     found = linear_int8(torch.full((1, 32), 1e5), pack_int8(large))
     assert torch.allclose(found, torch.full((1, 16), 32 * 3e35), rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_wide_products_are_float32_and_round_to_the_others(by_torch: bool, dtype: torch.dtype, seed: int) -> None:
+    with torch_alone() if by_torch else nullcontext():
+        weight, x = random(seed, 96, 128).to(dtype) / 8, random(seed + 1, 7, 160).to(dtype)
+        bias = random(seed + 2, 96).to(dtype)
+        packed, eight = pack_weight(weight), pack_int8(weight)
+        products = [partial(linear_packed, x[:, 16:144], packed), partial(linear_int8, x[:, 16:144], eight)]
+        if dtype == torch.bfloat16:
+            products.append(partial(linear_int4, x[:, 16:144], pack_int4(weight), one_way=True))
+        for multiply in products:
+            for added in (bias, None):
+                wide = multiply(added, wide=True)
+                assert wide.dtype == torch.float32
+                assert torch.equal(wide.to(dtype), multiply(added))
+        exact = product(x[:, 16:144], weight, bias)
+        closer = TOLERANCE[torch.float32 if isinstance(packed, Panels) else dtype] * np.abs(exact).max()
+        assert np.abs(linear_packed(x[:, 16:144], packed, bias, wide=True).numpy() - exact).max() <= closer

@@ -149,7 +149,7 @@ def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path
     options = {**OPTIONS, "max_model_len": 544, "num_gpu_blocks_override": 96}
     params = SamplingParams(n=4, temperature=1.0, seed=seed, max_tokens=3, ignore_eos=True)
     drawn = []
-    for kernels in ("torch", "triton"):
+    for kernels in ("torch", "torch,attention=triton"):
         with counted() as launches, LLM(str(checkpoint("dense")), **options, kernels=kernels) as llm:
             (output,) = llm.generate(prompt, params)
             drawn.append([list(sample.token_ids) for sample in output.outputs])

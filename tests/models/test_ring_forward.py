@@ -72,9 +72,8 @@ class Runner:
             read_model_spec(path),
             dtype=torch.float32,
             device=CPU,
-            deterministic=deterministic,
             groups=groups,
-            shard=Shard(place=groups.place),
+            shard=Shard(place=groups.place, fixed_order=deterministic),
         )
         blocks_each = LONGEST // BLOCK
         shuffled = np.random.default_rng(3).permutation(3 * blocks_each + 2)[: 3 * blocks_each]

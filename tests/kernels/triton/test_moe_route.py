@@ -72,6 +72,7 @@ def test_of_equal_experts_the_first_is_chosen() -> None:
         assert experts_TA[1].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_router_that_is_not_a_number_chooses_experts_that_there_are() -> None:
     logits_TE = torch.full((3, 6), torch.nan)
     for routing in (PLAIN, Routing(top_k=2, normalize=True, groups=3, top_groups=1)):

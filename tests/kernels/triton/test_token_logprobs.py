@@ -11,6 +11,9 @@ import torch
 from slipstream.kernels import backends
 from slipstream.kernels.token_logprobs import token_logprobs, token_logprobs_reference
 
+# What the interpreter says where a row is no distribution: on a GPU it is silence.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 
 @pytest.mark.parametrize(("vocabulary", "k"), [(1, 5), (2, 0), (255, 3), (257, 7), (2300, 20)])
 def test_kernels_give_the_reference(vocabulary: int, k: int, seed: int, launches: list[str]) -> None:
