@@ -60,5 +60,5 @@ def test_the_same_tokens_by_graphs(
 
 def test_the_option_is_a_choice(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        LLM(str(tmp_path), enforce_eager="yes")  # type: ignore[arg-type]
+        LLM(str(tmp_path), enforce_eager="yes")
     assert caught.value.field == "enforce_eager"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def test_what_is_no_decoding_step_runs_as_ever(decoder: Decoder, seed: int) -> N
     pair.step([0, 1], count=2)
     assert not pair.graphs.replays
     pair.step([0, 1])
-    assert pair.graphs.replays == 1
+    assert pair.backend.replays == 1
 
 
 def test_a_step_that_a_graph_has_no_room_for_runs_as_ever(
@@ -213,7 +213,7 @@ def test_cuda_captures_and_replays() -> None:
     backend = graph_backend(torch.device("cuda", 0))
     assert backend is not None
     x = torch.ones(4, device="cuda")
-    captured = [backend.capture(lambda factor=factor: x * factor) for factor in (2, 3)]
+    captured = [backend.capture(partial(torch.mul, x, factor)) for factor in (2, 3)]
     x.fill_(5)
     for each, wanted in zip(captured, (10.0, 15.0), strict=True):
         each.replay()
