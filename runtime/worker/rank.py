@@ -137,8 +137,7 @@ def build_rank(
     choose_kernels(setup.kernels)
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
-    dtype = getattr(torch, setup.dtype)
-    shard = _shard(setup, groups)
+    dtype, shard = getattr(torch, setup.dtype), _shard(setup, groups)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
