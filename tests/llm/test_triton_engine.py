@@ -142,6 +142,24 @@ def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], s
     assert drawn[0] == drawn[1]
 
 
+def test_deterministic_gives_the_same_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Alone and at once, or in chunks beside others and behind a cached prefix."""
+    draw = random.Random(seed)
+    shared = [draw.randrange(3, VOCABULARY) for _ in range(9)]
+    given, how = [[*shared, 5], [*shared, 7, 9]], {"kernels": "triton", "deterministic": True}
+    params = replace(GREEDY, max_tokens=2)
+    alone = generate(checkpoint("dense"), params, given, max_num_seqs=1, enable_prefix_caching=False, **how)
+    among = generate(checkpoint("dense"), params, given, long_prefill_token_threshold=4, **how)
+    assert sum(output.num_cached_tokens or 0 for output in among) >= 8
+    assert [bits(output) for output in among] == [bits(output) for output in alone]
+
+
+def bits(output: RequestOutput) -> list[list[tuple[int, float]]]:
+    """Return what tokens were drawn from, so that any rounding shows."""
+    tables = output.outputs[0].logprobs or []
+    return [sorted((token, entry.logprob) for token, entry in (table or {}).items()) for table in tables]
+
+
 def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path], seed: int) -> None:
     """Behind a whole span of keys that they share, in the layer without a window."""
     draw = random.Random(seed)
