@@ -134,55 +134,62 @@ def _attention_decode_kernel(
         tl.store(totals_ptr + place_M, total_M, mask=in_group_M < GROUP)
 
 
-# Keys of a tile, warps and stages, by numbers of a head and bytes of queries and cached numbers: the first lets some
-# four programs share a processor, the second reads further ahead.
+TYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+)
+"""Of queries, and of the cache that they can attend to."""
+
+# Keys of a tile, warps and stages, by numbers of a head and bytes of a cached number: some four programs share a
+# processor.
 _TILES = {
-    (64, 2, 2): ((128, 4, 3), (64, 4, 5)),
-    (128, 2, 2): ((64, 4, 3), (64, 4, 5)),
-    (256, 2, 2): ((32, 4, 3), (32, 4, 5)),
-    (64, 2, 1): ((64, 4, 5), (64, 4, 3)),
-    (128, 2, 1): ((32, 4, 5), (64, 4, 5)),
-    (256, 2, 1): ((32, 4, 3), (32, 4, 5)),
-    (64, 4, 4): ((32, 4, 3),),
-    (128, 4, 4): ((16, 4, 3),),
-    (256, 4, 4): ((16, 8, 3),),
-    (64, 4, 1): ((32, 4, 3),),
-    (128, 4, 1): ((16, 4, 1),),
-    (256, 4, 1): ((16, 8, 1),),
+    (64, 1): (64, 4, 5),
+    (128, 1): (32, 4, 5),
+    (256, 1): (32, 4, 3),
+    (64, 2): (128, 4, 3),
+    (128, 2): (64, 4, 3),
+    (256, 2): (32, 4, 3),
+    (64, 4): (32, 4, 3),
+    (128, 4): (16, 4, 3),
+    (256, 4): (16, 8, 3),
 }
 
 
 def attention_decode_configs(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Sequence[KernelConfig]:
-    """Return how items can be computed, the default first. Heads are filled up to 64, 128 or 256 numbers."""
-    block = max(64, next_power_of_2(head_size))
+    """Return how items can be computed, the default first. Heads are filled up to 64, 128 or 256 numbers.
+
+    Raises: ValueError for a float8 cache under other queries than bfloat16
+    """
+    check_types(dtype, cache_dtype)
+    block = filled_head(head_size)
+    choices = [_TILES[block, cache_dtype.itemsize]]
+    if block == 128 and dtype is torch.bfloat16:
+        # Fewer programs on a processor, each of which reads further ahead.
+        choices.append((64, 4, 5))
     return tuple(
         KernelConfig(
             tiles={"BLOCK_M": TILE_ROWS, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages
         )
-        for keys, warps, stages in _TILES[block, dtype.itemsize, cache_dtype.itemsize]
+        for keys, warps, stages in choices
     )
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Return what ``decode_partials`` launches."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for cache_dtype in (dtype, torch.float8_e4m3fn):
-            sizes = (64, 80, 96, 128, 192, 256) if dtype is torch.bfloat16 else (64, 128, 256)
-            for size in sizes:
-                for config in attention_decode_configs(size, dtype, cache_dtype):
-                    yield _case(dtype, cache_dtype, size, config, has_soft_cap=False)
-    config = attention_decode_configs(128, torch.bfloat16, torch.bfloat16)[0]
-    yield _case(torch.bfloat16, torch.bfloat16, 128, config, has_soft_cap=True)
+    """Return what ``decode_partials`` launches: heads of 80, 96 and 192 numbers are filled up to 128 and 256."""
+    for dtype, cache_dtype in TYPES:
+        for size in (64, 128, 256):
+            for config in attention_decode_configs(size, dtype, cache_dtype):
+                yield _case(dtype, cache_dtype, size, config)
 
 
-def _case(
-    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, config: KernelConfig, *, has_soft_cap: bool
-) -> CompileCase:
+def _case(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, config: KernelConfig) -> CompileCase:
     plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
     places = ("tables_ptr", "positions_ptr", "tokens_ptr", "first_items_ptr", "items_ptr", "item_count_ptr")
     return CompileCase(
         kernel=_attention_decode_kernel,
-        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{' soft cap' if has_soft_cap else ''}",
+        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}",
         config=config,
         signature={
             "q_ptr": pointer(dtype),
@@ -193,7 +200,7 @@ def _case(
             **dict.fromkeys(("scale", "soft_cap"), "fp32"),
         },
         constants={
-            "HAS_SOFT_CAP": has_soft_cap,
+            "HAS_SOFT_CAP": False,
             "GROUP": 4,
             "HEAD_SIZE": head_size,
             "BLOCK_SIZE": 16,
@@ -280,10 +287,23 @@ def checked_cache(q_TND: Tensor, layer_cache: Tensor) -> None:
             f"layer_cache {tuple(layer_cache.shape)} does not fit queries {tuple(q_TND.shape)}: "
             f"[2, blocks, KV heads, block size, {head_size}] is needed, KV heads a divisor of {heads}"
         )
-    if layer_cache.dtype not in (q_TND.dtype, torch.float8_e4m3fn):
-        raise ValueError(f"layer_cache is {layer_cache.dtype}, queries {q_TND.dtype}: the same or float8_e4m3fn")
-    if not layer_cache[0].is_contiguous() or head_size > 256:
-        raise ValueError("layer_cache: keys and values must each be contiguous, heads of at most 256 numbers")
+    check_types(q_TND.dtype, layer_cache.dtype)
+    if not layer_cache[0].is_contiguous():
+        raise ValueError(f"layer_cache has strides {layer_cache.stride()}: keys and values must each be contiguous")
+
+
+def filled_head(head_size: int) -> int:
+    """Return what a head is filled up to: 64, 128 or 256 numbers. Raises: ValueError for longer ones"""
+    if head_size > 256:
+        raise ValueError(f"heads of {head_size} numbers: at most 256 are computed with")
+    return max(64, next_power_of_2(head_size))
+
+
+def check_types(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Refuse types that no kernel is compiled for. Raises: ValueError naming those that there are"""
+    if (dtype, cache_dtype) not in TYPES:
+        known = ", ".join(f"{one} over {other}".replace("torch.", "") for one, other in TYPES)
+        raise ValueError(f"queries are {dtype}, layer_cache {cache_dtype}: use {known}")
 
 
 def side_by_side(q_TND: Tensor) -> Tensor:

@@ -106,27 +106,26 @@ def _attention_merge_kernel(
 
 def attention_merge_config(value_size: int) -> KernelConfig:
     """Return how partials with values of a size are merged: four numbers a thread, eight spans on their way at once."""
-    block = next_power_of_2(value_size)
-    return KernelConfig(tiles={"BLOCK_D": block, "AT_ONCE": 8}, num_warps=max(1, block // 128), num_stages=1)
+    block = max(128, next_power_of_2(value_size))
+    return KernelConfig(tiles={"BLOCK_D": block, "AT_ONCE": 8}, num_warps=block // 128, num_stages=1)
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``merge_partials`` launches."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size in (32, 64, 128, 256, 512):
-            for has_sinks in (False, True) if size == 128 else (False,):
-                yield CompileCase(
-                    kernel=_attention_merge_kernel,
-                    name=f"{pointer(dtype)[1:]} {size}{' sinks' if has_sinks else ''}",
-                    config=attention_merge_config(size),
-                    signature={
-                        **dict.fromkeys(("results_ptr", "peaks_ptr", "totals_ptr", "sinks_ptr"), "*fp32"),
-                        **dict.fromkeys(("first_items_ptr", "tokens_ptr"), "*i32"),
-                        "out_ptr": pointer(dtype),
-                        "v_scale": "fp32",
-                    },
-                    constants={"HAS_SINKS": has_sinks, "SIZE": size},
-                )
+        for size in (128, 256, 512):
+            yield CompileCase(
+                kernel=_attention_merge_kernel,
+                name=f"{pointer(dtype)[1:]} {size}",
+                config=attention_merge_config(size),
+                signature={
+                    **dict.fromkeys(("results_ptr", "peaks_ptr", "totals_ptr", "sinks_ptr"), "*fp32"),
+                    **dict.fromkeys(("first_items_ptr", "tokens_ptr"), "*i32"),
+                    "out_ptr": pointer(dtype),
+                    "v_scale": "fp32",
+                },
+                constants={"HAS_SINKS": True, "SIZE": size},
+            )
 
 
 def merge_partials(

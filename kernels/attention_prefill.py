@@ -1,23 +1,31 @@
 """Prefill attention over the paged cache: rows of several tokens behind what is cached of their sequences, all in one
 launch, each program a tile of queries of one KV head.
 
-By default a tile goes over its keys in one sweep. ``deterministic`` tiles are those of decoding and go span by span, so
-that a position has the same bits whether it is decoded or part of a chunk. Both ways a position's bits do not depend
-on the chunk that it is computed in.
+By default a tile goes over its keys in one sweep. Tiles of decoding's size, which ``deterministic`` asks for, go span
+by span, so that a position has the same bits whether it is decoded or part of a chunk. Both ways a position's bits do
+not depend on the chunk that it is computed in.
 
 Shapes: T tokens, N query heads, K KV heads, D head size, R rows, M rows of a tile (queries and their query heads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .attention_decode import TILE_ROWS, attention_decode_configs, checked_cache, side_by_side
+from .attention_decode import (
+    TILE_ROWS,
+    TYPES,
+    attention_decode_configs,
+    checked_cache,
+    side_by_side,
+)
 from .attention_items import PrefillItems
 from .attention_merge import sinks_or_none
+from .attention_prefill_tiles import TILES, attention_prefill_config, swept_config
+from .attention_prefill_tiles import prefill_tile_rows as prefill_tile_rows
 from .attention_span import (
     NO_WINDOW,
     SPAN_KEYS,
@@ -29,7 +37,7 @@ from .attention_span import (
 )
 from .backends import uses_triton
 from .compile_case import CompileCase, pointer, targets_for
-from .launch import KernelConfig, jit, launch, next_power_of_2, tl
+from .launch import KernelConfig, jit, launch, tl
 from .tiles import rounded
 
 
@@ -54,6 +62,117 @@ def prefill_attention_reference(
         is_seen_TL = (distance_TL >= 0) & (distance_TL < (options.window or NO_WINDOW))
         own = slice(first_token, first_token + count)
         out_TND[own] = attend_reference(q_TND[own], stored_2LKD[0], stored_2LKD[1], is_seen_TL, options)
+
+
+@jit
+def _attend_by_spans(
+    q_MD,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    begin,
+    end,
+    lowest_M,
+    position_M,
+    kv_heads,
+    scale,
+    soft_cap,
+    HAS_SOFT_CAP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPAN_KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Let a tile's rows attend to their keys span by span, merged as decoding's partials are."""
+    result_MD = tl.zeros((q_MD.shape[0], BLOCK_D), tl.float32)
+    peak_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
+    total_M = tl.zeros((q_MD.shape[0],), tl.float32)
+    for span in range(begin // SPAN_KEYS, (end + SPAN_KEYS - 1) // SPAN_KEYS):
+        span_MD, span_peak_M, span_total_M = attend_keys(
+            q_MD,
+            tl.zeros((q_MD.shape[0], BLOCK_D), tl.float32),
+            tl.full((q_MD.shape[0],), float("-inf"), tl.float32),
+            tl.zeros((q_MD.shape[0],), tl.float32),
+            keys_ptr,
+            values_ptr,
+            table_ptr,
+            tl.maximum(span * SPAN_KEYS, begin),
+            tl.minimum((span + 1) * SPAN_KEYS, end),
+            lowest_M,
+            position_M,
+            kv_heads,
+            scale,
+            soft_cap,
+            HAS_SOFT_CAP,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+            ROWS_DIFFER=True,
+        )
+        result_MD, peak_M, total_M = merge_partial(result_MD, peak_M, total_M, span_MD, span_peak_M, span_total_M)
+    return result_MD, peak_M, total_M
+
+
+@jit
+def _attend_in_one_sweep(
+    q_MD,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    begin,
+    all_begin,
+    all_end,
+    end,
+    lowest_M,
+    position_M,
+    kv_heads,
+    scale,
+    soft_cap,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Let a tile's rows attend to the keys from ``begin`` to before ``end``; those in [all_begin, all_end) all see.
+
+    Whole tiles of keys that all rows see need no mask; those before them (with a window) and behind them do.
+    """
+    result_MD = tl.zeros((q_MD.shape[0], BLOCK_D), tl.float32)
+    peak_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
+    total_M = tl.zeros((q_MD.shape[0],), tl.float32)
+    whole_begin = (all_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    whole_end = tl.maximum(all_end // BLOCK_N * BLOCK_N, whole_begin)
+    FIRST: tl.constexpr = 0 if HAS_WINDOW else 1
+    for part in tl.static_range(FIRST, 3):
+        result_MD, peak_M, total_M = attend_keys(
+            q_MD,
+            result_MD,
+            peak_M,
+            total_M,
+            keys_ptr,
+            values_ptr,
+            table_ptr,
+            begin if part == 0 else whole_begin if part == 1 else whole_end,
+            tl.minimum(whole_begin, end) if part == 0 else whole_end if part == 1 else end,
+            lowest_M,
+            position_M,
+            kv_heads,
+            scale,
+            soft_cap,
+            HAS_SOFT_CAP,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=part != 1,
+            ROWS_DIFFER=part != 1,
+        )
+    return result_MD, peak_M, total_M
 
 
 @jit
@@ -116,100 +235,14 @@ def _attention_prefill_kernel(
     # What the first query sees begins first; the last one sees most.
     begin = tl.maximum(start + first_query - window + 1, 0)
     end = start + tl.minimum(first_query + QUERIES, count)
-    result_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    peak_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((BLOCK_M,), tl.float32)
-    keys_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
-    values_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
-    tables_ptr += row.to(tl.int64) * columns
+    first_number = kv_head * (BLOCK_SIZE * HEAD_SIZE)
     if BY_SPANS:
-        for span in range(begin // SPAN_KEYS, (end + SPAN_KEYS - 1) // SPAN_KEYS):
-            span_MD, span_peak_M, span_total_M = attend_keys(
-                q_MD,
-                tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
-                tl.full((BLOCK_M,), float("-inf"), tl.float32),
-                tl.zeros((BLOCK_M,), tl.float32),
-                keys_ptr,
-                values_ptr,
-                tables_ptr,
-                tl.maximum(span * SPAN_KEYS, begin),
-                tl.minimum((span + 1) * SPAN_KEYS, end),
-                lowest_M,
-                position_M,
-                kv_heads,
-                scale,
-                soft_cap,
-                HAS_SOFT_CAP,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                BLOCK_N,
-                BLOCK_D,
-                MASKED=True,
-                ROWS_DIFFER=True,
-            )
-            result_MD, peak_M, total_M = merge_partial(result_MD, peak_M, total_M, span_MD, span_peak_M, span_total_M)
-    else:
-        # Whole tiles of keys that all queries see need no mask; those before and behind them do.
-        whole_end = (start + first_query + 1) // BLOCK_N * BLOCK_N
-        whole_begin = 0
-        if HAS_WINDOW:
-            last_lowest = tl.maximum(end - window, 0)
-            whole_begin = (last_lowest + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-            result_MD, peak_M, total_M = attend_keys(
-                q_MD,
-                result_MD,
-                peak_M,
-                total_M,
-                keys_ptr,
-                values_ptr,
-                tables_ptr,
-                begin,
-                tl.minimum(whole_begin, end),
-                lowest_M,
-                position_M,
-                kv_heads,
-                scale,
-                soft_cap,
-                HAS_SOFT_CAP,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                BLOCK_N,
-                BLOCK_D,
-                MASKED=True,
-                ROWS_DIFFER=True,
-            )
-        result_MD, peak_M, total_M = attend_keys(
+        result_MD, peak_M, total_M = _attend_by_spans(
             q_MD,
-            result_MD,
-            peak_M,
-            total_M,
-            keys_ptr,
-            values_ptr,
-            tables_ptr,
-            whole_begin,
-            whole_end,
-            lowest_M,
-            position_M,
-            kv_heads,
-            scale,
-            soft_cap,
-            HAS_SOFT_CAP,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            BLOCK_N,
-            BLOCK_D,
-            MASKED=False,
-            ROWS_DIFFER=False,
-        )
-        result_MD, peak_M, total_M = attend_keys(
-            q_MD,
-            result_MD,
-            peak_M,
-            total_M,
-            keys_ptr,
-            values_ptr,
-            tables_ptr,
-            tl.maximum(whole_begin, whole_end),
+            keys_ptr + first_number,
+            values_ptr + first_number,
+            tables_ptr + row.to(tl.int64) * columns,
+            begin,
             end,
             lowest_M,
             position_M,
@@ -219,10 +252,31 @@ def _attention_prefill_kernel(
             HAS_SOFT_CAP,
             HEAD_SIZE,
             BLOCK_SIZE,
+            SPAN_KEYS,
             BLOCK_N,
             BLOCK_D,
-            MASKED=True,
-            ROWS_DIFFER=True,
+        )
+    else:
+        result_MD, peak_M, total_M = _attend_in_one_sweep(
+            q_MD,
+            keys_ptr + first_number,
+            values_ptr + first_number,
+            tables_ptr + row.to(tl.int64) * columns,
+            begin,
+            tl.maximum(end - window, 0),
+            start + first_query + 1,
+            end,
+            lowest_M,
+            position_M,
+            kv_heads,
+            scale,
+            soft_cap,
+            HAS_WINDOW,
+            HAS_SOFT_CAP,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
         )
     sink_M = peak_M
     if HAS_SINKS:
@@ -235,99 +289,24 @@ def _attention_prefill_kernel(
     )
 
 
-# Rows of a tile by numbers of a head and bytes of queries: whatever the device.
-_ROWS = {(64, 2): 128, (128, 2): 128, (256, 2): 64, (64, 4): 32, (128, 4): 32, (256, 4): 32}
-
-# Keys of a tile, warps and stages, by numbers of a head and bytes of queries and cached numbers.
-_FLOAT32 = {
-    (64, 4, 4): (32, 4, 3),
-    (128, 4, 4): (16, 8, 3),
-    (256, 4, 4): (16, 8, 3),
-    (64, 4, 1): (32, 4, 1),
-    (128, 4, 1): (16, 8, 1),
-    (256, 4, 1): (16, 8, 1),
-}
-_HOPPER = {
-    **_FLOAT32,
-    (64, 2, 2): (64, 8, 5),
-    (128, 2, 2): (64, 8, 5),
-    (256, 2, 2): (32, 4, 5),
-    (64, 2, 1): (64, 8, 5),
-    (128, 2, 1): (64, 8, 5),
-    (256, 2, 1): (32, 4, 3),
-}
-_AMPERE = {**_HOPPER, (128, 2, 2): (64, 8, 3), (256, 2, 2): (32, 8, 3)}
-_AMD = {
-    **_FLOAT32,
-    (64, 2, 2): (64, 8, 2),
-    (128, 2, 2): (32, 8, 2),
-    (256, 2, 2): (32, 4, 2),
-    (64, 2, 1): (64, 8, 2),
-    (128, 2, 1): (32, 4, 2),
-    (256, 2, 1): (32, 4, 2),
-}
-
-
-def _tiles_of(device: torch.device) -> Mapping[tuple[int, int, int], tuple[int, int, int]]:
-    if device.type != "cuda":
-        return _HOPPER
-    if torch.version.hip is not None:
-        return _AMD
-    return _HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else _AMPERE
-
-
-def prefill_tile_rows(
-    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, *, deterministic: bool = False
-) -> int:
-    """Return the rows of a tile, queries times query heads of a KV head, that ``prefill_items`` is to cut into."""
-    if deterministic:
-        return attention_decode_configs(head_size, dtype, cache_dtype)[0].tiles["BLOCK_M"]
-    return _ROWS[max(64, next_power_of_2(head_size)), dtype.itemsize]
-
-
-def attention_prefill_config(
-    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device, *, deterministic: bool = False
-) -> KernelConfig:
-    """Return how tiles are computed: deterministic ones as decoding's are."""
-    if deterministic:
-        return attention_decode_configs(head_size, dtype, cache_dtype)[0]
-    return _config(head_size, dtype, cache_dtype, _tiles_of(device))
-
-
-def _config(
-    head_size: int,
-    dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    tiles: Mapping[tuple[int, int, int], tuple[int, int, int]],
-) -> KernelConfig:
-    block = max(64, next_power_of_2(head_size))
-    keys, warps, stages = tiles[block, dtype.itemsize, cache_dtype.itemsize]
-    rows = prefill_tile_rows(head_size, dtype, cache_dtype)
-    return KernelConfig(tiles={"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=stages)
-
-
 def compile_cases() -> Iterator[CompileCase]:
-    """Return what ``prefill_attention`` launches."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for cache_dtype in (dtype, torch.float8_e4m3fn):
-            for size in (64, 80, 128, 256) if dtype is torch.bfloat16 else (64, 128, 256):
-                yield from _cases(dtype, cache_dtype, size)
-                # As decoding's tiles, which are the same everywhere.
-                config = attention_decode_configs(size, dtype, cache_dtype)[0]
-                yield _case(dtype, cache_dtype, size, config, targets_for(dtype, cache_dtype))
-    yield from _cases(torch.bfloat16, torch.bfloat16, 128, has_all=True)
+    """Return what ``prefill_attention`` launches: heads of 80, 96 and 192 numbers are filled up to 128 and 256."""
+    for dtype, cache_dtype in TYPES:
+        for size in (64, 128, 256):
+            if dtype is not torch.float32:
+                yield from _swept_cases(dtype, cache_dtype, size)
+            # As decoding's tiles, which are the same everywhere.
+            config = attention_decode_configs(size, dtype, cache_dtype)[0]
+            yield _case(dtype, cache_dtype, size, config, targets_for(dtype, cache_dtype))
 
 
-def _cases(
-    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, *, has_all: bool = False
-) -> Iterator[CompileCase]:
+def _swept_cases(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int) -> Iterator[CompileCase]:
     by_config: dict[str, tuple[KernelConfig, list[str]]] = {}
     for target in targets_for(dtype, cache_dtype):
-        tiles = _AMD if target.startswith("gfx") else _AMPERE if target == "sm_80" else _HOPPER
-        config = _config(head_size, dtype, cache_dtype, tiles)
+        config = swept_config(head_size, cache_dtype, TILES[target])
         by_config.setdefault(str(config), (config, []))[1].append(target)
     for config, targets in by_config.values():
-        yield _case(dtype, cache_dtype, head_size, config, tuple(targets), has_all=has_all)
+        yield _case(dtype, cache_dtype, head_size, config, tuple(targets))
 
 
 def _case(
@@ -336,16 +315,13 @@ def _case(
     head_size: int,
     config: KernelConfig,
     targets: tuple[str, ...],
-    *,
-    has_all: bool = False,
 ) -> CompileCase:
     plain = ("q_stride", "columns", "capacity", "kv_heads", "window")
     places = ("tables_ptr", "starts_ptr", "counts_ptr", "first_tokens_ptr", "tiles_ptr", "tile_count_ptr")
     by_spans = config.tiles["BLOCK_M"] == TILE_ROWS
-    what = " window, soft cap, sinks" if has_all else ""
     return CompileCase(
         kernel=_attention_prefill_kernel,
-        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{what}{' by spans' if by_spans else ''}",
+        name=f"{pointer(dtype)[1:]} over {pointer(cache_dtype)[1:]} {head_size}{' by spans' if by_spans else ''}",
         config=config,
         signature={
             **dict.fromkeys(("q_ptr", "out_ptr"), pointer(dtype)),
@@ -357,7 +333,8 @@ def _case(
         },
         constants={
             "BY_SPANS": by_spans,
-            **dict.fromkeys(("HAS_WINDOW", "HAS_SOFT_CAP", "HAS_SINKS"), has_all),
+            "HAS_WINDOW": True,
+            **dict.fromkeys(("HAS_SOFT_CAP", "HAS_SINKS"), False),
             "GROUP": 4,
             "HEAD_SIZE": head_size,
             "BLOCK_SIZE": 16,
@@ -372,7 +349,7 @@ def prefill_attention(
 ) -> None:
     """As ``prefill_attention_reference``; ``out_TND`` contiguous.
 
-    Items of ``TILE_ROWS`` rows are computed as decoding computes them (deterministic).
+    Items of ``TILE_ROWS`` rows are computed as decoding computes them.
 
     Raises: ValueError for items cut into tiles that this type and size of head is not computed in
     """
@@ -386,7 +363,7 @@ def prefill_attention(
     if out_TND.shape != q_TND.shape or not out_TND.is_contiguous():
         raise ValueError(f"out_TND is {tuple(out_TND.shape)}: contiguous {tuple(q_TND.shape)} is needed")
     by_spans = items.tile_rows == TILE_ROWS
-    config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, q_TND.device, deterministic=by_spans)
+    config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, q_TND.device, by_spans=by_spans)
     if config.tiles["BLOCK_M"] != items.tile_rows:
         raise ValueError(
             f"items have tiles of {items.tile_rows} rows: cut them into prefill_tile_rows(...), here "

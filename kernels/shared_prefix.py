@@ -122,7 +122,9 @@ def shared_prefix_config(
         return attention_decode_configs(head_size, dtype, cache_dtype)[0]
     block = max(64, next_power_of_2(head_size))
     if dtype is torch.float32:
-        return KernelConfig(tiles={"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": block}, num_warps=8, num_stages=2)
+        # Numbers of 8 bits on their way to float32 take the registers of a second stage.
+        stages = 2 if cache_dtype is torch.float32 else 1
+        return KernelConfig(tiles={"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": block}, num_warps=8, num_stages=stages)
     keys, warps = 64 if block <= 128 else 32, 4 if block == 64 else 8
     return KernelConfig(tiles={"BLOCK_M": 64, "BLOCK_N": keys, "BLOCK_D": block}, num_warps=warps, num_stages=3)
 

@@ -7,9 +7,8 @@ held against the same decoding with each row reading all of its keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -109,12 +108,11 @@ def _shared(rows: int, prefix: int, heads: int, kv_heads: int, device: torch.dev
         heads_per_kv=heads // kv_heads,
         tile_rows=shared_tile_rows(_HEAD_SIZE, _DTYPE, _DTYPE, deterministic=False),
     )
-    on_device = replace(_on_device(shared, device), own=_on_device(shared.own, device))
     return KernelCase(
         operation="shared_decode_attention",
         shape=f"{rows} rows, {prefix} keys in common, {heads}/{kv_heads} heads",
         dtype=_DTYPE,
-        run=partial(shared_decode_attention, q_TND, cache, on_device, options, out_TND),
+        run=partial(shared_decode_attention, q_TND, cache, _shared_on_device(shared, device), options, out_TND),
         bytes=(prefix + rows * 128) * 2 * kv_heads * _HEAD_SIZE * 2 + 2 * q_TND.nbytes,
         flops=4 * rows * (position + 1) * heads * _HEAD_SIZE,
         baselines={"alone": partial(decode_attention, q_TND, cache, _on_device(items, device), options, out_TND)},
@@ -136,12 +134,26 @@ def _items(rows: int, position: int, tables_RB: np.ndarray) -> DecodeItems:
     return decode_items(np.full(rows, position), np.arange(rows), tables_RB, window=None, device=torch.device("cpu"))
 
 
-_Items = TypeVar("_Items", DecodeItems, SharedItems)
+def _on_device(items: DecodeItems, device: torch.device) -> DecodeItems:
+    return replace(
+        items,
+        tables_RB=items.tables_RB.to(device),
+        positions_R=items.positions_R.to(device),
+        tokens_R=items.tokens_R.to(device),
+        items_2C=items.items_2C.to(device),
+        item_count_1=items.item_count_1.to(device),
+        first_items_R1=items.first_items_R1.to(device),
+    )
 
 
-def _on_device(items: _Items, device: torch.device) -> _Items:
-    tensors = {each.name: value for each in fields(items) if isinstance(value := getattr(items, each.name), Tensor)}
-    return replace(items, **{name: tensor.to(device) for name, tensor in tensors.items()})
+def _shared_on_device(items: SharedItems, device: torch.device) -> SharedItems:
+    return replace(
+        items,
+        own=_on_device(items.own, device),
+        members_S=items.members_S.to(device),
+        tiles_4C=items.tiles_4C.to(device),
+        tile_count_1=items.tile_count_1.to(device),
+    )
 
 
 def _sdpa(q_R1ND: Tensor, k_R1LD: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.kernels.attention_decode import decode_attention, decode_attention_reference
+from slipstream.kernels.attention_decode import TYPES, decode_attention, decode_attention_reference
 from slipstream.kernels.attention_items import PrefillItems, decode_items, prefill_items
 from slipstream.kernels.attention_prefill import prefill_attention, prefill_attention_reference, prefill_tile_rows
 from slipstream.kernels.attention_span import SPAN_KEYS, AttentionOptions
 
 CPU = torch.device("cpu")
 CLOSE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-FLOAT8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,19 +93,18 @@ def both(batch: Batch, options: AttentionOptions, *, deterministic: bool = False
     return computed, expected
 
 
-@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(("dtype", "cache_dtype"), TYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "head_size", "block_size", "is_float8"),
-    [((2, 1), 64, 16, False), ((7, 1), 80, 24, True), ((18, 1), 16, 64, True), ((4, 2), 256, 8, False)],
+    ("heads", "head_size", "block_size"), [((2, 1), 64, 16), ((7, 1), 80, 24), ((18, 1), 16, 64), ((4, 2), 256, 8)]
 )
 def test_kernel_is_the_reference(
     heads: tuple[int, int],
     head_size: int,
     block_size: int,
-    is_float8: bool,
     deterministic: bool,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     seed: int,
     launches: list[str],
 ) -> None:
@@ -117,9 +115,9 @@ def test_kernel_is_the_reference(
         head_size=head_size,
         block_size=block_size,
         dtype=dtype,
-        cache_dtype=FLOAT8 if is_float8 else dtype,
+        cache_dtype=cache_dtype,
     )
-    options = AttentionOptions(scale=head_size**-0.5, k_scale=1.5 if is_float8 else 1, v_scale=0.7 if is_float8 else 1)
+    options = AttentionOptions(scale=head_size**-0.5, k_scale=1.5, v_scale=0.7)
     computed, expected = both(batch, options, deterministic=deterministic)
     torch.testing.assert_close(computed, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
     assert launches == ["_attention_prefill_kernel"]
@@ -133,25 +131,25 @@ def test_what_a_layer_can_ask_for(
     window: int, soft_cap: float | None, has_sinks: bool, deterministic: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    batch = make_batch([(150, 9)], heads=(2, 1), block_size=16, window=window)
+    batch = make_batch([(150, 9)], heads=(2, 1), block_size=16, dtype=torch.float16, window=window)
     options = AttentionOptions(
         scale=0.5, window=window, soft_cap=soft_cap, sinks_N=torch.randn(2) * 3 if has_sinks else None
     )
     computed, expected = both(batch, options, deterministic=deterministic)
-    torch.testing.assert_close(computed, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(computed, expected, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("count", [33, 70])
 def test_whole_tiles_of_keys_and_the_edges_around_them(count: int, seed: int) -> None:
-    """Tiles of 32 rows and 32 keys: those at the window's beginning and at the diagonal are masked, others not."""
+    """Tiles of 128 rows and 64 keys: those at the window's beginning and at the diagonal are masked, others not."""
     torch.manual_seed(seed)
-    for window in (None, 47, 90):
-        batch = make_batch([(95, count)], heads=(1, 1), block_size=16, window=window)
+    for window in (None, 97, 180):
+        batch = make_batch([(190, count)], heads=(2, 1), block_size=16, dtype=torch.float16, window=window)
         computed, expected = both(batch, AttentionOptions(scale=0.125, window=window))
-        torch.testing.assert_close(computed, expected, rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(computed, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 30])
 def test_any_chunks_give_the_same_bits(dtype: torch.dtype, window: int | None, seed: int) -> None:
     torch.manual_seed(seed)
@@ -216,7 +214,7 @@ def test_the_longest_tiles_come_first() -> None:
             np.array([0]),
             np.array([13]),
             np.array([0]),
-            np.zeros((1, 9)),
+            np.zeros((1, 9), int),
             heads_per_kv=4,
             tile_rows=16,
             device=CPU,

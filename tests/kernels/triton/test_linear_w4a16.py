@@ -100,6 +100,16 @@ def test_one_way_gives_a_row_the_same_bits_in_any_company(inputs: int, seed: int
         assert torch.equal(linear_w4a16(x[first:last], matrix, one_way=True), whole[first:last]), (first, last)
 
 
+@pytest.mark.parametrize("inputs", [256, 2048])
+def test_wide_products_are_not_rounded(inputs: int, seed: int) -> None:
+    matrix = pack_int4_matrix(random_codes(seed, 20, inputs, 64))
+    x, bias = random(seed + 1, 3, inputs).bfloat16(), random(seed + 2, 20).bfloat16()
+    found = linear_w4a16(x, matrix, bias, wide=True)
+    expected = linear_w4a16_reference(x, matrix, bias, wide=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_rows_that_lie_apart(seed: int) -> None:
     """Rows of a larger tensor: what is between them is never read, and neither are rows behind the last."""
     matrix = pack_int4_matrix(random_codes(seed, 16, 256, 64))

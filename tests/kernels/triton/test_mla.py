@@ -185,11 +185,13 @@ def test_what_does_not_fit_is_refused() -> None:
         mla_decode(
             q_TNW,
             cache_BSW,
-            decode_items(np.zeros(1), np.zeros(1), tables, window=None, device=CPU),
+            decode_items(np.zeros(1, int), np.zeros(1, int), tables, window=None, device=CPU),
             OPTIONS,
             torch.empty(1, 4, LATENT + 1),
         )
-    items = prefill_items(np.zeros(1), np.ones(1), np.zeros(1), tables, heads_per_kv=4, tile_rows=128, device=CPU)
+    items = prefill_items(
+        np.zeros(1, int), np.ones(1, int), np.zeros(1, int), tables, heads_per_kv=4, tile_rows=128, device=CPU
+    )
     with pytest.raises(ValueError, match="tiles of 128 rows"):
         mla_prefill(q_TNW, cache_BSW, items, OPTIONS, torch.empty(1, 4, LATENT))
 
