@@ -24,8 +24,7 @@ from .attention_decode import (
 )
 from .attention_items import PrefillItems
 from .attention_merge import sinks_or_none
-from .attention_prefill_tiles import TILES, attention_prefill_config, swept_config
-from .attention_prefill_tiles import prefill_tile_rows as prefill_tile_rows
+from .attention_prefill_tiles import TILES, attention_prefill_config, prefill_tile_rows, swept_config
 from .attention_span import (
     NO_WINDOW,
     SPAN_KEYS,
@@ -122,12 +121,11 @@ def _attend_in_one_sweep(
     keys_ptr,
     values_ptr,
     table_ptr,
-    begin,
-    all_begin,
-    all_end,
+    first_position,
     end,
     lowest_M,
     position_M,
+    window,
     kv_heads,
     scale,
     soft_cap,
@@ -138,15 +136,17 @@ def _attend_in_one_sweep(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Let a tile's rows attend to the keys from ``begin`` to before ``end``; those in [all_begin, all_end) all see.
+    """Let a tile's rows, at ``first_position`` to before ``end``, attend to their keys.
 
     Whole tiles of keys that all rows see need no mask; those before them (with a window) and behind them do.
     """
     result_MD = tl.zeros((q_MD.shape[0], BLOCK_D), tl.float32)
     peak_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
     total_M = tl.zeros((q_MD.shape[0],), tl.float32)
-    whole_begin = (all_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    whole_end = tl.maximum(all_end // BLOCK_N * BLOCK_N, whole_begin)
+    # What the first row sees begins first; the last one sees most.
+    begin = tl.maximum(first_position - window + 1, 0)
+    whole_begin = (tl.maximum(end - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    whole_end = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, whole_begin)
     FIRST: tl.constexpr = 0 if HAS_WINDOW else 1
     for part in tl.static_range(FIRST, 3):
         result_MD, peak_M, total_M = attend_keys(
@@ -216,11 +216,9 @@ def _attention_prefill_kernel(
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     QUERIES: tl.constexpr = BLOCK_M // HEADS
     kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-    row = tl.load(tiles_ptr + tile)
-    first_query = tl.load(tiles_ptr + capacity + tile)
+    row, first_query = tl.load(tiles_ptr + tile), tl.load(tiles_ptr + capacity + tile)
     start, count = tl.load(starts_ptr + row), tl.load(counts_ptr + row)
-    m_M = tl.arange(0, BLOCK_M)
-    d_D = tl.arange(0, BLOCK_D)
+    m_M, d_D = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     query_M = first_query + m_M // HEADS
     in_group_M = part * HEADS + m_M % HEADS
     head_M = kv_head * GROUP + in_group_M
@@ -232,17 +230,17 @@ def _attention_prefill_kernel(
     )
     position_M = start + query_M
     lowest_M = tl.maximum(position_M - window + 1, 0)
-    # What the first query sees begins first; the last one sees most.
-    begin = tl.maximum(start + first_query - window + 1, 0)
     end = start + tl.minimum(first_query + QUERIES, count)
-    first_number = kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    keys_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    values_ptr += kv_head * (BLOCK_SIZE * HEAD_SIZE)
+    tables_ptr += row.to(tl.int64) * columns
     if BY_SPANS:
         result_MD, peak_M, total_M = _attend_by_spans(
             q_MD,
-            keys_ptr + first_number,
-            values_ptr + first_number,
-            tables_ptr + row.to(tl.int64) * columns,
-            begin,
+            keys_ptr,
+            values_ptr,
+            tables_ptr,
+            tl.maximum(start + first_query - window + 1, 0),
             end,
             lowest_M,
             position_M,
@@ -259,15 +257,14 @@ def _attention_prefill_kernel(
     else:
         result_MD, peak_M, total_M = _attend_in_one_sweep(
             q_MD,
-            keys_ptr + first_number,
-            values_ptr + first_number,
-            tables_ptr + row.to(tl.int64) * columns,
-            begin,
-            tl.maximum(end - window, 0),
-            start + first_query + 1,
+            keys_ptr,
+            values_ptr,
+            tables_ptr,
+            start + first_query,
             end,
             lowest_M,
             position_M,
+            window,
             kv_heads,
             scale,
             soft_cap,
@@ -333,7 +330,7 @@ def _case(
         },
         constants={
             "BY_SPANS": by_spans,
-            "HAS_WINDOW": True,
+            "HAS_WINDOW": head_size == 128,
             **dict.fromkeys(("HAS_SOFT_CAP", "HAS_SINKS"), False),
             "GROUP": 4,
             "HEAD_SIZE": head_size,
@@ -363,12 +360,10 @@ def prefill_attention(
     if out_TND.shape != q_TND.shape or not out_TND.is_contiguous():
         raise ValueError(f"out_TND is {tuple(out_TND.shape)}: contiguous {tuple(q_TND.shape)} is needed")
     by_spans = items.tile_rows == TILE_ROWS
+    tile_rows = prefill_tile_rows(head_size, q_TND.dtype, layer_cache.dtype, deterministic=by_spans)
+    if tile_rows != items.tile_rows:
+        raise ValueError(f"items have tiles of {items.tile_rows} rows: cut them by prefill_tile_rows(...), {tile_rows}")
     config = attention_prefill_config(head_size, q_TND.dtype, layer_cache.dtype, q_TND.device, by_spans=by_spans)
-    if config.tiles["BLOCK_M"] != items.tile_rows:
-        raise ValueError(
-            f"items have tiles of {items.tile_rows} rows: cut them into prefill_tile_rows(...), here "
-            f"{config.tiles['BLOCK_M']}"
-        )
     q_TND = side_by_side(q_TND)
     launch(
         _attention_prefill_kernel,
