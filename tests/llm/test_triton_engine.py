@@ -129,16 +129,13 @@ def test_the_same_tokens_as_by_torch(name: str, checkpoint: Callable[[str], Path
     assert sum(output.num_cached_tokens or 0 for output in by_triton) >= 2 * 24
 
 
-def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], seed: int) -> None:
-    path, given = checkpoint("dense"), prompts(seed)
-    params = replace(FILTERED, logit_bias={5: 2.0, 7: -100.0}, presence_penalty=0.3, frequency_penalty=0.2, n=2)
-    drawn = [
-        [
-            [list(sample.token_ids) for sample in output.outputs]
-            for output in generate(path, params, given, kernels=each)
-        ]
-        for each in ("torch", "triton")
-    ]
+def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path]) -> None:
+    edits = {"logit_bias": {5: 2.0, 7: -100.0}, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+    drawn = []
+    for kernels in ("torch", "triton"):
+        with LLM(str(checkpoint("dense")), **OPTIONS, kernels=kernels) as llm:
+            (output,) = llm.generate({"prompt_token_ids": [11, 12]}, replace(FILTERED, n=2, **edits))
+            drawn.append([list(sample.token_ids) for sample in output.outputs])
     assert drawn[0] == drawn[1]
 
 
@@ -178,8 +175,8 @@ def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path
 def test_a_cache_of_8_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
     """Tokens may be others; what the first is drawn from is nearly the same, and prefixes are found as ever."""
     path, given = checkpoint("dense"), prompts(seed)
-    exact = generate(path, GREEDY, given, kernels="torch")
-    small = generate(path, GREEDY, given, kernels="triton", kv_cache_dtype="fp8", **IN_CHUNKS)
+    exact = generate(path, GREEDY, given, kernels="torch", dtype="bfloat16")
+    small = generate(path, GREEDY, given, kernels="triton", dtype="bfloat16", kv_cache_dtype="fp8", **IN_CHUNKS)
     differences = [abs(largest(one) - largest(other)) for one, other in zip(small, exact, strict=True)]
     assert 0 < max(differences) < 1
     assert tokens_of(small[3:]) == tokens_of(small[:3][::-1]), "what the cache had is what would be computed"
@@ -224,7 +221,12 @@ def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "must be one of auto, fp8, got 'int8'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "'fp8' is for Triton's kernels, and on cpu attention is not"),
         (
-            {"kv_cache_dtype": "fp8", "kernels": "triton", "sequence_parallel_size": 2},
+            {"kv_cache_dtype": "fp8", "kernels": "triton"},
+            "kv_cache_dtype",
+            "is for dtype bfloat16, the dtype is float32",
+        ),
+        (
+            {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kernels": "triton", "sequence_parallel_size": 2},
             "kv_cache_dtype",
             "'fp8' is not for sequence_parallel_size 2",
         ),
