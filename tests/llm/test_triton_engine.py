@@ -151,6 +151,15 @@ def test_deterministic_gives_the_same_bits(checkpoint: Callable[[str], Path], se
     assert [bits(output) for output in among] == [bits(output) for output in alone]
 
 
+def test_two_ranks_compute_by_the_same_kernels(checkpoint: Callable[[str], Path]) -> None:
+    """The choice goes to every rank with its setup."""
+    path, given = checkpoint("experts"), [[3, 4, 5]]
+    by_torch = generate(path, GREEDY, given, kernels="torch", enable_prefix_caching=False)
+    ranks = {"tensor_parallel_size": 2, "sharded_norm": False, "enable_prefix_caching": False}
+    by_triton = generate(path, GREEDY, given, kernels="triton", **ranks)
+    assert tokens_of(by_triton) == tokens_of(by_torch)
+
+
 def bits(output: RequestOutput) -> list[list[tuple[int, float]]]:
     """Return what tokens were drawn from, so that any rounding shows."""
     tables = output.outputs[0].logprobs or []
