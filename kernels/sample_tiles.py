@@ -133,7 +133,8 @@ def _draw_kernel(
         is_open = temperature > 0
         while is_open:
             token, score, value = winner(the_row, drawing, estimate_T, floor, cut, TILES, TILE, GROUP)
-            is_open = top_p < 1.0
+            # Every turn cuts higher, so this ends.
+            is_open = (top_p < 1.0) & (value > cut)
             if is_open:
                 cut = value
                 estimate_T, above = estimate_again(

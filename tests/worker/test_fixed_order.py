@@ -105,7 +105,10 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_quantized_weights_on_a_gpu(dense: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by triton .* weights as they are"):
+    check(dense, device=GPU, quantization="int4")
+    backends.use("linear_w4a16=torch")
+    check(dense, device=GPU)
+    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by torch .* weights as they are"):
         check(dense, device=GPU, quantization="int4")
 
 
