@@ -96,7 +96,7 @@ def launch_engine(
         _check_kv(kv, mesh)
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
-    check_cache_dtype(options.kv_cache_dtype, device, mesh)
+    check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh)
     if options.deterministic:
         check_fixed_order(spec, mesh, device=device, dtype=dtype, experts_over_tp=options.enable_expert_parallel)
     config = _scheduler_config(options, spec, mesh, device=device, dtype=dtype, ranks_on_host=ranks_on_host)
