@@ -38,6 +38,7 @@ from slipstream.benchmarks.kernel_cases import (
     latent,
     linear,
     linear_fixed,
+    moe,
     norm,
     sample,
 )
@@ -52,6 +53,7 @@ FILES: Mapping[str, CasesOf] = {
     "latent": latent.cases,
     "linear": linear.cases,
     "linear_fixed": linear_fixed.cases,
+    "moe": moe.cases,
     "norm": norm.cases,
     "sample": sample.cases,
 }

@@ -34,9 +34,8 @@ class Operation:
 
 
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
-_ALL_BUT_TRITON = {Backend.TORCH: True, Backend.TRITON: False}
-"""Deterministic engines ask these for one way for any number of rows, which is invariant."""
 _TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
+"""Products with weights: by Triton when asked for one way for any number of rows, as deterministic engines do."""
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
@@ -50,9 +49,9 @@ TABLE: Mapping[str, Operation] = {
             summary="the product with weights in one order of sums, for deterministic",
             batch_invariant=_TRITON_ALONE,
         ),
-        Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_ALL_BUT_TRITON),
+        Operation(name="linear_w4a16", summary="4-bit weights, 16-bit activations", batch_invariant=_TRITON_ALONE),
         Operation(
-            name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_ALL_BUT_TRITON
+            name="linear_w8a8", summary="8-bit weights and activations, int8 or fp8", batch_invariant=_TRITON_ALONE
         ),
         Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),

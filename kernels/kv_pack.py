@@ -23,12 +23,9 @@ _CONFIG = KernelConfig(tiles={"BLOCK": 2048}, num_warps=4, num_stages=1)
 _CONFIG_OF_BYTES = KernelConfig(tiles={"BLOCK": 1024}, num_warps=4, num_stages=1)
 _ALIGNED = ("row_stride", "row_start", "size")
 _FLOAT8 = torch.float8_e4m3fn
-_TYPES: Mapping[torch.dtype, Any] = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    _FLOAT8: tl.float8e4nv,
-}
+_TYPES: Mapping[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, _FLOAT8: tl.float8e4nv}
+_CONVERSIONS = ((torch.bfloat16, _FLOAT8), (_FLOAT8, torch.bfloat16))
+"""What the kernel makes of what; other types are converted by torch."""
 
 
 def pack_kv_reference(
@@ -93,7 +90,7 @@ def _move_rows_kernel(
     size,
     k_factor,
     v_factor,
-    PARTS: tl.constexpr,
+    parts,
     GATHERS: tl.constexpr,
     CONVERTS: tl.constexpr,
     TYPE: tl.constexpr,
@@ -102,8 +99,8 @@ def _move_rows_kernel(
 ):
     """One program moves ``BLOCK`` numbers of one row, out of one part of a tensor (its keys, its values) or there."""
     row, part = tl.program_id(0), tl.program_id(1)
-    memory_ptr = memory_at(tensors_ptr + part // PARTS, TYPE, ALIGNMENT)
-    half = part % PARTS
+    memory_ptr = memory_at(tensors_ptr + part // parts, TYPE, ALIGNMENT)
+    half = part % parts
     place = half.to(tl.int64) * part_rows + tl.load(index_ptr + row)
     memory_ptr += place * row_stride + row_start
     packed_ptr += (part.to(tl.int64) * count + row) * size
@@ -144,8 +141,8 @@ _BYTES = _Unit(
 )
 
 
-def _converting(dtype: torch.dtype, alignment: int) -> _Unit:
-    return _Unit(dtype=dtype, constants={"TYPE": _TYPES[dtype], "ALIGNMENT": alignment, "CONVERTS": True})
+def _converting(dtype: torch.dtype) -> _Unit:
+    return _Unit(dtype=dtype, constants={"TYPE": _TYPES[dtype], "ALIGNMENT": 16, "CONVERTS": True})
 
 
 def _unit_for(tensors: Sequence[Tensor], *bytes_of_rows: int) -> _Unit:
@@ -154,8 +151,8 @@ def _unit_for(tensors: Sequence[Tensor], *bytes_of_rows: int) -> _Unit:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Return what moves KV: as it is, and from every type to every type."""
-    ints = ("count", "part_rows", "row_stride", "row_start", "size")
+    """Return what moves KV: as it is, and into other types."""
+    ints = ("parts", "count", "part_rows", "row_stride", "row_start", "size")
     signature = {
         **dict.fromkeys(("tensors_ptr", "index_ptr"), "*i64"),
         **dict.fromkeys(ints, "i32"),
@@ -163,26 +160,25 @@ def compile_cases() -> Iterator[CompileCase]:
     }
     for gathers in (True, False):
         way = "gather" if gathers else "scatter"
-        for unit, parts in ((_WORDS, 2), (_BYTES, 2), (_WORDS, 1), (_BYTES, 1)):
+        for unit in (_WORDS, _BYTES):
             yield CompileCase(
                 kernel=_move_rows_kernel,
-                name=f"{way} {unit.dtype} parts={parts}",
+                name=f"{way} {unit.dtype}",
                 config=unit.config,
                 signature={**signature, "packed_ptr": pointer(unit.dtype)},
                 aligned=_ALIGNED,
-                constants={"GATHERS": gathers, "PARTS": parts, **unit.constants},
+                constants={"GATHERS": gathers, **unit.constants},
             )
-        for kept in _TYPES:
-            for packed in _TYPES:
-                yield CompileCase(
-                    kernel=_move_rows_kernel,
-                    name=f"{way} {pointer(kept)[1:]} as {pointer(packed)[1:]}",
-                    config=_CONFIG,
-                    signature={**signature, "packed_ptr": pointer(packed)},
-                    aligned=_ALIGNED,
-                    constants={"GATHERS": gathers, "PARTS": 2, **_converting(kept, 16).constants},
-                    targets=targets_for(kept, packed),
-                )
+        for kept, packed in _CONVERSIONS:
+            yield CompileCase(
+                kernel=_move_rows_kernel,
+                name=f"{way} {pointer(kept)[1:]} as {pointer(packed)[1:]}",
+                config=_CONFIG,
+                signature={**signature, "packed_ptr": pointer(packed)},
+                aligned=_ALIGNED,
+                constants={"GATHERS": gathers, **_converting(kept).constants},
+                targets=targets_for(kept, packed),
+            )
 
 
 def pack_kv(
@@ -196,7 +192,7 @@ def pack_kv(
 ) -> Tensor:
     """As ``pack_kv_reference``. Raises: ValueError for heads that there are not"""
     _check(layer_caches, heads)
-    if not _by_triton(layer_caches, dtype):
+    if not _by_triton(layer_caches, heads, dtype, k_factor, v_factor):
         return pack_kv_reference(layer_caches, blocks_B, heads, dtype, k_factor=k_factor, v_factor=v_factor)
     first = layer_caches[0]
     shape = (len(layer_caches), 2, len(blocks_B), len(heads), *first.shape[3:])
@@ -219,7 +215,7 @@ def unpack_kv_(
     shape = (len(layer_caches), 2, len(blocks_B), len(heads), *layer_caches[0].shape[3:])
     if packed.shape != shape:
         raise ValueError(f"packed KV of this shape is needed: {shape}, got {tuple(packed.shape)}")
-    if not _by_triton(layer_caches, packed.dtype):
+    if not _by_triton(layer_caches, heads, packed.dtype, k_factor, v_factor):
         unpack_kv_reference_(packed, layer_caches, blocks_B, heads, k_factor=k_factor, v_factor=v_factor)
         return
     _move_blocks(packed.contiguous(), layer_caches, blocks_B, heads, k_factor, v_factor, gathers=False)
@@ -250,11 +246,22 @@ def _check(layer_caches: Sequence[Tensor], heads: range) -> None:
         raise ValueError(f"heads {heads} are no range of {kv_heads} KV heads")
 
 
-def _by_triton(layer_caches: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def _by_triton(
+    layer_caches: Sequence[Tensor], heads: range, dtype: torch.dtype, k_factor: float, v_factor: float
+) -> bool:
     first = layer_caches[0]
     are_alike = all(each.shape == first.shape and each.dtype == first.dtype for each in layer_caches)
-    are_known = first.dtype in _TYPES and dtype in _TYPES
-    return are_alike and are_known and all(x.is_contiguous() for x in layer_caches) and uses_triton("kv_pack", first)
+    if not are_alike or not all(x.is_contiguous() for x in layer_caches) or not uses_triton("kv_pack", first):
+        return False
+    if not _converts(first.dtype, dtype, k_factor, v_factor):
+        return True
+    head_bytes = first[0, 0, 0].nbytes
+    is_aligned = _unit_for(layer_caches, head_bytes * len(heads), head_bytes * heads.start) is _WORDS
+    return is_aligned and (first.dtype, dtype) in _CONVERSIONS
+
+
+def _converts(dtype: torch.dtype, packed: torch.dtype, k_factor: float, v_factor: float) -> bool:
+    return dtype != packed or (k_factor, v_factor) != (1.0, 1.0)
 
 
 def _move_blocks(
@@ -271,8 +278,8 @@ def _move_blocks(
     head_bytes = first[0, 0, 0].nbytes
     bytes_of_rows = (first.shape[2] * head_bytes, len(heads) * head_bytes, heads.start * head_bytes)
     unit = _unit_for((*layer_caches, packed), *bytes_of_rows)
-    if packed.dtype != first.dtype or (k_factor, v_factor) != (1.0, 1.0):
-        unit = _converting(first.dtype, 16 if unit is _WORDS else first.element_size())
+    if _converts(first.dtype, packed.dtype, k_factor, v_factor):
+        unit = _converting(first.dtype)
     row_stride, size, row_start = (count // unit.dtype.itemsize for count in bytes_of_rows)
     rows = _Rows(parts=2, part_rows=first.shape[1], row_stride=row_stride, row_start=row_start, size=size)
     flat = packed if unit.constants["CONVERTS"] else packed.view(-1).view(unit.dtype)
@@ -316,7 +323,7 @@ def _launch(
         size=rows.size,
         k_factor=factors[0],
         v_factor=factors[1],
-        PARTS=rows.parts,
+        parts=rows.parts,
         GATHERS=gathers,
         **unit.constants,
     )

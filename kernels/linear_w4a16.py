@@ -256,7 +256,7 @@ def linear_w4a16(
     config = w4a16_config(x_TI.shape[0], one_way=one_way)
     spans, filled_up, _ = matrix.words_SOW.shape
     is_split = one_way or x_TI.shape[0] <= _MOST_SPLIT_ROWS
-    splits = split_count(filled_up // config.tiles["BLOCK_N"], spans) if is_split else 1
+    splits = split_count(filled_up // config.tiles["BLOCK_N"], spans, one_way=one_way) if is_split else 1
     if splits == 1:
         _multiply(x_TI, matrix, bias_O, out_TO.unsqueeze(0), config)
         return out_TO[:, : matrix.outputs].contiguous()

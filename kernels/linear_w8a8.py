@@ -241,7 +241,7 @@ def linear_w8a8_rows(
     is_split = one_way or rows_TI.shape[0] <= _MOST_SPLIT_ROWS
     tiles = matrix.values_OI.shape[0] // config.tiles["BLOCK_N"]
     steps = matrix.values_OI.shape[1] // config.tiles["BLOCK_K"]
-    splits = split_count(tiles, steps) if is_split else 1
+    splits = split_count(tiles, steps, one_way=one_way) if is_split else 1
     if splits == 1:
         _multiply(rows_TI, scales_T1, matrix, bias_O, out_TO.unsqueeze(0), config)
         return out_TO[:, : matrix.outputs].contiguous()

@@ -41,6 +41,64 @@ def mla_prefill_tile_rows(heads: int, dtype: torch.dtype, options: MlaOptions) -
 
 
 @jit
+def _attend_all(
+    q_latent_ML,
+    q_rope_MR,
+    position_M,
+    cache_ptr,
+    table_ptr,
+    end,
+    block_size,
+    scale,
+    IN_SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return what a tile's rows get of all keys before ``end``: at once, or span by span as decoding merges them."""
+    if IN_SPANS:
+        result_ML = tl.zeros([BLOCK_M, LATENT], tl.float32)
+        peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total_M = tl.zeros([BLOCK_M], tl.float32)
+        for begin in range(0, end, SPAN):
+            span_ML, span_peak_M, span_total_M = attend_latents(
+                q_latent_ML,
+                q_rope_MR,
+                position_M,
+                cache_ptr,
+                table_ptr,
+                begin,
+                tl.minimum(begin + SPAN, end),
+                block_size,
+                scale,
+                LATENT,
+                ROPE,
+                BLOCK_M,
+                BLOCK_N,
+            )
+            result_ML, peak_M, total_M = merge_partial(result_ML, peak_M, total_M, span_ML, span_peak_M, span_total_M)
+    else:
+        result_ML, peak_M, total_M = attend_latents(
+            q_latent_ML,
+            q_rope_MR,
+            position_M,
+            cache_ptr,
+            table_ptr,
+            0,
+            end,
+            block_size,
+            scale,
+            LATENT,
+            ROPE,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    return result_ML, peak_M, total_M
+
+
+@jit
 def _mla_prefill_kernel(
     q_ptr,
     cache_ptr,
@@ -80,43 +138,22 @@ def _mla_prefill_kernel(
     position_M = start + tl.minimum(first + queries_M, count - 1)
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     end = start + tl.minimum(first + tile_queries, count)
-    if IN_SPANS:
-        result_ML = tl.zeros([BLOCK_M, LATENT], tl.float32)
-        peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total_M = tl.zeros([BLOCK_M], tl.float32)
-        for begin in range(0, end, SPAN):
-            span_ML, span_peak_M, span_total_M = attend_latents(
-                q_latent_ML,
-                q_rope_MR,
-                position_M,
-                cache_ptr,
-                table_ptr,
-                begin,
-                tl.minimum(begin + SPAN, end),
-                block_size,
-                scale,
-                LATENT,
-                ROPE,
-                BLOCK_M,
-                BLOCK_N,
-            )
-            result_ML, peak_M, total_M = merge_partial(result_ML, peak_M, total_M, span_ML, span_peak_M, span_total_M)
-    else:
-        result_ML, peak_M, total_M = attend_latents(
-            q_latent_ML,
-            q_rope_MR,
-            position_M,
-            cache_ptr,
-            table_ptr,
-            0,
-            end,
-            block_size,
-            scale,
-            LATENT,
-            ROPE,
-            BLOCK_M,
-            BLOCK_N,
-        )
+    result_ML, peak_M, total_M = _attend_all(
+        q_latent_ML,
+        q_rope_MR,
+        position_M,
+        cache_ptr,
+        table_ptr,
+        end,
+        block_size,
+        scale,
+        IN_SPANS,
+        SPAN,
+        LATENT,
+        ROPE,
+        BLOCK_M,
+        BLOCK_N,
+    )
     out_ML = finish_rows(result_ML, peak_M, total_M, peak_M, cache_scale, False)
     out_ptrs = out_ptr + token * heads * LATENT + (rows_M[:, None] * LATENT + tl.arange(0, LATENT)[None, :])
     tl.store(out_ptrs, rounded(out_ML, out_ptr.dtype.element_ty), mask=is_row_M[:, None])

@@ -114,6 +114,34 @@ def _sort_keys(values, places):
 
 
 @jit
+def _keys_of_best_groups(
+    keys,
+    wanted,
+    groups,
+    top_groups,
+    sums_two,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Return the keys of the experts in each token's best groups; of the others the lowest number."""
+    lowest = tl.full((), -9223372036854775808, tl.int64)
+    group = tl.arange(0, BLOCK_G)
+    keys_TGS = tl.reshape(keys, (BLOCK_T, BLOCK_G, BLOCK_S))
+    wanted_TGS = tl.reshape(wanted, (BLOCK_T, BLOCK_G, BLOCK_S))
+    is_best = keys_TGS == tl.max(keys_TGS, axis=2)[:, :, None]
+    best = tl.sum(tl.where(is_best, wanted_TGS, 0.0), axis=2)
+    is_second = keys_TGS == tl.max(tl.where(is_best, lowest, keys_TGS), axis=2)[:, :, None]
+    best += tl.where(sums_two != 0, tl.sum(tl.where(is_second, wanted_TGS, 0.0), axis=2), 0.0)
+    group_keys = tl.where((group < groups)[None, :], _sort_keys(best, group[None, :]), lowest)
+    left = group_keys
+    for _ in range(top_groups):
+        left = tl.where(left == tl.max(left, axis=1)[:, None], lowest, left)
+    is_in = group_keys != left
+    return tl.reshape(tl.where(is_in[:, :, None], keys_TGS, lowest), (BLOCK_T, BLOCK_G * BLOCK_S))
+
+
+@jit
 def _choose_experts_kernel(
     logits_ptr,
     bias_ptr,
@@ -156,19 +184,7 @@ def _choose_experts_kernel(
     expert = tl.reshape(expert_GS, (BLOCK_E,))[None, :]
     keys = tl.where(tl.reshape(is_expert_GS, (BLOCK_E,))[None, :], _sort_keys(wanted, expert), lowest)
     if BLOCK_G > 1:
-        keys_TGS = tl.reshape(keys, (BLOCK_T, BLOCK_G, BLOCK_S))
-        wanted_TGS = tl.reshape(wanted, (BLOCK_T, BLOCK_G, BLOCK_S))
-        best_key = tl.max(keys_TGS, axis=2)
-        is_best = keys_TGS == best_key[:, :, None]
-        best = tl.sum(tl.where(is_best, wanted_TGS, 0.0), axis=2)
-        is_second = keys_TGS == tl.max(tl.where(is_best, lowest, keys_TGS), axis=2)[:, :, None]
-        best += tl.where(sums_two != 0, tl.sum(tl.where(is_second, wanted_TGS, 0.0), axis=2), 0.0)
-        group_keys = tl.where((group < groups)[None, :], _sort_keys(best, group[None, :]), lowest)
-        left = group_keys
-        for _ in range(top_groups):
-            left = tl.where(left == tl.max(left, axis=1)[:, None], lowest, left)
-        is_in = group_keys != left
-        keys = tl.reshape(tl.where(is_in[:, :, None], keys_TGS, lowest), (BLOCK_T, BLOCK_E))
+        keys = _keys_of_best_groups(keys, wanted, groups, top_groups, sums_two, BLOCK_T, BLOCK_G, BLOCK_S)
 
     choice = tl.arange(0, BLOCK_A)
     chosen = tl.zeros((BLOCK_T, BLOCK_A), tl.int64)

@@ -178,7 +178,7 @@ def rope_config(head_size: int) -> KernelConfig:
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``rotate_and_write_`` launches."""
     for dtype in _DTYPES:
-        for kept in (dtype, _FLOAT8):
+        for kept in (dtype, _FLOAT8) if dtype == torch.bfloat16 else (dtype,):
             for head_size in (64, 128, 256):
                 yield CompileCase(
                     kernel=_rope_kv_kernel,
@@ -214,7 +214,9 @@ def rotate_and_write_(
     is_plain = all(x.is_contiguous() and x.dtype == qkv_TSD.dtype for x in others) and rows.is_contiguous()
     is_plain = is_plain and layer_cache.is_contiguous() and head_size % 2 == 0
     are_dense = qkv_TSD.stride(2) == 1 and qkv_TSD.stride(1) == head_size and qkv_TSD.dtype in _DTYPES
-    is_known = layer_cache.dtype in (qkv_TSD.dtype, _FLOAT8) and head_size <= 256
+    # A cache in float8 is for bfloat16; others are converted by torch.
+    is_float8 = layer_cache.dtype == _FLOAT8 and qkv_TSD.dtype == torch.bfloat16
+    is_known = (is_float8 or layer_cache.dtype == qkv_TSD.dtype) and head_size <= 256
     if is_plain and are_dense and is_known and uses_triton("rope_kv", qkv_TSD):
         config = rope_config(head_size)
         launch(

@@ -31,6 +31,50 @@ from .shared_items import SharedItems
 
 
 @jit
+def _attend_span(
+    q_MD,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    begin,
+    kv_heads,
+    scale,
+    soft_cap,
+    HAS_SOFT_CAP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPAN_KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return the partial of a tile's rows with a whole span that all of them see: nothing is masked."""
+    BLOCK_M: tl.constexpr = q_MD.shape[0]
+    BLOCK_D: tl.constexpr = q_MD.shape[1]
+    return attend_keys(
+        q_MD,
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+        tl.full((BLOCK_M,), float("-inf"), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        keys_ptr,
+        values_ptr,
+        table_ptr,
+        begin,
+        begin + SPAN_KEYS,
+        0,
+        0,
+        kv_heads,
+        scale,
+        soft_cap,
+        HAS_SOFT_CAP,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        MASKED=False,
+        ROWS_DIFFER=False,
+    )
+
+
+@jit
 def _shared_prefix_kernel(
     q_ptr,
     keys_ptr,
@@ -68,44 +112,32 @@ def _shared_prefix_kernel(
     m_M = tl.arange(0, BLOCK_M)
     member_M = m_M // HEADS
     in_group_M = tl.program_id(0) % PARTS * HEADS + m_M % HEADS
-    head_M = kv_head * GROUP + in_group_M
-    d_D = tl.arange(0, BLOCK_D)
+    head_M, d_D = kv_head * GROUP + in_group_M, tl.arange(0, BLOCK_D)
     first_number = kv_head * (BLOCK_SIZE * HEAD_SIZE)
     for tile in range(tl.program_id(1), tl.load(tile_count_ptr), tl.num_programs(1)):
-        table_row = tl.load(tiles_ptr + tile)
+        table_ptr = tables_ptr + tl.load(tiles_ptr + tile).to(tl.int64) * columns
         span = tl.load(tiles_ptr + capacity + tile)
         first_member = tl.load(tiles_ptr + 2 * capacity + tile)
         is_there_M = (member_M < tl.load(tiles_ptr + 3 * capacity + tile)) & (in_group_M < GROUP)
         is_there_MD = is_there_M[:, None] & (d_D < HEAD_SIZE)[None, :]
         row_M = tl.load(members_ptr + first_member + member_M, mask=is_there_M, other=0)
         token_M = tl.load(tokens_ptr + row_M, mask=is_there_M, other=0).to(tl.int64)
-        q_MD = tl.load(
-            q_ptr + token_M[:, None] * q_stride + head_M[:, None] * HEAD_SIZE + d_D[None, :],
-            mask=is_there_MD,
-            other=0.0,
-        )
-        result_MD, peak_M, total_M = attend_keys(
+        q_ptrs = q_ptr + token_M[:, None] * q_stride + head_M[:, None] * HEAD_SIZE + d_D[None, :]
+        q_MD = tl.load(q_ptrs, mask=is_there_MD, other=0.0)
+        result_MD, peak_M, total_M = _attend_span(
             q_MD,
-            tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
-            tl.full((BLOCK_M,), float("-inf"), tl.float32),
-            tl.zeros((BLOCK_M,), tl.float32),
             keys_ptr + first_number,
             values_ptr + first_number,
-            tables_ptr + table_row.to(tl.int64) * columns,
+            table_ptr,
             span * SPAN_KEYS,
-            (span + 1) * SPAN_KEYS,
-            0,
-            0,
             kv_heads,
             scale,
             soft_cap,
             HAS_SOFT_CAP,
             HEAD_SIZE,
             BLOCK_SIZE,
+            SPAN_KEYS,
             BLOCK_N,
-            BLOCK_D,
-            MASKED=False,
-            ROWS_DIFFER=False,
         )
         lowest_M = tl.maximum(tl.load(positions_ptr + row_M, mask=is_there_M, other=0) - window + 1, 0)
         first_item_M = tl.load(first_items_ptr + row_M, mask=is_there_M, other=0)

@@ -79,8 +79,16 @@ def empty_outputs(x_TI: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(x_TI.shape[0], outputs + -outputs % 16, dtype=dtype, device=x_TI.device)
 
 
-def split_count(tiles: int, steps: int) -> int:
-    """Return into how many splits the ``steps`` of each of so many tiles go: a power of two, by the weight's shape."""
+_ONE_WAY_TILES = 64
+
+
+def split_count(tiles: int, steps: int, *, one_way: bool = False) -> int:
+    """Return into how many splits the ``steps`` of each of so many tiles go: a power of two, by the weight's shape.
+
+    ``one_way``: by the steps alone, so that a rank with some of the outputs adds up as one with all of them does.
+    """
+    if one_way:
+        tiles = _ONE_WAY_TILES
     wanted = min(_TARGET_PROGRAMS // max(1, tiles), steps // _FEWEST_STEPS)
     return 1 if wanted < 2 else next_power_of_2(wanted + 1) // 2
 

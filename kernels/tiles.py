@@ -38,8 +38,8 @@ def rounded(x, TYPE: tl.constexpr):
 
 @jit
 def _on_float8_grid(x):
-    # Numbers that the interpreter casts without rounding. Below 2^-6 they are multiples of 2^-9, which adding 1.5 *
-    # 2^14 rounds to.
+    """Return the nearest numbers that float8 has, which the interpreter casts without rounding."""
+    # Below 2^-6 they are multiples of 2^-9, which adding 1.5 * 2^14 rounds to.
     small = (tl.abs(x) + 24576.0) - 24576.0
     small = tl.where(x.to(tl.int32, bitcast=True) < 0, -small, small)
     bits = x.to(tl.uint32, bitcast=True)

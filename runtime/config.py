@@ -102,7 +102,7 @@ class EngineOptions:
     - ``kernels``: what carries out operations: ``auto``, the fastest for each on the device; ``torch`` or ``triton``
       for all; or, with commas, ``operation=backend`` (``kernels.backends`` has the table).
     - ``kv_cache_dtype``: of keys and values in the cache: ``auto`` is ``dtype``; ``fp8`` (e4m3), half as large as
-      bfloat16, is for Triton's kernels.
+      bfloat16, is for Triton's kernels and models in bfloat16.
     - ``num_threads``: threads that compute on a CPU; None is a core each, and one for a model so small that it would
       wait for them.
     - ``async_scheduling``: plan a step while the last one computes.

@@ -73,4 +73,4 @@ def _seconds(way: Way, device: torch.device) -> float:
     way()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
+    return float(began.elapsed_time(ended)) / 1e3

@@ -19,8 +19,8 @@ def cache_dtype(option: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if option == "fp8" else dtype
 
 
-def check_cache_dtype(option: str, device: torch.device, mesh: MeshShape) -> None:
-    """Refuse a cache that the device's ways cannot read. Raises: ConfigError naming the option"""
+def check_cache_dtype(option: str, dtype: torch.dtype, device: torch.device, mesh: MeshShape) -> None:
+    """Refuse a cache that cannot be read, by a model of type ``dtype`` on a device. Raises: ConfigError"""
     if option == "auto":
         return
     by_torch = [name for name in CACHE_OPERATIONS if not uses_triton_on(name, device)]
@@ -28,6 +28,9 @@ def check_cache_dtype(option: str, device: torch.device, mesh: MeshShape) -> Non
         raise ConfigError(
             "kv_cache_dtype", f"{option!r} is for Triton's kernels, and on {device} {by_torch[0]} is not one of them"
         )
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError("kv_cache_dtype", f"{option!r} is for dtype bfloat16, the dtype is {name}")
     if mesh.sp > 1:
         raise ConfigError(
             "kv_cache_dtype",

@@ -16,7 +16,8 @@ from ...kernels.tree_sum import LEAVES, subtree_leaves
 from ...sdk.errors import ConfigError
 from ..models.model_spec import ModelSpec, MoeSpec
 
-_OF_QUANTIZED_WEIGHTS = ("linear_w4a16", "linear_w8a8")
+_ONE_WAY = ("linear_w4a16", "linear_w8a8")
+"""Operations that are asked for one way when they are called, and then give a row its own bits by Triton."""
 
 
 def check_fixed_order(
@@ -25,8 +26,7 @@ def check_fixed_order(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quantization: str = "none",
-    experts_over_tp: bool = False,
+    experts_over_tp: bool,
 ) -> None:
     """Refuse what would change bits. Raises: ConfigError naming the option"""
     if not subtree_leaves(mesh.tp):
@@ -43,7 +43,7 @@ def check_fixed_order(
                     "equal chunks: use 1 rank, or leave 'deterministic' out",
                 )
     if device.type == "cuda":
-        _check_operations(device, quantization)
+        _check_operations(device)
     elif not can_pack(dtype, device):
         named = str(dtype).removeprefix("torch.")
         raise ConfigError("deterministic", f"needs float32 or bfloat16, as this CPU multiplies them, got {named}")
@@ -58,17 +58,16 @@ def _sums(spec: ModelSpec, *, experts_over_tp: bool) -> dict[str, int]:
     return sums
 
 
-def _check_operations(device: torch.device, quantization: str) -> None:
+def _check_operations(device: torch.device) -> None:
     """Refuse operations on a GPU that give a row other bits in other company, as all of torch's ways may there."""
     if not HAS_TRITON:
         raise ConfigError("deterministic", "needs Triton on a GPU: install it, or use the CPU")
     for operation in TABLE.values():
-        if quantization == "none" and operation.name in _OF_QUANTIZED_WEIGHTS:
-            continue
         backend = backend_on(operation.name, device)
-        if backend is Backend.TORCH or not operation.batch_invariant[backend]:
+        own_bits = operation.batch_invariant[backend] or operation.name in _ONE_WAY
+        if backend is Backend.TORCH or not own_bits:
             raise ConfigError(
                 "deterministic",
                 f"{operation.name} ({operation.summary}) by {backend} gives a row other bits in other company: "
-                "leave kernels to 'auto', and weights as they are",
+                "leave the choice of kernels to 'auto'",
             )

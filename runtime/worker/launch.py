@@ -96,29 +96,10 @@ def launch_engine(
         _check_kv(kv, mesh)
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
-    check_cache_dtype(options.kv_cache_dtype, device, mesh)
+    check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh)
     if options.deterministic:
-        check_fixed_order(
-            spec,
-            mesh,
-            device=device,
-            dtype=dtype,
-            quantization=options.quantization,
-            experts_over_tp=options.enable_expert_parallel,
-        )
-    max_model_len, cache_size = size_engine(
-        options,
-        _first_shard(options, mesh).local_spec(spec),
-        device,
-        dtype,
-        cache_dtype=cache_dtype(options.kv_cache_dtype, dtype),
-        ranks_on_host=ranks_on_host or mesh.size,
-    )
-    config = options.scheduler_config(
-        max_model_len=max_model_len,
-        num_blocks=cache_size.num_blocks,
-        attention_ratio=spec.facts().attention_ratio(),
-    )
+        check_fixed_order(spec, mesh, device=device, dtype=dtype, experts_over_tp=options.enable_expert_parallel)
+    config = _scheduler_config(options, spec, mesh, device=device, dtype=dtype, ranks_on_host=ranks_on_host)
     eos_token_ids = generation.eos_token_ids or spec.eos_token_ids
     share = None if kv is None else _kv_share(kv, model_fingerprint(path, spec, quantization=options.quantization))
     seat = None if kv is None else KvSeat(address=kv.address, secret=kv.secret)
@@ -162,6 +143,31 @@ def _kv_share(kv: KvSettings, model: str) -> KvShare:
         kinds=kv.kinds,
         across_hosts=kv.across_hosts,
         limits=kv.limits,
+    )
+
+
+def _scheduler_config(
+    options: EngineOptions,
+    spec: ModelSpec,
+    mesh: MeshShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks_on_host: int | None,
+) -> SchedulerConfig:
+    """Work out the KV cache's size, and with it what the scheduler is given."""
+    max_model_len, cache_size = size_engine(
+        options,
+        _first_shard(options, mesh).local_spec(spec),
+        device,
+        dtype,
+        cache_dtype=cache_dtype(options.kv_cache_dtype, dtype),
+        ranks_on_host=ranks_on_host or mesh.size,
+    )
+    return options.scheduler_config(
+        max_model_len=max_model_len,
+        num_blocks=cache_size.num_blocks,
+        attention_ratio=spec.facts().attention_ratio(),
     )
 
 

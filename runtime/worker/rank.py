@@ -7,6 +7,7 @@ out, and no rank decides anything by itself. The driver builds its own rank from
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,16 +137,12 @@ def build_rank(
     choose_kernels(setup.kernels)
     path, device = Path(setup.model), rank_device(setup, groups.place.rank)
     spec = read_model_spec(path)
-    dtype = getattr(torch, setup.dtype)
-    shard = _shard(setup, groups)
+    dtype, shard = getattr(torch, setup.dtype), _shard(setup, groups)
     local_spec = shard.local_spec(spec)
     if device.type == "cpu":
         weight_bytes = local_spec.facts().step_read_bytes(dtype.itemsize)
         settle_cpu(setup.num_threads, weight_bytes=weight_bytes, ranks=ranks_on_host or setup.mesh.size)
-    thread = step_thread()
-    if device.type == "cuda":
-        # Kernels are launched on the thread's own device.
-        thread.submit(torch.cuda.set_device, device).result()
+    thread = _thread_on(device)
     # What ranks do together is not captured.
     backend = None if setup.enforce_eager or groups.place.shape.size > 1 else graph_backend(device)
     load = partial(
@@ -161,14 +158,10 @@ def build_rank(
     )
     try:
         model = thread.submit(load).result()
-        cache = KvCache.allocate(
-            local_spec,
-            # One more than the scheduler knows of, for rows that only fill a graph.
-            num_blocks=setup.num_blocks + (backend is not None),
-            block_size=setup.block_size,
-            dtype=cache_dtype(setup.kv_cache_dtype, dtype),
-            device=device,
-        )
+        # A block more than the scheduler knows of, for rows that only fill a graph.
+        num_blocks = setup.num_blocks + (backend is not None)
+        kind = cache_dtype(setup.kv_cache_dtype, dtype)
+        cache = KvCache.allocate(local_spec, num_blocks, setup.block_size, kind, device)
         meet()
         thread.submit(set_exchange, setup.expert_exchange, model, local_spec).result()
         layers = thread.submit(_layers, setup, spec, model, cache, groups, backend).result()
@@ -192,17 +185,21 @@ def build_rank(
         sequences=SequenceRanks(groups.sp, block_size=setup.block_size),
         kv=kv,
     )
-    report = None
-    if device.type == "cuda" or backend is not None:
-        try:
-            report = _warm_up(setup, executor, layers, model)
-        except BaseException:
-            executor.close()
-            raise
-    return Rank(executor=executor, grammars=grammars, kv=kv, warm_up=report)
+    return Rank(executor=executor, grammars=grammars, kv=kv, warm_up=_warm_up(setup, executor, layers, model))
 
 
-def _warm_up(setup: RankSetup, executor: ModelExecutor, layers: StepForward, model: Decoder) -> WarmUp:
+def _thread_on(device: torch.device) -> ThreadPoolExecutor:
+    """Return a ``step_thread`` whose kernels are launched on a device."""
+    thread = step_thread()
+    if device.index is not None:
+        thread.submit(torch.cuda.set_device, device).result()
+    return thread
+
+
+def _warm_up(setup: RankSetup, executor: ModelExecutor, layers: StepForward, model: Decoder) -> WarmUp | None:
+    """Prepare the device for requests; where that fails, end the executor. A CPU needs none of it."""
+    if model.device.type == "cpu" and layers.graphs is None:
+        return None
     sizes = WarmUpSizes(
         most_tokens=setup.max_tokens,
         most_rows=setup.max_slots,
@@ -212,7 +209,11 @@ def _warm_up(setup: RankSetup, executor: ModelExecutor, layers: StepForward, mod
     )
     tuning = tuning_for(model.device, deterministic=setup.deterministic)
     limit_s = WARM_UP_LIMIT_S if setup.mesh.size == 1 else None
-    report = warm_up(executor, sizes, clock=monotonic_clock, graphs=layers.graphs, tuning=tuning, limit_s=limit_s)
+    try:
+        report = warm_up(executor, sizes, clock=monotonic_clock, graphs=layers.graphs, tuning=tuning, limit_s=limit_s)
+    except BaseException:
+        executor.close()
+        raise
     _forget_loads(model)
     return report
 

@@ -129,17 +129,41 @@ def test_the_same_tokens_as_by_torch(name: str, checkpoint: Callable[[str], Path
     assert sum(output.num_cached_tokens or 0 for output in by_triton) >= 2 * 24
 
 
-def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path], seed: int) -> None:
-    path, given = checkpoint("dense"), prompts(seed)
-    params = replace(FILTERED, logit_bias={5: 2.0, 7: -100.0}, presence_penalty=0.3, frequency_penalty=0.2, n=2)
-    drawn = [
-        [
-            [list(sample.token_ids) for sample in output.outputs]
-            for output in generate(path, params, given, kernels=each)
-        ]
-        for each in ("torch", "triton")
-    ]
+def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path]) -> None:
+    edits = {"logit_bias": {5: 2.0, 7: -100.0}, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+    drawn = []
+    for kernels in ("torch", "triton"):
+        with LLM(str(checkpoint("dense")), **OPTIONS, kernels=kernels) as llm:
+            (output,) = llm.generate({"prompt_token_ids": [11, 12]}, replace(FILTERED, n=2, **edits))
+            drawn.append([list(sample.token_ids) for sample in output.outputs])
     assert drawn[0] == drawn[1]
+
+
+def test_deterministic_gives_the_same_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
+    """Alone and at once, or in chunks beside others and behind a cached prefix."""
+    draw = random.Random(seed)
+    shared = [draw.randrange(3, VOCABULARY) for _ in range(9)]
+    given, how = [[*shared, 5], [*shared, 7, 9]], {"kernels": "triton", "deterministic": True}
+    params = replace(GREEDY, max_tokens=2)
+    alone = generate(checkpoint("dense"), params, given, max_num_seqs=1, enable_prefix_caching=False, **how)
+    among = generate(checkpoint("dense"), params, given, long_prefill_token_threshold=4, **how)
+    assert sum(output.num_cached_tokens or 0 for output in among) >= 8
+    assert [bits(output) for output in among] == [bits(output) for output in alone]
+
+
+def test_two_ranks_compute_by_the_same_kernels(checkpoint: Callable[[str], Path]) -> None:
+    """The choice goes to every rank with its setup."""
+    path, given = checkpoint("experts"), [[3, 4, 5]]
+    by_torch = generate(path, GREEDY, given, kernels="torch", enable_prefix_caching=False)
+    ranks = {"tensor_parallel_size": 2, "sharded_norm": False, "enable_prefix_caching": False}
+    by_triton = generate(path, GREEDY, given, kernels="triton", **ranks)
+    assert tokens_of(by_triton) == tokens_of(by_torch)
+
+
+def bits(output: RequestOutput) -> list[list[tuple[int, float]]]:
+    """Return what tokens were drawn from, so that any rounding shows."""
+    tables = output.outputs[0].logprobs or []
+    return [sorted((token, entry.logprob) for token, entry in (table or {}).items()) for table in tables]
 
 
 def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path], seed: int) -> None:
@@ -160,8 +184,8 @@ def test_samples_of_a_prompt_read_its_keys_once(checkpoint: Callable[[str], Path
 def test_a_cache_of_8_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
     """Tokens may be others; what the first is drawn from is nearly the same, and prefixes are found as ever."""
     path, given = checkpoint("dense"), prompts(seed)
-    exact = generate(path, GREEDY, given, kernels="torch")
-    small = generate(path, GREEDY, given, kernels="triton", kv_cache_dtype="fp8", **IN_CHUNKS)
+    exact = generate(path, GREEDY, given, kernels="torch", dtype="bfloat16")
+    small = generate(path, GREEDY, given, kernels="triton", dtype="bfloat16", kv_cache_dtype="fp8", **IN_CHUNKS)
     differences = [abs(largest(one) - largest(other)) for one, other in zip(small, exact, strict=True)]
     assert 0 < max(differences) < 1
     assert tokens_of(small[3:]) == tokens_of(small[:3][::-1]), "what the cache had is what would be computed"
@@ -206,7 +230,12 @@ def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "must be one of auto, fp8, got 'int8'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "'fp8' is for Triton's kernels, and on cpu attention is not"),
         (
-            {"kv_cache_dtype": "fp8", "kernels": "triton", "sequence_parallel_size": 2},
+            {"kv_cache_dtype": "fp8", "kernels": "triton"},
+            "kv_cache_dtype",
+            "is for dtype bfloat16, the dtype is float32",
+        ),
+        (
+            {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kernels": "triton", "sequence_parallel_size": 2},
             "kv_cache_dtype",
             "'fp8' is not for sequence_parallel_size 2",
         ),

@@ -49,7 +49,6 @@ def check(
     tp: int = 1,
     device: torch.device = CPU,
     dtype: str = "bfloat16",
-    quantization: str = "none",
     over_tp: bool = False,
 ) -> None:
     check_fixed_order(
@@ -57,7 +56,6 @@ def check(
         MeshShape(tp=tp),
         device=device,
         dtype=getattr(torch, dtype),
-        quantization=quantization,
         experts_over_tp=over_tp,
     )
 
@@ -105,7 +103,10 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_quantized_weights_on_a_gpu(dense: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by triton .* weights as they are"):
+    check(dense, device=GPU, quantization="int4")
+    backends.use("linear_w4a16=torch")
+    check(dense, device=GPU)
+    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by torch .* weights as they are"):
         check(dense, device=GPU, quantization="int4")
 
 

@@ -43,7 +43,9 @@ def test_every_type_goes_to_every_type(
     unpack_kv_(packed, targets, blocks_B, heads, **factors)
     unpack_kv_reference_(packed, expected, blocks_B, heads, **factors)
     assert all(map(same, targets, expected))
-    assert launches == ["_move_rows_kernel"] * 2
+    # Between other types torch converts.
+    by_kernel = dtype == packed_dtype != FLOAT8 or {dtype, packed_dtype} == {torch.bfloat16, FLOAT8}
+    assert launches == (["_move_rows_kernel"] * 2 if by_kernel else [])
 
 
 @pytest.mark.parametrize("heads", [range(4), range(1), range(3, 4), range(2, 2)])
@@ -76,11 +78,13 @@ def test_every_float8_is_rounded_as_torch_does(seed: int) -> None:
     random = torch.randn(2048) * 10.0 ** torch.randint(-6, 4, (2048,))
     values = torch.cat((numbers, ties, random, torch.tensor([float("nan"), 1e9, -1e9, 0.0, -0.0])))
     values = torch.cat((values, values.new_zeros(-len(values) % 16)))
-    layers = [values.view(1, 1, 1, 1, -1).repeat(2, 1, 1, 1, 1)]
+    values = values.bfloat16().float()
+    layers = [values.bfloat16().view(1, 1, 1, 1, -1).repeat(2, 1, 1, 1, 1)]
     packed = pack_kv(layers, torch.tensor([0]), range(1), FLOAT8)
     clamped = torch.where(values.isnan(), values, values.clamp(-448, 448)).to(FLOAT8)
     torch.testing.assert_close(packed[0, 0].flatten().float(), clamped.float(), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(packed[0, 1].flatten().float().signbit(), clamped.float().signbit())
+    numbers = ~clamped.float().isnan()
+    assert torch.equal(packed[0, 1].flatten().float().signbit()[numbers], clamped.float().signbit()[numbers])
 
 
 @pytest.mark.parametrize(("dtype", "row"), [(torch.int64, 4), (torch.int64, 3), (torch.uint8, 5), (torch.uint8, 32)])

@@ -100,6 +100,16 @@ def test_one_way_gives_a_row_the_same_bits_in_any_company(inputs: int, seed: int
         assert torch.equal(linear_w4a16(x[first:last], matrix, one_way=True), whole[first:last]), (first, last)
 
 
+@pytest.mark.parametrize("inputs", [256, 2048])
+def test_wide_products_are_not_rounded(inputs: int, seed: int) -> None:
+    matrix = pack_int4_matrix(random_codes(seed, 20, inputs, 64))
+    x, bias = random(seed + 1, 3, inputs).bfloat16(), random(seed + 2, 20).bfloat16()
+    found = linear_w4a16(x, matrix, bias, wide=True)
+    expected = linear_w4a16_reference(x, matrix, bias, wide=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_rows_that_lie_apart(seed: int) -> None:
     """Rows of a larger tensor: what is between them is never read, and neither are rows behind the last."""
     matrix = pack_int4_matrix(random_codes(seed, 16, 256, 64))
@@ -135,3 +145,8 @@ def test_configurations_are_chosen_by_rows() -> None:
 )
 def test_splits_are_powers_of_two_by_the_weights_shape(tiles: int, steps: int, splits: int) -> None:
     assert split_count(tiles, steps) == splits
+
+
+def test_one_way_splits_a_shard_of_the_outputs_as_the_whole() -> None:
+    for steps in (1, 7, 16, 56, 4096):
+        assert len({split_count(tiles, steps, one_way=True) for tiles in (1, 16, 64, 448)}) == 1

@@ -46,7 +46,7 @@ def test_kernel_is_the_reference(
     expected_TH, expected_scales_T1 = quantize_rows_reference(x_TH, dtype)
     assert torch.equal(scales_T1, expected_scales_T1)
     assert torch.equal(numbers_TH.view(torch.uint8), expected_TH.view(torch.uint8))
-    assert launches == (["_quantize_rows_kernel"] if len(x_TH) else [])
+    assert launches == (["_quantize_rows_kernel"] if len(x_TH) and x_dtype != torch.float32 else [])
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(INT8, 0.5 / 127), (FLOAT8, 1 / 16)])
@@ -61,7 +61,7 @@ def test_reference_is_near_what_it_quantizes(dtype: torch.dtype, error: float, s
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8])
 def test_what_is_no_number_is_found_in_the_scale(dtype: torch.dtype) -> None:
-    x_TH = torch.ones(3, 40)
+    x_TH = torch.ones(3, 40, dtype=torch.bfloat16)
     x_TH[1, 7] = float("nan")
     for way in (quantize_rows, quantize_rows_reference):
         assert way(x_TH, dtype)[1].isnan().flatten().tolist() == [False, True, False]
@@ -135,8 +135,8 @@ def test_other_types_are_refused() -> None:
 
 def test_other_strides_are_made_plain(seed: int) -> None:
     torch.manual_seed(seed)
-    x_TH = torch.randn(40, 3).T
+    x_TH = torch.randn(40, 3).bfloat16().T
     for found, expected in zip(quantize_rows(x_TH, INT8), quantize_rows_reference(x_TH, INT8), strict=True):
         assert torch.equal(found, expected)
-    wide_TH = torch.randn(3, 100)
+    wide_TH = torch.randn(3, 100).bfloat16()
     assert torch.equal(quantize_rows(wide_TH[:, 10:50], INT8)[0], quantize_rows_reference(wide_TH[:, 10:50], INT8)[0])

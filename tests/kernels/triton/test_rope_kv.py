@@ -19,7 +19,6 @@ from slipstream.kernels.rope_kv import (
 
 FLOAT8 = torch.float8_e4m3fn
 BLOCKS, BLOCK_SIZE = 5, 4
-EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @dataclass(frozen=True)
@@ -116,16 +115,16 @@ def test_a_cache_of_float8_has_scales(dtype: torch.dtype, seed: int, launches: l
     assert_same((queries_TND, queries_TND), (expected_TND, expected_TND), dtype)
     # Keys may be rounded to the neighbour where they differ before; values never differ.
     torch.testing.assert_close(cache[0], expected[0], rtol=0.126, atol=2**-9, equal_nan=True)
-    torch.testing.assert_close(cache[1], expected[1], **EXACT)
+    torch.testing.assert_close(cache[1], expected[1], rtol=0, atol=0, equal_nan=True)
     # What is too large for its scale is cut off at the largest number that there is.
     values = read_kv(step.rows, cache)[:, 2:]
     assert values.abs().max() == 448
     torch.testing.assert_close(values * 0.007, step.qkv_TSD[:, 6:].float().clamp(-3.136, 3.136), rtol=1 / 15, atol=1e-4)
-    assert launches == ["_rope_kv_kernel"]
+    assert launches == (["_rope_kv_kernel"] if dtype == torch.bfloat16 else [])
 
 
 def test_what_is_no_number_stays_so_in_float8(seed: int) -> None:
-    step = step_of(seed, tokens=2, kept=FLOAT8)
+    step = step_of(seed, tokens=2, dtype=torch.bfloat16, kept=FLOAT8)
     step.cache.fill_(0)
     step.qkv_TSD[0, 6, 3] = float("nan")
     for way in (rotate_and_write_, rotate_and_write_reference_):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slipstream.kernels import backends, sample_tiles
 from slipstream.kernels.sample import choose_best, draw, draw_best, draw_reference
+from slipstream.kernels.sample_masses import masses
 from slipstream.kernels.sample_settings import DrawnTokens, DrawSettings
 from slipstream.tests.kernels.test_sample import settings
 
@@ -75,15 +76,19 @@ def test_a_real_vocabulary_without_filters(seed: int) -> None:
 
 
 def test_cuts_of_a_nucleus_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Eight equals weigh as much as the one above them, to a part in ten million: float32 cannot say which is more.
+    # Eight equals are less likely than the one above them: they are out, or in, by a part in a thousand million.
     logits_V = torch.full((300,), -math.inf)
     logits_V[5:45:5] = 1.0
-    logits_V[290] = 1.0 + math.log(8.0)
-    rows = 12
+    logits_V[290] = 3.1
+    rows = 16
     logits_RV = logits_V.repeat(rows, 1)
-    shares = np.array([0.4999999, 0.5, 0.5000001, 0.99])
-    drawing = settings(rows, seed=np.arange(rows), top_p=np.resize(shares, rows))
+    masses_8 = masses(logits_V[None, [290, *range(5, 45, 5)]], logits_V[290:291], torch.ones(1).double())
+    share = masses_8[0, 0].item() / masses_8.sum().item()
+    shares = np.resize([share * (1 - 1e-9), share * (1 + 1e-9)], rows)
+    drawing = settings(rows, seed=np.arange(rows) // 2, top_p=shares)
     expected = draw_reference(logits_RV, drawing)
+    assert set(expected.token_ids_R[::2].tolist()) == {290}
+    assert len(set(expected.token_ids_R[1::2].tolist())) > 1
     assert_same(draw(logits_RV, drawing), expected)
     # The estimates never decide.
     monkeypatch.setattr(sample_tiles, "_DOUBT", 2.0)
