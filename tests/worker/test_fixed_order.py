@@ -101,15 +101,6 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
         check(dense, device=GPU)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
-def test_quantized_weights_on_a_gpu(dense: ModelSpec) -> None:
-    check(dense, device=GPU, quantization="int4")
-    backends.use("linear_w4a16=torch")
-    check(dense, device=GPU)
-    with pytest.raises(ConfigError, match=r"linear_w4a16 .* by torch .* weights as they are"):
-        check(dense, device=GPU, quantization="int4")
-
-
 def test_a_gpu_without_triton(dense: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fixed_order, "HAS_TRITON", False)
     with pytest.raises(ConfigError, match="needs Triton on a GPU"):
