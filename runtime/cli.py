@@ -130,32 +130,10 @@ def generate(
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
 ) -> None:
     """Generate text for prompts and print it, streamed when there is one prompt."""
+    options = _engine_options(locals())
     from .llm import LLM
 
     texts = _read_prompts(prompt, prompts_file)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "quantization": quantization,
-        "kernels": kernels,
-        "kv_cache_dtype": kv_cache_dtype,
-        "enforce_eager": enforce_eager,
-        "num_threads": num_threads,
-        "deterministic": deterministic,
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-        "expert_parallel_size": expert_parallel_size,
-        "sequence_parallel_size": sequence_parallel_size,
-        "enable_expert_parallel": enable_expert_parallel,
-        "overlap": overlap,
-        "sharded_norm": sharded_norm,
-        "even_chunks": even_chunks,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "block_size": block_size,
-        "enable_prefix_caching": enable_prefix_caching,
-    }
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
@@ -164,6 +142,14 @@ def generate(
             llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts
         ]
         _generate(llm, prompts, replace(llm.get_default_sampling_params(), **chosen), as_json=as_json)
+
+
+def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a command's arguments that are the engine's; a seed is the prompts'."""
+    from .config import EngineOptions
+
+    known = {field.name for field in fields(EngineOptions)} - {"model", "seed"}
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _generate(llm: LLM, prompts: list[Prompt], params: SamplingParams, *, as_json: bool) -> None:
