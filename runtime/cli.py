@@ -129,9 +129,11 @@ def generate(
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared prefixes")] = True,
 ) -> None:
     """Generate text for prompts and print it, streamed when there is one prompt."""
+    options = _engine_options(locals())
     from .llm import LLM
 
     texts = _read_prompts(prompt, prompts_file)
+<<<<<<< HEAD
     options: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -154,6 +156,8 @@ def generate(
         "block_size": block_size,
         "enable_prefix_caching": enable_prefix_caching,
     }
+=======
+>>>>>>> engine8
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
@@ -162,6 +166,14 @@ def generate(
             llm.render_chat([{"role": "user", "content": text}]) if chat else text for text in texts
         ]
         _generate(llm, prompts, replace(llm.get_default_sampling_params(), **chosen), as_json=as_json)
+
+
+def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a command's arguments that are the engine's; a seed is the prompts'."""
+    from .config import EngineOptions
+
+    known = {field.name for field in fields(EngineOptions)} - {"model", "seed"}
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _generate(llm: LLM, prompts: list[Prompt], params: SamplingParams, *, as_json: bool) -> None:
