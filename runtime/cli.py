@@ -133,31 +133,6 @@ def generate(
     from .llm import LLM
 
     texts = _read_prompts(prompt, prompts_file)
-<<<<<<< HEAD
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "quantization": quantization,
-        "kernels": kernels,
-        "kv_cache_dtype": kv_cache_dtype,
-        "num_threads": num_threads,
-        "deterministic": deterministic,
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-        "expert_parallel_size": expert_parallel_size,
-        "sequence_parallel_size": sequence_parallel_size,
-        "enable_expert_parallel": enable_expert_parallel,
-        "overlap": overlap,
-        "sharded_norm": sharded_norm,
-        "even_chunks": even_chunks,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "block_size": block_size,
-        "enable_prefix_caching": enable_prefix_caching,
-    }
-=======
->>>>>>> engine8
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen |= {"max_tokens": max_tokens, "n": n, "stop": tuple(stop or ()), "ignore_eos": ignore_eos}
