@@ -112,6 +112,7 @@ def generate(
     quantization: QuantizationOption = "none",
     kernels: KernelsOption = "auto",
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    enforce_eager: EagerOption = False,
     num_threads: ThreadsOption = None,
     deterministic: DeterministicOption = False,
     tensor_parallel_size: TensorOption = 1,

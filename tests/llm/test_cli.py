@@ -26,8 +26,8 @@ OPTIONS = {
             "dtype",
             "device",
             "quantization",
-            # to compare ways with one another; a cache in fewer bits changes tokens
-            *("kernels", "kv_cache_dtype"),
+            # to compare ways with one another; a cache in fewer bits changes tokens; graphs take memory
+            *("kernels", "kv_cache_dtype", "enforce_eager"),
             "num_threads",
             "deterministic",
             *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "enable_expert_parallel"),
