@@ -130,7 +130,7 @@ def test_the_same_tokens_as_by_torch(name: str, checkpoint: Callable[[str], Path
 
 
 def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path]) -> None:
-    edits = {"logit_bias": {5: 2.0, 7: -100.0}, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+    edits: dict[str, Any] = {"logit_bias": {5: 2.0, 7: -100.0}, "presence_penalty": 0.3, "frequency_penalty": 0.2}
     drawn = []
     for kernels in ("torch", "triton"):
         with LLM(str(checkpoint("dense")), **OPTIONS, kernels=kernels) as llm:
