@@ -147,7 +147,7 @@ class MlaVariant:
     @property
     def spill_bytes(self) -> int:
         """Return the bound: addresses of queries and of what is stored; next to nothing inside the loop over keys."""
-        return {16: 16, 32: 256, 64: 768}[self.rows]
+        return {16: 96, 32: 288, 64: 768}[self.rows]
 
     @property
     def name(self) -> str:
