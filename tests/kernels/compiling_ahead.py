@@ -10,6 +10,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 LOWEST_PRIORITY = 19
@@ -33,10 +34,14 @@ class CompilingAhead:
             start_new_session=True,
             preexec_fn=lambda: os.nice(LOWEST_PRIORITY),
         )
+        # Whoever looks at the children of this process meanwhile should find none that has ended.
+        self._waiter = Thread(target=self._process.wait, name="compiling-ahead", daemon=True)
+        self._waiter.start()
 
     def wait(self, seconds: float) -> tuple[int, str, list[dict[str, Any]]]:
         """Return the status, what was printed, and what every kernel takes. Raises: subprocess.TimeoutExpired"""
-        status = self._process.wait(seconds)
+        self._waiter.join(seconds)
+        status = self._process.wait(0)
         self._log.seek(0)
         resources = json.loads(self._report.read_text()) if self._report.exists() else []
         return status, self._log.read().decode(errors="replace"), resources
@@ -45,6 +50,6 @@ class CompilingAhead:
         """End it, whatever it is at."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(60)
+        self._waiter.join(60)
         self._log.close()
         self._folder.cleanup()
