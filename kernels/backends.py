@@ -26,7 +26,12 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """A row of the table. ``batch_invariant``: a row's bits are the same whatever else is in the batch, by backend."""
+    """A row of the table.
+
+    ``batch_invariant``: whether a row of a batch has the same bits whatever else is in it, by backend, as deterministic
+    engines call the operation. Others may take what is faster for the rows at hand: tiles by their number, spans that
+    several of them share.
+    """
 
     name: str
     summary: str
@@ -36,6 +41,8 @@ class Operation:
 _BOTH = {Backend.TORCH: True, Backend.TRITON: True}
 _TRITON_ALONE = {Backend.TORCH: False, Backend.TRITON: True}
 """Products with weights: by Triton when asked for one way for any number of rows, as deterministic engines do."""
+
+_NEITHER = {Backend.TORCH: False, Backend.TRITON: False}
 
 TABLE: Mapping[str, Operation] = {
     each.name: each
@@ -55,7 +62,7 @@ TABLE: Mapping[str, Operation] = {
         ),
         Operation(name="mla", summary="multi-head latent attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="moe_combine", summary="the weighted sum over a token's experts", batch_invariant=_BOTH),
-        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_BOTH),
+        Operation(name="moe_gemm", summary="experts' products, all in one launch", batch_invariant=_NEITHER),
         Operation(name="moe_route", summary="the choice of experts", batch_invariant=_BOTH),
         Operation(name="norm", summary="RMSNorm, with the residual addition", batch_invariant=_BOTH),
         Operation(name="quantize_rows", summary="rows as 8-bit numbers, each with a scale", batch_invariant=_BOTH),

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -96,11 +95,6 @@ def observed_launches(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Return whether kernels can be launched on a tensor's device: a GPU, or any in the interpreter."""
-    return runs_triton_on(x.device)
 
 
 def runs_triton_on(device: torch.device) -> bool:

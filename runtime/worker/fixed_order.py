@@ -16,8 +16,8 @@ from ...kernels.tree_sum import LEAVES, subtree_leaves
 from ...sdk.errors import ConfigError
 from ..models.model_spec import ModelSpec, MoeSpec
 
-_ONE_WAY = ("linear_w4a16", "linear_w8a8")
-"""Operations that are asked for one way when they are called, and then give a row its own bits by Triton."""
+_DONE_WITHOUT = ("moe_gemm",)
+"""Operations that deterministic engines do not call: their experts' products are multiplied one after the other."""
 
 
 def check_fixed_order(
@@ -64,8 +64,8 @@ def _check_operations(device: torch.device) -> None:
         raise ConfigError("deterministic", "needs Triton on a GPU: install it, or use the CPU")
     for operation in TABLE.values():
         backend = backend_on(operation.name, device)
-        own_bits = operation.batch_invariant[backend] or operation.name in _ONE_WAY
-        if backend is Backend.TORCH or not own_bits:
+        own_bits = operation.batch_invariant[backend] and backend is not Backend.TORCH
+        if operation.name not in _DONE_WITHOUT and not own_bits:
             raise ConfigError(
                 "deterministic",
                 f"{operation.name} ({operation.summary}) by {backend} gives a row other bits in other company: "

@@ -12,8 +12,12 @@ import torch
 from slipstream.comm.mesh import MeshShape
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON
+from slipstream.runtime.models.formats import choose_formats
+from slipstream.runtime.models.layout import Role
+from slipstream.runtime.models.linear_format import PlainProduct
 from slipstream.runtime.models.model_spec import ModelSpec
 from slipstream.runtime.models.registry import read_model_spec
+from slipstream.runtime.models.sharding import WHOLE
 from slipstream.runtime.worker import fixed_order
 from slipstream.runtime.worker.fixed_order import check_fixed_order
 from slipstream.sdk.errors import ConfigError
@@ -99,6 +103,18 @@ def test_kernels_on_a_gpu(dense: ModelSpec) -> None:
     backends.use("attention=torch")
     with pytest.raises(ConfigError, match=r"attention .* by torch gives a row other bits"):
         check(dense, device=GPU)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
+def test_the_launch_over_all_experts_is_not_asked_for(experts: ModelSpec) -> None:
+    """Its tiles go by the number of rows. Experts are stacked for it where their products are plain ones."""
+    check(experts, device=GPU)
+    backends.use("moe_gemm=torch")
+    check(experts, device=GPU)
+    shard = replace(WHOLE, fixed_order=True)
+    formats = choose_formats("none", dtype=torch.bfloat16, device=GPU, shard=shard)
+    for role in (Role.EXPERTS, Role.SUMMED_EXPERTS):
+        assert not isinstance(formats.of(role).prepare(torch.zeros(64, 64, dtype=torch.bfloat16)), PlainProduct)
 
 
 def test_a_gpu_without_triton(dense: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
