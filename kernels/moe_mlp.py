@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activation import silu_and_mul
+from .gate import SILU, Gate
+from .gated import gate_and_mul
 from .moe_combine import weighted_sum
 from .moe_gemm import block_places, block_product, can_mask, can_multiply, masked_product
 from .moe_sort import ExpertBlocks, cut_into_blocks, sort_by_expert, sort_into_blocks, unsort
@@ -25,26 +26,33 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def moe_mlp(
-    x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, gate_up: Sequence[Product], down: Sequence[Product]
+    x_TH: Tensor,
+    weights_TA: Tensor,
+    experts_TA: Tensor,
+    gate_up: Sequence[Product],
+    down: Sequence[Product],
+    gate: Gate = SILU,
 ) -> Tensor:
     """Run each token through its experts and return their weighted sum.
 
     The sum runs in float32 and in the order of ``experts_TA``, so it does not depend on the other tokens.
 
-    ``gate_up`` and ``down`` multiply with an expert's weights (and no bias): gate_up [rows, hidden] to [rows, 2 *
-    intermediate], gate first; down [rows, intermediate] to [rows, hidden].
+    ``gate_up`` and ``down`` multiply with an expert's weights (no bias is given
+    to them): gate_up [rows, hidden] to [rows, 2 * intermediate], gate first; down [rows, intermediate] to [rows, hidden].
 
     Shapes: x_TH [tokens, hidden]; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
     """
     num_tokens, chosen = experts_TA.shape
     order_R, counts_E = sort_by_expert(experts_TA.flatten(), len(gate_up))
     rows_RH = x_TH.index_select(0, torch.div(order_R, chosen, rounding_mode="floor"))
-    results_RH = expert_products(rows_RH, counts_E, gate_up, down)
+    results_RH = expert_products(rows_RH, counts_E, gate_up, down, gate)
     by_choice_TAH = unsort(results_RH, order_R).view(num_tokens, chosen, x_TH.shape[1])
     return weighted_sum(by_choice_TAH, weights_TA)
 
 
-def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product], down: Sequence[Product]) -> Tensor:
+def expert_products(
+    rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product], down: Sequence[Product], gate: Gate = SILU
+) -> Tensor:
     """Return what each expert makes of its rows.
 
     Rows behind the last counted one are padding; what stands in their place in the result has no meaning. The result is
@@ -56,7 +64,7 @@ def expert_products(rows_RH: Tensor, counts_E: Tensor, gate_up: Sequence[Product
     first = 0
     for expert, count in enumerate(counts_E.tolist()):
         if count:
-            hidden_RI = silu_and_mul(gate_up[expert](rows_RH[first : first + count], None))
+            hidden_RI = gate_and_mul(gate_up[expert](rows_RH[first : first + count], None), gate)
             made_RH = down[expert](hidden_RI, None)
             if results_RH is None:
                 results_RH = rows_RH.new_empty(rows_RH.shape, dtype=made_RH.dtype)

@@ -91,7 +91,7 @@ MAX_SIZE = 16384
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WIDE = (torch.bfloat16, torch.float32)
-"""The types of rows and of a weight that is multiplied before they are rounded. Other halves go by torch's operations."""
+"""Types of rows and of a weight that is multiplied before they are rounded; float16 goes by torch's operations."""
 
 
 def norm_config(size: int, *, has_residual: bool = False) -> KernelConfig:

@@ -53,7 +53,11 @@ def cap_scores_(scores: Tensor, options: AttentionOptions) -> None:
     where it is no whole vector.
     """
     if options.soft_cap is not None:
-        scores.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+        # Rounded once: for numbers of 16 bits, through float32.
+        capped = scores if scores.dtype == torch.float32 else scores.float()
+        capped.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+        if capped is not scores:
+            scores.copy_(capped)
 
 
 def attend_whole(

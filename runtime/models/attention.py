@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
+from ...kernels.attention_span import AttentionOptions
 from ...kernels.norm import normalize_heads_
 from ...kernels.rope_kv import read_kv, rotate_and_write_
 from .linear import Linear
@@ -38,7 +39,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Shapes: qk_norm_SD [N + K, D], one weight per query and key head; None without such norms."""
+    """Shapes: qk_norm_SD [N + K, D], one weight per query and key head; sinks_N [N] float32; None without such."""
 
     qkv: Linear
     out: Linear
@@ -48,6 +49,9 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    scale: float
+    soft_cap: float | None
+    sinks_N: Tensor | None
 
     @classmethod
     def take(cls, spec: ModelSpec, parameters: Parameters, name: str, *, window: int | None) -> Attention:
@@ -65,6 +69,9 @@ class Attention:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             window=window,
+            scale=spec.score_scale,
+            soft_cap=spec.scores.soft_cap,
+            sinks_N=parameters.tensor(f"{name}.sinks") if spec.scores.has_sinks else None,
         )
 
     def parts(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
@@ -76,12 +83,15 @@ class Attention:
             normalize_heads_(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
         rotate_and_write_(qkv_TSD, inputs.cos_TD, inputs.sin_TD, inputs.kv_rows, layer_cache, heads=self.num_heads)
         q_TND = qkv_TSD[:, : self.num_heads]
-        prepared, scale = inputs.attention[self.window], self.head_dim**-0.5
+        prepared = inputs.attention[self.window]
         if inputs.ring is None:
-            attended_TND = paged_attention(q_TND, layer_cache, prepared, scale=scale)
-        else:
-            kv_TSD = read_kv(inputs.kv_rows, layer_cache)
-            attended_TND = yield from ring_attention(
-                q_TND, kv_TSD, layer_cache, prepared, inputs.ring, window=self.window, scale=scale
+            attended_TND = paged_attention(
+                q_TND, layer_cache, prepared, scale=self.scale, soft_cap=self.soft_cap, sinks_N=self.sinks_N
             )
+        else:
+            options = AttentionOptions(
+                scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks_N=self.sinks_N
+            )
+            kv_TSD = read_kv(inputs.kv_rows, layer_cache)
+            attended_TND = yield from ring_attention(q_TND, kv_TSD, layer_cache, prepared, inputs.ring, options)
         return self.out(attended_TND.view(tokens, -1))

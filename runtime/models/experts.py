@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.backends import uses_triton
+from ...kernels.gate import SILU, Gate
 from ...kernels.moe_mlp import StackedExperts, expert_products, moe_mlp, moe_mlp_stacked, stacked_products
 from .linear_format import PlainProduct, Product
 
@@ -24,12 +25,12 @@ SlotProducts = tuple[Product, Product]
 class Experts:
     """A layer's experts on one rank. ``slots``: each one's products."""
 
-    def __init__(self, slots: Sequence[SlotProducts]) -> None:
+    def __init__(self, slots: Sequence[SlotProducts], gate: Gate = SILU) -> None:
         """Take the slots' products; plain weights on a GPU that are not one behind the other yet are copied so."""
-        self.slots = tuple(slots)
+        self.slots, self._gate = tuple(slots), gate
         gate_up, down = (_stacked(products) for products in zip(*slots, strict=True))
         self._stacked: StackedExperts | None = None
-        if gate_up is not None and down is not None:
+        if gate_up is not None and down is not None and gate == SILU:
             self._stacked = StackedExperts(gate_up_EOH=gate_up, down_EHI=down)
             # Weights that were copied are not kept twice.
             self.slots = tuple(
@@ -41,14 +42,14 @@ class Experts:
         if self._stacked is not None and self._stacked.can_multiply(x_TH):
             return moe_mlp_stacked(x_TH, weights_TA, experts_TA, self._stacked)
         gate_up, down = zip(*self.slots, strict=True)
-        return moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down)
+        return moe_mlp(x_TH, weights_TA, experts_TA, gate_up, down, self._gate)
 
     def products(self, rows_RH: Tensor, counts_S: Tensor) -> Tensor:
         """As ``kernels.moe_mlp.expert_products``, of the experts in these slots."""
         if self._stacked is not None and self._stacked.can_multiply(rows_RH):
             return stacked_products(rows_RH, counts_S, self._stacked)
         gate_up, down = zip(*self.slots, strict=True)
-        return expert_products(rows_RH, counts_S, gate_up, down)
+        return expert_products(rows_RH, counts_S, gate_up, down, self._gate)
 
 
 def _stacked(products: Sequence[Product]) -> Tensor | None:

@@ -144,10 +144,10 @@ def _load(
     reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a parameter as plain numbers."""
-    tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+    tensor = torch.empty(parameter.shape, dtype=torch.float32 if parameter.is_wide else dtype, device=device)
     for piece in parameter.pieces:
         if spec.stored_as is not None and is_stored_in_codes(piece, spec.stored_as, reader):
             piece.place_in(tensor).copy_(read_piece(reader, piece, spec.stored_as).weight())
         else:
-            reader.read_into(piece.tensor, piece.place_in(tensor), region=piece.region)
-    return tensor
+            piece.place_in(tensor).copy_(piece.as_kept(reader.read(piece.tensor, region=piece.region)))
+    return tensor.add_(parameter.added) if parameter.added else tensor

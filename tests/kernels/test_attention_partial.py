@@ -20,6 +20,7 @@ from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 HEAD = 16
+PLAIN = AttentionOptions(scale=HEAD**-0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def check(
     block_size: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    options: AttentionOptions = AttentionOptions(scale=HEAD**-0.5),
+    options: AttentionOptions = PLAIN,
 ) -> None:
     random = np.random.default_rng(seed)
     end = case.borders[-1]
