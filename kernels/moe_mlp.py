@@ -37,8 +37,8 @@ def moe_mlp(
 
     The sum runs in float32 and in the order of ``experts_TA``, so it does not depend on the other tokens.
 
-    ``gate_up`` and ``down`` multiply with an expert's weights (no bias is given
-    to them): gate_up [rows, hidden] to [rows, 2 * intermediate], gate first; down [rows, intermediate] to [rows, hidden].
+    ``gate_up`` and ``down`` multiply with an expert's weights, and are given no bias: gate_up [rows, hidden] to [rows,
+    2 * intermediate], gate first; down [rows, intermediate] to [rows, hidden].
 
     Shapes: x_TH [tokens, hidden]; weights_TA [tokens, chosen] float32; experts_TA [tokens, chosen] int64
     """
