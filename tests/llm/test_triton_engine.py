@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import Gemma2Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
@@ -58,8 +58,29 @@ MODELS = {
         config_class=Qwen3MoeConfig,
         fields={**SIZES, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     ),
+    "caps": Case(
+        config_class=Gemma2Config,
+        fields={**SIZES, "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "sinks": Case(
+        config_class=GptOssConfig,
+        fields={
+            **SIZES,
+            "sliding_window": 9,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "truncate": False,
+            },
+        },
+    ),
 }
-"""With norms of heads and biases: one with a window in the first of its layers, one with experts."""
+"""With norms of heads and biases: one with a window in the first of its layers, one with experts; caps and sinks."""
 
 IN_CHUNKS: dict[str, Any] = {"long_prefill_token_threshold": 11}
 

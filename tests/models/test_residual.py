@@ -22,6 +22,7 @@ from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
 HIDDEN = 32
 EPSILON = 1e-6
 NORM_H = 1 + torch.arange(HIDDEN) / HIDDEN
+END_NORM_H = 2 - torch.arange(HIDDEN) / HIDDEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,21 @@ def outputs(ranks: int, tokens: int, generator: torch.Generator, dtype: torch.dt
     ]
 
 
-def run_through(group: Collectives, x_TH: Tensor, made: Sequence[Made], *, shares: bool, to_next: bool) -> Steps[Any]:
+def run_through(
+    group: Collectives,
+    x_TH: Tensor,
+    made: Sequence[Made],
+    *,
+    shares: bool,
+    to_next: bool,
+    end_norm_H: Tensor | None = None,
+) -> Steps[Any]:
     """Return all that is read on the way, and at last what the next stage gets or a final norm."""
     norm_H = NORM_H.to(x_TH.dtype)
     residual, _ = open_residual(x_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=group if shares else None)
     read = []
     for place, one in enumerate(made):
-        output = Output(one.by_rank[group.rank].clone(), group if one.partial else None)
+        output = Output(one.by_rank[group.rank].clone(), group if one.partial else None, end_norm_H)
         if to_next and place == len(made) - 1:
             read.append((yield from residual.end(output, ladder=False)))
         else:
@@ -56,12 +65,13 @@ def run_through(group: Collectives, x_TH: Tensor, made: Sequence[Made], *, share
     return read
 
 
+@pytest.mark.parametrize("has_end_norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to_next", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shares_give_the_bits_of_the_whole(
-    ranks: int, tokens: int, to_next: bool, dtype: torch.dtype, seed: int
+    ranks: int, tokens: int, to_next: bool, dtype: torch.dtype, has_end_norms: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn((tokens, HIDDEN), generator=generator).to(dtype)
@@ -70,8 +80,9 @@ def test_shares_give_the_bits_of_the_whole(
     for some in (made, made[:-1]):
 
         def run(group: Collectives, some: Sequence[Made] = some) -> None:
-            whole = run_plain(run_through(group, x_TH, some, shares=False, to_next=to_next))
-            shared = run_plain(run_through(group, x_TH, some, shares=True, to_next=to_next))
+            how: dict[str, Any] = {"to_next": to_next, "end_norm_H": END_NORM_H if has_end_norms else None}
+            whole = run_plain(run_through(group, x_TH, some, shares=False, **how))
+            shared = run_plain(run_through(group, x_TH, some, shares=True, **how))
             for mine, theirs in zip(shared, whole, strict=True):
                 assert mine.shape == (tokens, HIDDEN)
                 assert torch.equal(mine, theirs)
@@ -79,16 +90,19 @@ def test_shares_give_the_bits_of_the_whole(
         run_ranks(local_group(ranks), run)
 
 
-def test_the_whole_way_adds_and_normalizes(seed: int) -> None:
+@pytest.mark.parametrize("has_end_norms", [False, True])
+def test_the_whole_way_adds_and_normalizes(has_end_norms: bool, seed: int) -> None:
+    end_norm_H = END_NORM_H if has_end_norms else None
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn((3, HIDDEN), generator=generator)
     made = outputs(2, 3, generator, torch.float32)
 
     def run(group: Collectives) -> None:
-        read = run_plain(run_through(group, x_TH, made, shares=False, to_next=True))
+        read = run_plain(run_through(group, x_TH, made, shares=False, to_next=True, end_norm_H=end_norm_H))
         total_TH = x_TH
         for place, one in enumerate(made):
-            total_TH = total_TH + (torch.stack(one.by_rank).sum(0) if one.partial else one.by_rank[0])
+            added_TH = torch.stack(one.by_rank).sum(0) if one.partial else one.by_rank[0]
+            total_TH = total_TH + (added_TH if end_norm_H is None else rms_norm(added_TH, end_norm_H, EPSILON))
             expected_TH = total_TH if place == len(made) - 1 else rms_norm(total_TH, NORM_H, EPSILON)
             torch.testing.assert_close(read[place], expected_TH)
 

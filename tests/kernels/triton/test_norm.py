@@ -35,6 +35,23 @@ def test_kernel_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, see
     assert_near(rms_norm(x_TH, weight_H, EPSILON), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 1500), (9, 2, 200)])
+def test_a_weight_of_float32(shape: tuple[int, ...], dtype: torch.dtype, seed: int, launches: list[str]) -> None:
+    torch.manual_seed(seed)
+    x_TH, weight_H = torch.randn(shape, dtype=dtype), torch.randn(shape[1:])
+    # All in float32, rounded once.
+    expected = rms_norm_reference(x_TH.float(), weight_H, EPSILON).to(dtype)
+    assert torch.equal(rms_norm_reference(x_TH, weight_H, EPSILON), expected)
+    found = rms_norm(x_TH, weight_H, EPSILON)
+    assert (found != expected).float().mean() <= 0.01, "but for sums in another order"
+    assert_near(found, expected)
+    assert launches == (["_rms_norm_kernel"] if dtype == torch.bfloat16 else [])
+    if x_TH.dim() == 2:
+        normed_TH, total_TH = add_rms_norm(x_TH, x_TH.flip(0), weight_H, EPSILON)
+        assert_near(normed_TH, rms_norm_reference(total_TH, weight_H, EPSILON))
+
+
 def test_reference_is_the_formula(seed: int) -> None:
     torch.manual_seed(seed)
     x_TH, weight_H = torch.randn(5, 33, dtype=torch.float64), torch.randn(33, dtype=torch.float64)
