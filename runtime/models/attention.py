@@ -16,6 +16,7 @@ from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
 from ...kernels.attention_span import AttentionOptions
 from ...kernels.norm import normalize_heads_
+from ...kernels.quantize_rows import ByteRows
 from ...kernels.rope_kv import read_kv, rotate_and_write_
 from .linear import Linear
 from .model_spec import ModelSpec
@@ -74,10 +75,14 @@ class Attention:
             sinks_N=parameters.tensor(f"{name}.sinks") if spec.scores.has_sinks else None,
         )
 
-    def parts(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """As of ``Linear``."""
+        return self.qkv.takes
+
+    def parts(self, hidden_TH: Tensor | ByteRows, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
         """Write the tokens' keys and values, attend, and return [tokens, hidden size]."""
-        tokens = hidden_TH.shape[0]
-        qkv_TSD = self.qkv(hidden_TH).view(tokens, -1, self.head_dim)
+        qkv_TSD = self.qkv(hidden_TH).unflatten(1, (-1, self.head_dim))
         rotated = self.num_heads + self.num_kv_heads
         if self.qk_norm_SD is not None:
             normalize_heads_(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
@@ -94,4 +99,4 @@ class Attention:
             )
             kv_TSD = read_kv(inputs.kv_rows, layer_cache)
             attended_TND = yield from ring_attention(q_TND, kv_TSD, layer_cache, prepared, inputs.ring, options)
-        return self.out(attended_TND.view(tokens, -1))
+        return self.out(attended_TND.flatten(1))

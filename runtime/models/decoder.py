@@ -22,7 +22,6 @@ from ...comm.tree_sum import TreeGroup
 from ...kernels.attention import prepare_attention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.kv_blocks import clear_blocks
-from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
@@ -33,7 +32,7 @@ from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
 from .parameters import Parameters
-from .residual import open_residual
+from .residual import normalized_for, open_residual
 from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
@@ -145,18 +144,20 @@ class Decoder:
         residual, residual_TH = open_residual(
             inputs.hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
         )
-        normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
+        first = self._layers[0]
+        normed_TH = normalized_for(first.attention.takes, residual_TH, first.input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
             attended_TH = yield from layer.attention.parts(normed_TH, layer_cache, inputs.attention)
             attended = Output(attended_TH, tp, layer.attention_end_norm_H)
             if layer_done is not None:
                 layer_done(index)
-            normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
+            normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder, takes=layer.mlp.takes)
             added = replace((yield from layer.mlp.parts(normed_TH)), end_norm_H=layer.mlp_end_norm_H)
-            next_norm_H, next_ladder = self._after(index)
+            next_norm_H, next_ladder, takes = self._after(index)
             if next_norm_H is None:
                 return (yield from residual.end(added, ladder=next_ladder))
-            normed_TH = yield from residual.add(added, next_norm_H, ladder=next_ladder)
+            normed_TH = yield from residual.add(added, next_norm_H, ladder=next_ladder, takes=takes)
+        assert isinstance(normed_TH, Tensor), "a final norm's"
         return normed_TH
 
     @property
@@ -189,11 +190,14 @@ class Decoder:
         cap = self.spec.logit_soft_cap
         return logits_NV if cap is None else torch.tanh(logits_NV / cap).mul_(cap)
 
-    def _after(self, index: int) -> tuple[Tensor | None, bool]:
-        """Return the norm behind a layer, None where the next stage has it, and whether a ladder layer follows."""
+    def _after(self, index: int) -> tuple[Tensor | None, bool, torch.dtype | None]:
+        """Return the norm behind a layer, None where the next stage has it, whether a ladder layer follows, and which
+        8-bit numbers it takes.
+        """
         if index + 1 < len(self._layers):
-            return self._layers[index + 1].input_norm_H, self._layers[index + 1].ladder
-        return self._final_norm_H, self.spec.ladder_follows
+            following = self._layers[index + 1]
+            return following.input_norm_H, following.ladder, following.attention.takes
+        return self._final_norm_H, self.spec.ladder_follows, None
 
     def _embed(self, token_ids_T: Tensor) -> Parts:
         assert self._embedding_VH is not None, "only the first stage has an embedding"

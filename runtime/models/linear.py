@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ...kernels.quantize_rows import ByteRows
 from .linear_format import Product
+from .linear_format_gpu import ByteProduct
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,14 @@ class Linear:
     product: Product
     bias_O: Tensor | None
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """Return [tokens, outputs]."""
-        return self.product(x_TI, self.bias_O)
+    def __call__(self, x_TI: Tensor | ByteRows) -> Tensor:
+        """Return [tokens, outputs]; of rows in 8 bits only if it ``takes`` such."""
+        if isinstance(x_TI, Tensor):
+            return self.product(x_TI, self.bias_O)
+        assert isinstance(self.product, ByteProduct), "it takes no 8-bit numbers"
+        return self.product.of_rows(x_TI, self.bias_O)
+
+    @property
+    def takes(self) -> torch.dtype | None:
+        """The type of 8-bit numbers that activations are turned into, which may be done before; None for none."""
+        return self.product.takes if isinstance(self.product, ByteProduct) else None

@@ -14,11 +14,13 @@ from ...comm.collectives import Collectives
 from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
-from ...kernels.gate import Gate
+from ...kernels.activation import silu_and_mul_quantized
+from ...kernels.gate import SILU, Gate
 from ...kernels.gated import gate_and_mul
 from ...kernels.moe_combine import weighted_sum
 from ...kernels.moe_route import Routing, choose_experts
 from ...kernels.moe_sort import sort_by_expert, unsort
+from ...kernels.quantize_rows import ByteRows
 from .expert_ranks import ExpertRanks
 from .experts import Experts
 from .linear import Linear
@@ -37,10 +39,19 @@ class DenseMlp:
     gate: Gate
     tp: Collectives | None
 
-    def parts(self, x_TH: Tensor) -> Steps[Output]:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """As of ``Linear``."""
+        return self.gate_up.takes
+
+    def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size], to be summed over ``tp``."""
         yield from ()
-        return Output(self.down(gate_and_mul(self.gate_up(x_TH), self.gate)), self.tp)
+        gate_up_TI = self.gate_up(x_TH)
+        if self.down.takes is None or self.gate != SILU:
+            return Output(self.down(gate_and_mul(gate_up_TI, self.gate)), self.tp)
+        values_TI, scales_T1 = silu_and_mul_quantized(gate_up_TI, self.down.takes)
+        return Output(self.down(ByteRows(values_TI, scales_T1, gate_up_TI.dtype)), self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +70,13 @@ class MoeMlp:
     tp: Collectives | None
     sums_rows: bool
 
-    def parts(self, x_TH: Tensor) -> Steps[Output]:
+    @property
+    def takes(self) -> None:
+        """None: the router and experts read hidden states as they are."""
+
+    def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""
+        assert isinstance(x_TH, Tensor), "it takes no 8-bit numbers"
         if isinstance(self.experts, ExpertRanks):
             return Output((yield from self.experts.mix(x_TH, self._choose)))
         weights_TA, experts_TA = self._choose(x_TH)

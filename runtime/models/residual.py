@@ -24,16 +24,21 @@ from ...comm.collectives import Collectives, Work
 from ...comm.overlap import Begun, Parts, Steps
 from ...comm.reduce_norm import gather_shares, own_share, reduce_add_norm, reduce_to_share
 from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.norm_quantized import add_rms_norm_quantized, rms_norm_quantized
+from ...kernels.quantize_rows import ByteRows
 from .parallel import Output
 
 
 class Residual(Protocol):
     """What a pass has added up so far."""
 
-    def add(self, output: Output, norm_H: Tensor, *, ladder: bool) -> Parts:
+    def add(
+        self, output: Output, norm_H: Tensor, *, ladder: bool, takes: torch.dtype | None = None
+    ) -> Steps[Tensor | ByteRows]:
         """Add a module's output, and return what the next module reads: of all tokens, normalized.
 
-        ``ladder``: that one reads the residual as it was before this output.
+        ``ladder``: that one reads the residual as it was before this output. ``takes``: 8-bit numbers that it would
+        turn all it reads into; it may get them at once.
 
         Shapes: norm_H [hidden]; returns [tokens, hidden]
         """
@@ -69,11 +74,18 @@ class WholeResidual:
         self._late: deque[_Late] = deque([] if late_TH is None else [_Late(late_TH, None)])
         """Outputs that are not added yet, the oldest first."""
 
-    def add(self, output: Output, norm_H: Tensor, *, ladder: bool) -> Parts:
+    def add(
+        self, output: Output, norm_H: Tensor, *, ladder: bool, takes: torch.dtype | None = None
+    ) -> Steps[Tensor | ByteRows]:
         """As ``Residual.add``."""
         due_TH = yield from self._due(output, ladder=ladder)
         if due_TH is None:
-            return rms_norm(self._residual_TH, norm_H, self._epsilon)
+            return normalized_for(takes, self._residual_TH, norm_H, self._epsilon)
+        if takes is not None:
+            values_TH, scales_T1, self._residual_TH = add_rms_norm_quantized(
+                due_TH, self._residual_TH, norm_H, self._epsilon, takes
+            )
+            return ByteRows(values_TH, scales_T1, due_TH.dtype)
         normed_TH, self._residual_TH = add_rms_norm(due_TH, self._residual_TH, norm_H, self._epsilon)
         return normed_TH
 
@@ -110,8 +122,10 @@ class ResidualInShares:
         self._residual_SH = own_share(group, residual_TH)
         self._epsilon = epsilon
 
-    def add(self, output: Output, norm_H: Tensor, *, ladder: bool) -> Parts:
-        """As ``Residual.add``; an output that is whole is added without being sent."""
+    def add(
+        self, output: Output, norm_H: Tensor, *, ladder: bool, takes: torch.dtype | None = None
+    ) -> Steps[Tensor | ByteRows]:
+        """As ``Residual.add``, as numbers of any bits; an output that is whole is added without being sent."""
         assert not ladder, "ladders keep their residual whole"
         if output.group is not None and output.end_norm_H is None:
             normed_TH, self._residual_SH = yield from reduce_add_norm(
@@ -135,6 +149,16 @@ class ResidualInShares:
         else:
             own_SH = own_share(self._group, output.x_TH)
         return own_SH if output.end_norm_H is None else rms_norm(own_SH, output.end_norm_H, self._epsilon)
+
+
+def normalized_for(takes: torch.dtype | None, x_TH: Tensor, norm_H: Tensor, epsilon: float) -> Tensor | ByteRows:
+    """Return what a module reads of a residual to which nothing is added; ``takes`` as in ``Residual.add``.
+
+    Shapes: x_TH [tokens, hidden]; norm_H [hidden]; returns [tokens, hidden]
+    """
+    if takes is None:
+        return rms_norm(x_TH, norm_H, epsilon)
+    return ByteRows(*rms_norm_quantized(x_TH, norm_H, epsilon, takes), x_TH.dtype)
 
 
 def open_residual(

@@ -16,6 +16,7 @@ from transformers import Gemma2Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON, KernelConfig, observed_launches
+from slipstream.runtime.models.linear import Linear
 from slipstream.tests.models.checkpoints import VOCABULARY, Case, random_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=1)
@@ -232,6 +233,27 @@ def test_what_a_step_launches(checkpoint: Callable[[str], Path]) -> None:
     layers = 2
     assert step == {name: count * layers for name, count in ATTENTION.items()}
     assert counts[0]["_attention_prefill_kernel"] == counts[1]["_attention_prefill_kernel"] == layers
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_norms_and_activations_give_8_bits_at_once(
+    quantization: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch where there were two, of the same bits."""
+    path, params = checkpoint("dense"), replace(GREEDY, max_tokens=1)
+    kernels = "torch,norm=triton,activation=triton,quantize_rows=triton,linear_w8a8=triton"
+    found = []
+    for takes in (Linear.takes, None):
+        monkeypatch.setattr(Linear, "takes", takes)
+        how: dict[str, Any] = {"kernels": kernels, "dtype": "bfloat16", "quantization": quantization}
+        with counted() as launches, LLM(str(path), **{**OPTIONS, **how}) as llm:
+            outputs = llm.generate({"prompt_token_ids": [3, 4, 5]}, params)
+        at_once = {name: launches[name] for name in ("_quantized_norm_kernel", "_silu_and_mul_quantized_kernel")}
+        # A step of two layers.
+        expected = {"_quantized_norm_kernel": 4, "_silu_and_mul_quantized_kernel": 2}
+        assert at_once == (dict.fromkeys(expected, 0) if takes is None else expected)
+        found.append([bits(output) for output in outputs])
+    assert found[0] == found[1]
 
 
 def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:

@@ -15,6 +15,7 @@ from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap import Parts, Steps, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.kernels.norm import rms_norm
+from slipstream.kernels.quantize_rows import ByteRows
 from slipstream.runtime.models.parallel import Output
 from slipstream.runtime.models.residual import open_residual
 from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
@@ -109,6 +110,24 @@ def test_the_whole_way_adds_and_normalizes(has_end_norms: bool, seed: int) -> No
     run_ranks(local_group(2), run)
 
 
+@pytest.mark.parametrize("ladder", [False, True])
+def test_who_takes_numbers_of_8_bits_gets_them_at_once(ladder: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x_TH, made_TH = torch.randn((2, 3, HIDDEN), generator=generator)
+    for takes in (torch.int8, None):
+        residual, _ = open_residual(x_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=None)
+        read = run_plain(residual.add(Output(made_TH.clone()), NORM_H, ladder=ladder, takes=takes))
+        plain_TH = rms_norm(x_TH if ladder else x_TH + made_TH, NORM_H, EPSILON)
+        if takes is None:
+            assert isinstance(read, Tensor)
+            torch.testing.assert_close(read, plain_TH)
+        else:
+            assert isinstance(read, ByteRows) and read.dtype == x_TH.dtype and read.values_TH.dtype == takes
+            torch.testing.assert_close(read.values_TH * read.scales_T1, plain_TH, rtol=0, atol=0.02)
+        end_TH = run_plain(residual.end(Output(made_TH.clone()), ladder=False))
+        torch.testing.assert_close(end_TH, x_TH + 2 * made_TH)
+
+
 # ------------------------------------------------------------------ ladders
 
 
@@ -136,7 +155,9 @@ def ladder_pass(group: Any, clock: HandClock, log: list[str], ladders: Sequence[
         log.append(f"compute {module}")
         clock.advance(1.0)
         following = ladders[module + 1] if module + 1 < len(ladders) else False
-        normed_TH = yield from residual.add(Output(normed_TH.clone(), group), NORM_H, ladder=following)
+        read = yield from residual.add(Output(normed_TH.clone(), group), NORM_H, ladder=following)
+        assert isinstance(read, Tensor)
+        normed_TH = read
     return normed_TH
 
 
