@@ -23,8 +23,8 @@ from .sharding import WHOLE, Shard
 class Piece:
     """One tensor on disk, or the ``region`` of it that this rank holds, and its ``place`` in a parameter.
 
-    ``is_turned``: on disk the last two axes are in the other order. ``in_turns``: gate and up, on the last axis,
-    alternate there; in memory one half follows the other.
+    ``is_turned``: on disk the last two axes are in the other order. ``in_turns``: on that axis, as it
+    is on disk, gate and up alternate; in memory one half follows the other.
     """
 
     tensor: str
@@ -32,12 +32,18 @@ class Piece:
     region: tuple[slice, ...] = ()
     place: tuple[int | slice, ...] = ()
     is_turned: bool = False
-    in_turns: bool = False
+    in_turns: int | None = None
+
+    @property
+    def is_as_kept(self) -> bool:
+        """Whether the tensor on disk has the order of what is kept."""
+        return not self.is_turned and self.in_turns is None
 
     def as_kept(self, stored: Tensor) -> Tensor:
         """Return the region of the tensor on disk in the order in which it is kept."""
-        if self.in_turns:
-            stored = stored.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        axis = self.in_turns
+        if axis is not None:
+            stored = stored.unflatten(axis, (-1, 2)).transpose(axis - 1, axis).flatten(axis - 1, axis)
         return stored.transpose(-1, -2) if self.is_turned else stored
 
     def place_in(self, parameter: Tensor) -> Tensor:
@@ -223,7 +229,10 @@ def _moe(
     hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.mlp_columns(mlp)
     experts = shard.experts(mlp.num_experts) if experts is None else experts
     if mlp.has_biases:
-        return _biased_experts(mlp, name, f"{disk}.mlp", hidden, experts, part, adds_bias=shard.adds_bias)
+        in_blocks = f"{disk}.mlp.experts.gate_up_proj_blocks" in stored
+        return _biased_experts(
+            mlp, name, f"{disk}.mlp", hidden, experts, part, adds_bias=shard.adds_bias, in_blocks=in_blocks
+        )
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
         router = f"{disk}.mlp.gate.weight"
         pieces = _stacked_experts(f"{disk}.mlp.experts", mlp, hidden, experts, part)
@@ -273,72 +282,59 @@ def _single_experts(
 
 
 def _biased_experts(
-    mlp: MoeSpec, name: str, disk: str, hidden: int, experts: tuple[int, ...], part: range, *, adds_bias: bool
+    mlp: MoeSpec,
+    name: str,
+    disk: str,
+    hidden: int,
+    experts: tuple[int, ...],
+    part: range,
+    *,
+    adds_bias: bool,
+    in_blocks: bool,
 ) -> list[Parameter]:
-    """Return a router and experts with biases: stacked, inputs before outputs, gate and up of each value in turns.
+    """Return a router and experts with biases: stacked, gate and up of each value in turns. Inputs come before outputs,
+    but for weights in blocks.
 
     Experts whose columns are divided have their last bias on one rank.
     """
-    size, count, block = mlp.intermediate_size, mlp.num_experts, f"{disk}.experts"
-    adds_bias = adds_bias or len(part) == size
-    both, own = slice(2 * part.start, 2 * part.stop), slice(part.start, part.stop)
-    pieces: dict[str, list[Piece]] = {"gate_up": [], "gate_up_biases": [], "down": [], "down_biases": []}
-    for local, expert in enumerate(experts):
-        one, place = slice(expert, expert + 1), (slice(local, local + 1),)
-        stored: tuple[tuple[str, Piece], ...] = (
-            (
-                "gate_up",
-                Piece(
-                    tensor=f"{block}.gate_up_proj",
-                    shape=(count, hidden, 2 * size),
-                    region=(one, slice(None), both),
-                    place=place,
-                    is_turned=True,
-                    in_turns=True,
-                ),
-            ),
-            (
-                "gate_up_biases",
-                Piece(
-                    tensor=f"{block}.gate_up_proj_bias",
-                    shape=(count, 2 * size),
-                    region=(one, both),
-                    place=place,
-                    in_turns=True,
-                ),
-            ),
-            (
-                "down",
-                Piece(
-                    tensor=f"{block}.down_proj",
-                    shape=(count, size, hidden),
-                    region=(one, own),
-                    place=place,
-                    is_turned=True,
-                ),
-            ),
-            (
-                "down_biases",
-                Piece(tensor=f"{block}.down_proj_bias", shape=(count, hidden), region=(one,), place=place),
-            ),
-        )
-        for key, piece in stored:
-            pieces[key].append(piece)
-    shapes = {
-        "gate_up": ((len(experts), 2 * len(part), hidden), Role.EXPERTS),
-        "gate_up_biases": ((len(experts), 2 * len(part)), Role.TENSOR),
-        "down": ((len(experts), hidden, len(part)), Role.SUMMED_EXPERTS),
-        "down_biases": ((len(experts), hidden), Role.TENSOR),
-    }
-    return [
+    size, count, block, turned = mlp.intermediate_size, mlp.num_experts, f"{disk}.experts", not in_blocks
+    both, own, all_of = slice(2 * part.start, 2 * part.stop), slice(part.start, part.stop), slice(None)
+    gate_up, down = (
+        Piece(
+            tensor=f"{block}.gate_up_proj",
+            shape=(count, hidden, 2 * size) if turned else (count, 2 * size, hidden),
+            region=(all_of, both) if turned else (both,),
+            is_turned=turned,
+            in_turns=-1 if turned else -2,
+        ),
+        Piece(
+            tensor=f"{block}.down_proj",
+            shape=(count, size, hidden) if turned else (count, hidden, size),
+            region=(own,) if turned else (all_of, own),
+            is_turned=turned,
+        ),
+    )
+    gate_up_biases = Piece(tensor=f"{block}.gate_up_proj_bias", shape=(count, 2 * size), region=(both,), in_turns=-1)
+    down_biases = Piece(tensor=f"{block}.down_proj_bias", shape=(count, hidden))
+    parameters = [
         _whole(f"{name}.router.weight", f"{disk}.router.weight", count, hidden, role=Role.ROUTER),
         _whole(f"{name}.router.bias", f"{disk}.router.bias", count),
-        *(
-            Parameter(name=f"{name}.{key}", shape=shape, pieces=tuple(pieces[key]), role=role)
-            for key, (shape, role) in shapes.items()
-            if adds_bias or key != "down_biases"
-        ),
+        _by_expert(f"{name}.gate_up", gate_up, experts, 2 * len(part), hidden, role=Role.EXPERTS),
+        _by_expert(f"{name}.gate_up_biases", gate_up_biases, experts, 2 * len(part)),
+        _by_expert(f"{name}.down", down, experts, hidden, len(part), role=Role.SUMMED_EXPERTS),
     ]
+    if adds_bias or len(part) == size:
+        parameters.append(_by_expert(f"{name}.down_biases", down_biases, experts, hidden))
+    return parameters
+
+
+def _by_expert(name: str, each: Piece, experts: tuple[int, ...], *shape: int, role: Role = Role.TENSOR) -> Parameter:
+    """Return a parameter that has of each expert the region of ``each``, in the order of the experts."""
+    pieces = tuple(
+        replace(each, region=(slice(expert, expert + 1), *each.region), place=(slice(place, place + 1),))
+        for place, expert in enumerate(experts)
+    )
+    return Parameter(name=name, shape=(len(experts), *shape), pieces=pieces, role=role)
 
 
 def _stacked_experts(block: str, mlp: MoeSpec, hidden: int, experts: tuple[int, ...], part: range) -> _Pieces:

@@ -145,7 +145,8 @@ PLAIN_NORMS, PLAIN_SCORES = NormSpec(), ScoreSpec()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredAs:
-    """How a checkpoint has the weights of linear layers that it has quantized: "awq", "gptq" or "fp8".
+    """How a checkpoint has the weights of linear layers that it has quantized: "awq", "gptq",
+    "fp8", or "mxfp4", which is of experts alone.
 
     - ``group``: inputs that share a scale; None is all of them. ``block_outputs``: outputs that do, of float8 numbers.
     - ``zeros_less_one``: zero points are stored one too low.

@@ -233,7 +233,6 @@ def test_gemma2_scales_and_caps(
         ("Gemma2ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types: 4 layers need as many entries"),
         ("GptOssForCausalLM", {"layer_types": ["linear"] * 4}, "layer_types: 'linear' is not supported"),
         ("GptOssForCausalLM", {"swiglu_limit": 0}, "swiglu_limit: must be a finite number above 0"),
-        ("GptOssForCausalLM", {"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4' are not supported"),
     ],
 )
 def test_what_is_not_computed_is_refused(
