@@ -19,7 +19,7 @@ from torch import Tensor
 from .gate import SILU, Gate
 from .gated import gate_and_mul
 from .moe_combine import weighted_sum
-from .moe_gemm import block_places, block_product, can_mask, can_multiply, masked_product
+from .moe_gemm import block_places, block_product, can_gate, can_mask, can_multiply, masked_product
 from .moe_sort import ExpertBlocks, cut_into_blocks, sort_by_expert, sort_into_blocks, unsort
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -78,15 +78,18 @@ class StackedExperts:
     """The weights of experts, for kernels that multiply with all of them in one launch.
 
     Shapes: gate_up_EOH [experts, 2 * intermediate, hidden], gate first; down_EHI [experts, hidden, intermediate]; both
-    contiguous
+    contiguous; gate_up_biases_EO [experts, 2 * intermediate], down_biases_EH [experts, hidden]
     """
 
     gate_up_EOH: Tensor
     down_EHI: Tensor
+    gate: Gate = SILU
+    gate_up_biases_EO: Tensor | None = None
+    down_biases_EH: Tensor | None = None
 
     def can_multiply(self, x_TH: Tensor) -> bool:
         """Return whether kernels take these weights and rows such as ``x``."""
-        return can_multiply(x_TH, self.gate_up_EOH) and can_multiply(x_TH, self.down_EHI)
+        return can_gate(self.gate) and can_multiply(x_TH, self.gate_up_EOH) and can_multiply(x_TH, self.down_EHI)
 
 
 def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, experts: StackedExperts) -> Tensor:
@@ -96,8 +99,17 @@ def moe_mlp_stacked(x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor, expert
     """
     num_tokens, chosen = experts_TA.shape
     if can_mask(x_TH.dtype, num_tokens, chosen):
-        hidden_RI = masked_product(x_TH, experts.gate_up_EOH, experts_TA, is_gated=True)
-        results_RH = masked_product(hidden_RI, experts.down_EHI, experts_TA, is_gated=False)
+        hidden_RI = masked_product(
+            x_TH,
+            experts.gate_up_EOH,
+            experts_TA,
+            is_gated=True,
+            biases_EO=experts.gate_up_biases_EO,
+            gate=experts.gate,
+        )
+        results_RH = masked_product(
+            hidden_RI, experts.down_EHI, experts_TA, is_gated=False, biases_EO=experts.down_biases_EH
+        )
     else:
         entries = num_tokens * chosen
         blocks = sort_into_blocks(experts_TA.flatten(), len(experts.down_EHI), block_places(experts.down_EHI, entries))
@@ -115,5 +127,15 @@ def stacked_products(rows_RH: Tensor, counts_E: Tensor, experts: StackedExperts)
 
 
 def _multiply(x_TH: Tensor, blocks: ExpertBlocks, entries: int, experts: StackedExperts) -> Tensor:
-    hidden_RI = block_product(x_TH, experts.gate_up_EOH, blocks, entries=entries, is_gated=True)
-    return block_product(hidden_RI, experts.down_EHI, blocks, entries=entries, is_gated=False)
+    hidden_RI = block_product(
+        x_TH,
+        experts.gate_up_EOH,
+        blocks,
+        entries=entries,
+        is_gated=True,
+        biases_EO=experts.gate_up_biases_EO,
+        gate=experts.gate,
+    )
+    return block_product(
+        hidden_RI, experts.down_EHI, blocks, entries=entries, is_gated=False, biases_EO=experts.down_biases_EH
+    )

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ...kernels.backends import uses_triton
 from ...kernels.gate import SILU, Gate
+from ...kernels.moe_gemm import can_gate
 from ...kernels.moe_mlp import StackedExperts, expert_products, moe_mlp, moe_mlp_stacked, stacked_products
+from .linear import Biased
 from .linear_format import PlainProduct, Product
 
 SlotProducts = tuple[Product, Product]
@@ -30,12 +32,16 @@ class Experts:
         self.slots, self._gate = tuple(slots), gate
         gate_up, down = (_stacked(products) for products in zip(*slots, strict=True))
         self._stacked: StackedExperts | None = None
-        if gate_up is not None and down is not None and gate == SILU:
-            self._stacked = StackedExperts(gate_up_EOH=gate_up, down_EHI=down)
-            # Weights that were copied are not kept twice.
-            self.slots = tuple(
-                (PlainProduct(one), PlainProduct(other)) for one, other in zip(gate_up, down, strict=True)
+        if gate_up is not None and down is not None and can_gate(gate):
+            self._stacked = StackedExperts(
+                gate_up_EOH=gate_up[0],
+                down_EHI=down[0],
+                gate=gate,
+                gate_up_biases_EO=gate_up[1],
+                down_biases_EH=down[1],
             )
+            # Weights that were copied are not kept twice.
+            self.slots = tuple(zip(_separate(*gate_up), _separate(*down), strict=True))
 
     def mlp(self, x_TH: Tensor, weights_TA: Tensor, experts_TA: Tensor) -> Tensor:
         """As ``kernels.moe_mlp.moe_mlp``, of experts that are all here."""
@@ -52,11 +58,30 @@ class Experts:
         return expert_products(rows_RH, counts_S, gate_up, down, self._gate)
 
 
-def _stacked(products: Sequence[Product]) -> Tensor | None:
-    """Return the weights of products as one tensor [slots, outputs, inputs]; None where kernels do not take them."""
-    weights = [product.weight_OI for product in products if isinstance(product, PlainProduct)]
-    if len(weights) < len(products) or not uses_triton("moe_gemm", weights[0]):
+def _stacked(products: Sequence[Product]) -> tuple[Tensor, Tensor | None] | None:
+    """Return the weights of products as one tensor [slots, outputs, inputs], and their biases [slots, outputs] if they
+    have any; None where kernels do not take them.
+    """
+    biases = [product.own_bias_O for product in products if isinstance(product, Biased)]
+    plain = [product.product if isinstance(product, Biased) else product for product in products]
+    weights = [product.weight_OI for product in plain if isinstance(product, PlainProduct)]
+    if len(weights) < len(products) or len(biases) not in (0, len(products)):
         return None
+    if not uses_triton("moe_gemm", weights[0]):
+        return None
+    return _side_by_side(weights), torch.stack(biases) if biases else None
+
+
+def _separate(weights_SOI: Tensor, biases_SO: Tensor | None) -> Sequence[Product]:
+    """Return the product of each slot."""
+    products = [PlainProduct(weight_OI) for weight_OI in weights_SOI]
+    if biases_SO is None:
+        return products
+    return [Biased(product, bias_O) for product, bias_O in zip(products, biases_SO, strict=True)]
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights as one tensor: a view, where they are one behind the other, or else a copy."""
     first_OI = weights[0]
     if all(
         weight_OI.is_contiguous()
