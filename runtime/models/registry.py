@@ -45,8 +45,8 @@ class Family:
     """What sets one architecture apart: defaults for absent keys, and functions of the others.
 
     ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads. ``rope`` is what
-    holds where config.json says nothing of rotary positions, None for plain ones. ``scales_embeddings``: by the root of
-    the hidden size.
+    holds where config.json says nothing of rotary positions, None for plain ones; ``dtype`` where it names none.
+    ``scales_embeddings``: by the root of the hidden size.
     """
 
     kv_heads: int | None
@@ -62,6 +62,7 @@ class Family:
     qk_norm: bool = False
     tied: bool = False
     rope: Mapping[str, object] | None = None
+    dtype: str | None = None
     norms: NormSpec = PLAIN_NORMS
     scales_embeddings: bool = False
     scores: Callable[[ConfigFields], ScoreSpec] = _plain_scores
@@ -124,7 +125,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
             for layer, (window, mlp) in enumerate(zip(windows, mlps, strict=True))
         ),
         max_position_embeddings=max_positions,
-        dtype=_dtype(fields),
+        dtype=_dtype(fields) or family.dtype,
         eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         stored_as=read_stored_as(fields),
@@ -419,6 +420,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=_gpt_oss_bias,
         mlp_bias=_never,
         rope=GPT_OSS_ROPE,
+        dtype="bfloat16",
         norms=NormSpec(is_wide=True),
         scores=_sinks,
         windows=gpt_oss_windows,

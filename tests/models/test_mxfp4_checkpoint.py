@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slipstream.comm.mesh import MeshShape
 from slipstream.kernels.mxfp4_codes import mxfp4_weight
+from slipstream.runtime.cluster.model_sizes_file import read_model_sizes
 from slipstream.runtime.models.registry import read_model_spec
 from slipstream.runtime.models.sharding import WHOLE, Shard
 from slipstream.runtime.models.weights import read_parameters
@@ -95,6 +96,11 @@ def test_a_cut_within_a_block_is_refused(tmp_path: Path, seed: int) -> None:
     shard = Shard(place=MeshShape(tp=2).place(1), fixed_order=True)
     with pytest.raises(CheckpointError, match="cannot be cut at 48 and 96, 32 inputs share a scale: use another"):
         parameters(coded, shard)
+
+
+def test_plans_count_plain_numbers(tmp_path: Path, seed: int) -> None:
+    coded, plain = (read_model_sizes(path) for path in make_twins(tmp_path, seed))
+    assert replace(coded, name=plain.name) == plain
 
 
 def test_all_codes() -> None:

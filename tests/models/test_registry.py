@@ -199,7 +199,7 @@ def test_gpt_oss_defaults(spec_of: Spec) -> None:
         truncate=False,
     )
     assert spec.rope == rope
-    assert spec.norms == NormSpec(is_wide=True)
+    assert spec.norms == NormSpec(is_wide=True) and spec.dtype == "bfloat16"
     assert spec.scores == ScoreSpec(has_sinks=True) and spec.score_scale == 64**-0.5
     mlp = spec.layers[0].mlp
     assert isinstance(mlp, MoeSpec) and mlp.has_biases and (mlp.num_experts, mlp.top_k) == (128, 4)
