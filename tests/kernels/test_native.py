@@ -122,14 +122,16 @@ def test_other_activations(seed: int, size: int, dtype: torch.dtype, gate: Gate)
 
 @pytest.mark.parametrize("size", SIZES)
 def test_norms_by_a_weight_of_float32(seed: int, size: int) -> None:
+    """Rounded once: all numbers are within half a unit of the last place of what they are in float32."""
     x = random(seed, 5, size, dtype=torch.bfloat16)
     weight = random(seed + 1, size, dtype=torch.float32)
     found, total = add_rms_norm(x, x.flip(0).contiguous(), weight, 1e-5)
-    exact = rms_norm(total.float(), weight, 1e-5).bfloat16()
-    assert (found != exact).float().mean() <= 0.01, "rounded once, but for sums in another order"
-    assert_near(found, exact)
     with torch_alone():
-        assert_near(add_rms_norm(x, x.flip(0).contiguous(), weight, 1e-5)[0], exact)
+        by_torch, _ = add_rms_norm(x, x.flip(0).contiguous(), weight, 1e-5)
+    exact = rms_norm(total.float(), weight, 1e-5)
+    for one in (found, by_torch):
+        assert one.dtype == torch.bfloat16
+        assert ((one.float() - exact).abs() <= 0.5001 * torch.finfo(torch.bfloat16).eps * exact.abs()).all()
 
 
 def test_activation_of_more_axes(seed: int) -> None:
