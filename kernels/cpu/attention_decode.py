@@ -50,13 +50,15 @@ class _Launch:
         self.own_queries_CKGD.copy_(q_TKGD if self.tokens_C is None else q_TKGD.index_select(0, self.tokens_C))
         torch.index_select(cache_XE, 0, self.rows_X, out=self.gathered_XE)
         # What is capped has its mask added later.
-        adds_mask = self.mask_PML is not None and options.soft_cap is None
-        base_PML, beta = (self.mask_PML, 1) if adds_mask else (self.scores_PML, 0)
+        late_mask_PML = None if options.soft_cap is None else self.mask_PML
+        base_PML, beta = self.scores_PML, 0
+        if self.mask_PML is not None and late_mask_PML is None:
+            base_PML, beta = self.mask_PML, 1
         # With beta=0, what the buffer held does not count.
         torch.baddbmm(base_PML, self.queries_PMD, self.keys_PDL, beta=beta, alpha=options.scale, out=self.scores_PML)
         cap_scores_(self.scores_PML, options)
-        if self.mask_PML is not None and not adds_mask:
-            self.scores_PML.add_(self.mask_PML)
+        if late_mask_PML is not None:
+            self.scores_PML.add_(late_mask_PML)
 
     def attend(self, sinks_KM: Tensor | None) -> None:
         """Compute the results of items that see no other keys. Shapes: sinks_KM [KV heads, padded group] float32"""

@@ -80,7 +80,7 @@ def _separate(weights_SOI: Tensor, biases_SO: Tensor | None) -> Sequence[Product
     return [Biased(product, bias_O) for product, bias_O in zip(products, biases_SO, strict=True)]
 
 
-def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+def _side_by_side(weights: list[Tensor]) -> Tensor:
     """Return weights as one tensor: a view, where they are one behind the other, or else a copy."""
     first_OI = weights[0]
     if all(

@@ -71,8 +71,9 @@ class MoeMlp:
     sums_rows: bool
 
     @property
-    def takes(self) -> None:
+    def takes(self) -> torch.dtype | None:
         """None: the router and experts read hidden states as they are."""
+        return None
 
     def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""

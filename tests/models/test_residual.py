@@ -56,7 +56,7 @@ def run_through(
     """Return all that is read on the way, and at last what the next stage gets or a final norm."""
     norm_H = NORM_H.to(x_TH.dtype)
     residual, _ = open_residual(x_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=group if shares else None)
-    read = []
+    read: list[Any] = []
     for place, one in enumerate(made):
         output = Output(one.by_rank[group.rank].clone(), group if one.partial else None, end_norm_H)
         if to_next and place == len(made) - 1:
@@ -219,9 +219,11 @@ def test_a_ladder_reads_all_but_the_last_output_also_across_stages(partial: bool
     def second_stage(group: Collectives, hidden_TH: Tensor) -> Parts:
         residual, read_TH = open_residual(hidden_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=None)
         torch.testing.assert_close(read_TH, x_TH + sums[0])
-        read_TH = yield from residual.add(take(group, 2), NORM_H, ladder=True)
-        torch.testing.assert_close(read_TH, rms_norm(x_TH + sums[0] + sums[1], NORM_H, EPSILON))
-        return (yield from residual.add(take(group, 3), NORM_H, ladder=False))
+        read = yield from residual.add(take(group, 2), NORM_H, ladder=True)
+        torch.testing.assert_close(read, rms_norm(x_TH + sums[0] + sums[1], NORM_H, EPSILON))
+        last = yield from residual.add(take(group, 3), NORM_H, ladder=False)
+        assert isinstance(last, Tensor)
+        return last
 
     def run(group: Collectives) -> None:
         passed_TH = run_plain(first_stage(group))
