@@ -70,7 +70,7 @@ def paged_attention(
     """Return each token's causal attention over its sequence's cached keys, its own included.
 
     The keys and values of the batch must have been written before. Query head n belongs to KV head n // (N / K).
-    The softmax is float32. ``soft_cap`` and sinks, as ``AttentionOptions`` has them, are for Triton's kernels.
+    The softmax is float32. ``soft_cap`` and sinks are those of ``AttentionOptions``.
 
     Shapes: q_TND [tokens, heads, head size], last axis contiguous; layer_cache [2, blocks, KV heads, block
     size, head size] contiguous; sinks_N [heads] float32; returns [tokens, heads, head size] contiguous; all of the
@@ -88,15 +88,15 @@ def paged_attention(
     elif isinstance(prepared.decode, SharedItems):
         shared_decode_attention(q_TND, layer_cache, prepared.decode, options, out_TND)
     elif isinstance(prepared.decode, PreparedPaged):
-        attend_paged(q_TND, layer_cache, prepared.decode, scale=scale, out_TND=out_TND)
+        attend_paged(q_TND, layer_cache, prepared.decode, options, out_TND=out_TND)
     elif prepared.decode is not None:
-        attend_decode(q_TKGD, layer_cache, prepared.decode, scale=scale, out_TKGD=out_TKGD)
+        attend_decode(q_TKGD, layer_cache, prepared.decode, options, out_TKGD=out_TKGD)
     if isinstance(prepared.prefill, PrefillItems):
         prefill_attention(q_TND, layer_cache, prepared.prefill, options, out_TND)
         return out_TND
     if isinstance(prepared.prefill, PreparedRuns):
-        attend_paged_runs(q_TND, layer_cache, prepared.prefill, scale=scale, out_TND=out_TND)
+        attend_paged_runs(q_TND, layer_cache, prepared.prefill, options, out_TND=out_TND)
         return out_TND
     for group in prepared.prefill:
-        attend_prefill(q_TKGD, layer_cache, group, scale=scale, workspace=prepared.workspace, out_TKGD=out_TKGD)
+        attend_prefill(q_TKGD, layer_cache, group, options, workspace=prepared.workspace, out_TKGD=out_TKGD)
     return out_TND

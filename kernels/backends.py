@@ -47,7 +47,9 @@ _NEITHER = {Backend.TORCH: False, Backend.TRITON: False}
 TABLE: Mapping[str, Operation] = {
     each.name: each
     for each in (
-        Operation(name="activation", summary="SwiGLU, also into 8-bit numbers", batch_invariant=_BOTH),
+        Operation(
+            name="activation", summary="gated activations, SwiGLU also into 8-bit numbers", batch_invariant=_BOTH
+        ),
         Operation(name="attention", summary="paged attention, decoding and prefill", batch_invariant=_BOTH),
         Operation(name="kv_blocks", summary="KV blocks copied and cleared", batch_invariant=_BOTH),
         Operation(name="kv_pack", summary="KV gathered for a transfer, and scattered", batch_invariant=_BOTH),

@@ -1,4 +1,5 @@
-"""Products of rows with the weights of their experts, all experts in one launch; SwiGLU fused into the first of two.
+"""Products of rows with the weights of their experts, all experts in one launch; biases are added in it, and of two
+products the first ends with the gated activation: SwiGLU, or gpt-oss's clamped one.
 
 Two ways, each for a product of gate and up, and for one of down:
 
@@ -16,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import uses_triton
 from .compile_case import SHARED_BYTES, CompileCase, pointer
+from .gate import SILU, Gate, GateKind
+from .gated import gate_and_mul_reference
 from .launch import KernelConfig, jit, launch, next_power_of_2, tl
 from .moe_sort import MOST_EXPERTS, ExpertBlocks
 from .tiles import dot, rounded
@@ -39,15 +43,23 @@ _GROUP = tl.constexpr(8)
 
 
 def expert_product_reference(
-    x_TI: Tensor, weights_EOI: Tensor, experts_R: Tensor, *, chosen: int, is_gated: bool
+    x_TI: Tensor,
+    weights_EOI: Tensor,
+    experts_R: Tensor,
+    *,
+    chosen: int,
+    is_gated: bool,
+    biases_EO: Tensor | None = None,
+    gate: Gate = SILU,
 ) -> Tensor:
-    """Multiply each entry with its expert's weights; ``is_gated``: return ``silu(gate) * up`` of the two halves.
+    """Multiply each entry with its expert's weights; ``is_gated``: return what ``gate`` makes of the two halves.
 
     Products, their sums and the activation are float32, whatever the type of ``x``; one rounding at the end. Entry r is
     of row ``r // chosen``. An expert of ``num_experts`` or more is none: the entry's outputs have no meaning (here 0).
 
     Shapes: x_TI [entries / chosen, inputs]; weights_EOI [experts, outputs, inputs], twice the outputs if gated;
-    experts_R [entries] int64; returns [entries, outputs] of x's type
+    experts_R [entries] int64; biases_EO [experts, outputs], as many as of weights; returns [entries, outputs] of x's
+    type
     Source: SwiGLU (arXiv 2002.05202), section 2
     """
     rows_RI = x_TI.repeat_interleave(chosen, dim=0).float()
@@ -55,9 +67,10 @@ def expert_product_reference(
     out_RO = torch.zeros((len(experts_R), outputs), dtype=x_TI.dtype, device=x_TI.device)
     for expert, weight_OI in enumerate(weights_EOI):
         product_RO = rows_RI[experts_R == expert] @ weight_OI.float().T
+        if biases_EO is not None:
+            product_RO += biases_EO[expert].float()
         if is_gated:
-            gate_RO, up_RO = product_RO.chunk(2, dim=-1)
-            product_RO = torch.nn.functional.silu(gate_RO) * up_RO
+            product_RO = gate_and_mul_reference(product_RO, gate)
         out_RO[experts_R == expert] = product_RO.to(x_TI.dtype)
     return out_RO
 
@@ -66,6 +79,7 @@ def expert_product_reference(
 def _multiply_rows(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     x_row_M,
     out_row_M,
@@ -73,7 +87,11 @@ def _multiply_rows(
     output_N,
     inputs,
     outputs,
+    alpha,
+    limit,
     IS_GATED: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -95,7 +113,16 @@ def _multiply_rows(
             acc_up = dot(x, up, acc_up)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    if IS_GATED:
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + output_N, mask=output_N < outputs, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED:
+            acc_up += tl.load(bias_ptr + outputs + output_N, mask=output_N < outputs, other=0.0).to(tl.float32)[None, :]
+    if IS_CLAMPED:
+        # What is not a number is not above the limit, and stays so.
+        acc = tl.where(acc > limit, limit, acc)
+        acc_up = tl.where(acc_up > limit, limit, tl.where(acc_up < -limit, -limit, acc_up)) + 1.0
+        acc = acc / (1.0 + tl.exp2(acc * alpha * -1.4426950408889634)) * acc_up
+    elif IS_GATED:
         acc = acc / (1.0 + tl.exp2(acc * -1.4426950408889634)) * acc_up
     out_ptrs = out_ptr + out_row_M.to(tl.int64)[:, None] * outputs + output_N[None, :]
     tl.store(out_ptrs, rounded(acc, out_ptr.dtype.element_ty), mask=is_row_M[:, None] & is_output)
@@ -105,6 +132,7 @@ def _multiply_rows(
 def _block_product_kernel(
     x_ptr,
     weights_ptr,
+    biases_ptr,
     entries_ptr,
     experts_ptr,
     rows_ptr,
@@ -113,7 +141,11 @@ def _block_product_kernel(
     entries_per_row,
     input_units,
     output_units,
+    alpha,
+    limit,
     IS_GATED: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,12 +164,13 @@ def _block_product_kernel(
         place_M = tl.arange(0, BLOCK_M)
         is_row_M = place_M < rows
         entry_M = tl.load(entries_ptr + block * BLOCK_M + place_M, mask=is_row_M, other=0)
-        size = outputs * inputs * 2 if IS_GATED else outputs * inputs
-        weight_ptr = weights_ptr + tl.load(experts_ptr + block).to(tl.int64) * size
+        rows_each = outputs * 2 if IS_GATED else outputs
+        expert = tl.load(experts_ptr + block).to(tl.int64)
         output_N = rest // in_group * BLOCK_N + tl.arange(0, BLOCK_N)
         _multiply_rows(
-            x_ptr, weight_ptr, out_ptr, entry_M // entries_per_row, entry_M, is_row_M, output_N,
-            inputs, outputs, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, weights_ptr + expert * rows_each * inputs, biases_ptr + expert * rows_each, out_ptr,
+            entry_M // entries_per_row, entry_M, is_row_M, output_N, inputs, outputs, alpha, limit,
+            IS_GATED, IS_CLAMPED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -145,6 +178,7 @@ def _block_product_kernel(
 def _masked_product_kernel(
     x_ptr,
     weights_ptr,
+    biases_ptr,
     experts_ptr,
     out_ptr,
     tokens,
@@ -152,7 +186,11 @@ def _masked_product_kernel(
     entries_per_row,
     input_units,
     output_units,
+    alpha,
+    limit,
     IS_GATED: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,11 +209,12 @@ def _masked_product_kernel(
     if tl.max(choice_M, axis=0) > 0:
         entry_M = token_M * chosen + choice_M - 1
         is_row_M = choice_M > 0
-        size = outputs * inputs * 2 if IS_GATED else outputs * inputs
+        rows_each = outputs * 2 if IS_GATED else outputs
         output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         _multiply_rows(
-            x_ptr, weights_ptr + expert.to(tl.int64) * size, out_ptr, entry_M // entries_per_row, entry_M, is_row_M,
-            output_N, inputs, outputs, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, weights_ptr + expert.to(tl.int64) * rows_each * inputs, biases_ptr + expert * rows_each, out_ptr,
+            entry_M // entries_per_row, entry_M, is_row_M, output_N, inputs, outputs, alpha, limit,
+            IS_GATED, IS_CLAMPED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -222,12 +261,20 @@ def masked_config(*, is_gated: bool) -> KernelConfig:
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``block_product`` and ``masked_product`` launch."""
-    for dtype, is_gated in product(_TYPES, (False, True)):
+    # Of experts with biases, models are served in bfloat16.
+    with_biases = ((torch.bfloat16, is_gated, True) for is_gated in (False, True))
+    for dtype, is_gated, has_biases in (*product(_TYPES, (False, True), (False,)), *with_biases):
         kind = pointer(dtype)
         sizes = dict.fromkeys(("entries_per_row", "input_units", "output_units"), "i32")
-        pointers = {"x_ptr": kind, "weights_ptr": kind, "out_ptr": kind}
-        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}"
-        constants = {"IS_GATED": is_gated, "UNIT": _unit(dtype)}
+        sizes |= dict.fromkeys(("alpha", "limit"), "fp32")
+        pointers = dict.fromkeys(("x_ptr", "weights_ptr", "biases_ptr", "out_ptr"), kind)
+        name = f"{kind[1:]} {'gate and up' if is_gated else 'down'}{' and biases' * has_biases}"
+        constants = {
+            "IS_GATED": is_gated,
+            "IS_CLAMPED": is_gated and has_biases,
+            "HAS_BIAS": has_biases,
+            "UNIT": _unit(dtype),
+        }
         for places in _PLACES if dtype.itemsize == 2 else _PLACES[:1]:
             everywhere = block_configs(dtype, places, is_gated=is_gated, is_wide=False)
             for config in block_configs(dtype, places, is_gated=is_gated, is_wide=True):
@@ -265,14 +312,23 @@ def can_mask(dtype: torch.dtype, tokens: int, chosen: int) -> bool:
     return dtype.itemsize == 2 and tokens <= MOST_MASKED_TOKENS and chosen <= MOST_CHOSEN
 
 
-def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, entries: int, is_gated: bool) -> Tensor:
+def block_product(
+    x_TI: Tensor,
+    weights_EOI: Tensor,
+    blocks: ExpertBlocks,
+    *,
+    entries: int,
+    is_gated: bool,
+    biases_EO: Tensor | None = None,
+    gate: Gate = SILU,
+) -> Tensor:
     """As ``expert_product_reference``, for entries in blocks.
 
     Shapes: x_TI [entries, or a divisor of it, inputs]; weights_EOI contiguous; returns [entries, outputs]
     Raises: ValueError where shapes do not fit
     """
     count, places = blocks.entries_BM.shape
-    sizes, out_RO = _prepare(x_TI, weights_EOI, entries, is_gated)
+    sizes, out_RO = _prepare(x_TI, weights_EOI, entries, is_gated, biases_EO, gate)
     launch_tuned(
         _block_product_kernel,
         lambda config: (count * -(-out_RO.shape[1] // config.tiles["BLOCK_N"]),),
@@ -285,13 +341,20 @@ def block_product(x_TI: Tensor, weights_EOI: Tensor, blocks: ExpertBlocks, *, en
         rows_ptr=blocks.rows_B,
         out_ptr=out_RO,
         blocks=count,
-        IS_GATED=is_gated,
         **sizes,
     )
     return out_RO
 
 
-def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_gated: bool) -> Tensor:
+def masked_product(
+    x_TI: Tensor,
+    weights_EOI: Tensor,
+    experts_TA: Tensor,
+    *,
+    is_gated: bool,
+    biases_EO: Tensor | None = None,
+    gate: Gate = SILU,
+) -> Tensor:
     """As ``expert_product_reference``, where ``can_mask`` says so; a token's experts are different ones.
 
     Shapes: x_TI [tokens or entries, inputs]; weights_EOI contiguous; experts_TA [tokens, chosen] int64; returns
@@ -304,7 +367,7 @@ def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_
             f"experts_TA must be int64, at most {[MOST_MASKED_TOKENS, MOST_CHOSEN]}, of 16-bit x_TI, "
             f"got {[tokens, chosen]} {experts_TA.dtype}, {x_TI.dtype}"
         )
-    sizes, out_RO = _prepare(x_TI, weights_EOI, tokens * chosen, is_gated)
+    sizes, out_RO = _prepare(x_TI, weights_EOI, tokens * chosen, is_gated, biases_EO, gate)
     config = masked_config(is_gated=is_gated)
     launch(
         _masked_product_kernel,
@@ -316,14 +379,20 @@ def masked_product(x_TI: Tensor, weights_EOI: Tensor, experts_TA: Tensor, *, is_
         out_ptr=out_RO,
         tokens=tokens,
         chosen=chosen,
-        IS_GATED=is_gated,
         **sizes,
     )
     return out_RO
 
 
-def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) -> tuple[dict[str, int], Tensor]:
-    """Return what kernels are told of a product's sizes, and room for its result. Raises: ValueError"""
+def can_gate(gate: Gate) -> bool:
+    """Return whether the kernels have an activation."""
+    return gate.kind in (GateKind.SILU, GateKind.CLAMPED)
+
+
+def _prepare(
+    x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool, biases_EO: Tensor | None, gate: Gate
+) -> tuple[dict[str, Any], Tensor]:
+    """Return what kernels are told of a product's sizes and end, and room for its result. Raises: ValueError"""
     rows, inputs = x_TI.shape
     if weights_EOI.dim() != 3 or weights_EOI.shape[2] != inputs or not weights_EOI.is_contiguous():
         raise ValueError(
@@ -331,6 +400,11 @@ def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) ->
         )
     if weights_EOI.dtype != x_TI.dtype or x_TI.dtype not in _TYPES:
         raise ValueError(f"weights_EOI and x_TI must be of one float type, got {weights_EOI.dtype} and {x_TI.dtype}")
+    if not can_gate(gate):
+        raise ValueError(f"gate: {gate.kind} is not multiplied with in one launch")
+    if biases_EO is not None and (biases_EO.shape != weights_EOI.shape[:2] or biases_EO.dtype != x_TI.dtype):
+        wanted = f"{list(weights_EOI.shape[:2])} {x_TI.dtype}"
+        raise ValueError(f"biases_EO must be {wanted}, got {list(biases_EO.shape)} {biases_EO.dtype}")
     if is_gated and weights_EOI.shape[1] % 2:
         raise ValueError(f"weights_EOI must have gate and up, got {weights_EOI.shape[1]} outputs")
     if entries % max(rows, 1) or (entries and not rows):
@@ -339,9 +413,15 @@ def _prepare(x_TI: Tensor, weights_EOI: Tensor, entries: int, is_gated: bool) ->
     if inputs % unit or outputs % unit:
         raise ValueError(f"weights_EOI of {x_TI.dtype} must be of multiples of {unit}, got {list(weights_EOI.shape)}")
     sizes = {
+        "biases_ptr": weights_EOI if biases_EO is None else biases_EO.contiguous(),
         "entries_per_row": entries // max(rows, 1),
         "input_units": inputs // unit,
         "output_units": outputs // unit,
+        "alpha": gate.alpha,
+        "limit": gate.limit,
+        "IS_GATED": is_gated,
+        "IS_CLAMPED": is_gated and gate.kind is GateKind.CLAMPED,
+        "HAS_BIAS": biases_EO is not None,
         "UNIT": unit,
     }
     return sizes, torch.empty((entries, outputs), dtype=x_TI.dtype, device=x_TI.device)

@@ -19,20 +19,27 @@ from .tiles import rounded
 
 
 def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-    """Normalize the last axis: the variance is taken in float32, the weight is multiplied after casting back.
+    """Normalize the last axis: the variance is taken in float32, the weight is multiplied in its own type.
 
-    Shapes: x_TH [..., size] any float type; weight_H [size], or [heads, size] for x [tokens, heads, size]
+    So a weight of float32 beside numbers of 16 bits is multiplied before anything is rounded.
+
+    Shapes: x_TH [..., size] any float type; weight_H [size], or [heads, size] for x [tokens, heads, size], of the same
+    type or float32
     Source: RMSNorm (arXiv 1910.07467), equation 4
     """
     variance_T1 = x_TH.float().square().mean(-1, keepdim=True)
-    return (x_TH.float() * torch.rsqrt(variance_T1 + epsilon)).to(x_TH.dtype) * weight_H
+    scaled_TH = (x_TH.float() * torch.rsqrt(variance_T1 + epsilon)).to(weight_H.dtype)
+    return (scaled_TH * weight_H).to(x_TH.dtype)
 
 
 @jit
-def normalized(x, weight, size, epsilon, AXIS: tl.constexpr, TYPE: tl.constexpr):
-    """Return float32 rows normalized and multiplied with a weight, in ``TYPE``; zeros stand behind a row's end."""
+def normalized(x, weight, size, epsilon, AXIS: tl.constexpr, TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr):
+    """Return float32 rows normalized and multiplied with a weight that is of ``WEIGHT_TYPE`` in memory, in ``TYPE``.
+
+    Zeros stand behind a row's end.
+    """
     scale = tl.rsqrt(tl.sum(x * x, axis=AXIS, keep_dims=True) / size + epsilon)
-    return rounded(rounded(x * scale, TYPE).to(tl.float32) * weight, TYPE)
+    return rounded(rounded(x * scale, WEIGHT_TYPE).to(tl.float32) * weight, TYPE)
 
 
 @jit
@@ -73,7 +80,9 @@ def _rms_norm_kernel(
         # What is normalized is the sum as it is kept.
         x = total.to(tl.float32)
     weight = tl.load(weight_ptr + head * weight_stride + columns, mask=is_there, other=0.0).to(tl.float32)
-    out = normalized(x, weight, size, epsilon, 1 if ROWS > 1 else 0, out_ptr.dtype.element_ty)
+    out = normalized(
+        x, weight, size, epsilon, 1 if ROWS > 1 else 0, out_ptr.dtype.element_ty, weight_ptr.dtype.element_ty
+    )
     tl.store(out_ptr + token * out_token_stride + head * out_head_stride + columns, out, mask=is_there)
 
 
@@ -81,6 +90,8 @@ MAX_SIZE = 16384
 """The longest rows that a program holds."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WIDE = (torch.bfloat16, torch.float32)
+"""Types of rows and of a weight that is multiplied before they are rounded; float16 goes by torch's operations."""
 
 
 def norm_config(size: int, *, has_residual: bool = False) -> KernelConfig:
@@ -98,15 +109,17 @@ def compile_cases() -> Iterator[CompileCase]:
     pointers = ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr")
     numbers = ("rows", "heads", "size", "weight_stride")
     strides = ("x_token_stride", "x_head_stride", "out_token_stride", "out_head_stride")
-    for dtype in _DTYPES:
+    for dtype, weight_dtype in (*((dtype, dtype) for dtype in _DTYPES), _WIDE):
+        kind, weight_kind = pointer(dtype), pointer(weight_dtype)
         for size in (128, 256, 1024, 2048, 4096, 8192, 16384):
             for has_residual in (False, True) if size > 256 else (False,):
                 yield CompileCase(
                     kernel=_rms_norm_kernel,
-                    name=f"{pointer(dtype)[1:]} {size}{' residual' if has_residual else ''}",
+                    name=f"{kind[1:]}{'' if kind == weight_kind else ' by fp32'} {size}{' residual' * has_residual}",
                     config=norm_config(size, has_residual=has_residual),
                     signature={
-                        **dict.fromkeys(pointers, pointer(dtype)),
+                        **dict.fromkeys(pointers, kind),
+                        "weight_ptr": weight_kind,
                         **dict.fromkeys((*numbers, *strides), "i32"),
                         "epsilon": "fp32",
                     },
@@ -116,10 +129,10 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _by_triton(x_TH: Tensor, weight_H: Tensor) -> bool:
-    is_alike = weight_H.dtype == x_TH.dtype and weight_H.is_contiguous()
+    is_alike = weight_H.dtype == x_TH.dtype or (x_TH.dtype, weight_H.dtype) == _WIDE
     is_plain = x_TH.dim() in (2, 3) and x_TH.stride(-1) == 1 and x_TH.dtype in _DTYPES
     fits = x_TH.shape[-1] <= MAX_SIZE and weight_H.shape in (x_TH.shape[-1:], x_TH.shape[1:])
-    return is_alike and is_plain and fits and uses_triton("norm", x_TH)
+    return is_alike and weight_H.is_contiguous() and is_plain and fits and uses_triton("norm", x_TH)
 
 
 def _normalize_by_triton(
@@ -168,7 +181,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     norm_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True, dtype=torch.float32)
     scale_T1 = torch.addcmul(_scalar(epsilon, x_TH.device), norm_T1, norm_T1, value=1 / x_TH.shape[-1]).rsqrt_()
     # A product with float32 is float32.
-    return (x_TH * scale_T1).to(x_TH.dtype).mul_(weight_H)
+    return (x_TH * scale_T1).to(weight_H.dtype).mul_(weight_H).to(x_TH.dtype)
 
 
 def normalize_heads_(x_THD: Tensor, weight_HD: Tensor, epsilon: float) -> None:
@@ -189,7 +202,7 @@ def normalize_heads_(x_THD: Tensor, weight_HD: Tensor, epsilon: float) -> None:
 def _is_weight(weight_H: Tensor, x_TH: Tensor) -> bool:
     """Return whether the compiled norm takes a weight: it trusts what it is given."""
     shapes = (x_TH.shape[-1:], x_TH.shape[1:])
-    return weight_H.dtype == x_TH.dtype and weight_H.is_contiguous() and weight_H.shape in shapes
+    return weight_H.dtype in (x_TH.dtype, torch.float32) and weight_H.is_contiguous() and weight_H.shape in shapes
 
 
 def _normalize(
@@ -216,6 +229,7 @@ def _normalize(
         size if weight_H.dim() == 2 else 0,
         epsilon,
         x_TH.dtype == torch.bfloat16,
+        weight_H.dtype != x_TH.dtype,
         torch.get_num_threads(),
     )
 

@@ -71,7 +71,8 @@ def _quantized_norm_kernel(
         tl.store(total_ptr + row * size + columns, total, mask=is_there)
         x = total.to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=is_there, other=0.0).to(tl.float32)
-    normed = normalized(x, weight, size, epsilon, 0, x_ptr.dtype.element_ty).to(tl.float32)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    normed = normalized(x, weight, size, epsilon, 0, kind, weight_ptr.dtype.element_ty).to(tl.float32)
     scale = row_scale(normed, LARGEST)
     tl.store(scales_ptr + row, scale)
     tl.store(out_ptr + row * size + columns, by_scale(normed, scale, out_ptr.dtype.element_ty), mask=is_there)

@@ -8,6 +8,7 @@ Shapes: T rows, H numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,6 +112,18 @@ def compile_cases() -> Iterator[CompileCase]:
                     constants={"LARGEST": LARGEST[out_dtype]},
                     targets=targets_for(out_dtype),
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRows:
+    """Rows as 8-bit numbers, each with a scale; ``dtype`` is the type of the numbers that they were.
+
+    Shapes: values_TH [tokens, size] int8 or float8_e4m3fn; scales_T1 [tokens, 1] float32
+    """
+
+    values_TH: Tensor
+    scales_T1: Tensor
+    dtype: torch.dtype
 
 
 def quantize_rows(x_TH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

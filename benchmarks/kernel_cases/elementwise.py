@@ -13,6 +13,8 @@ from slipstream.kernels.activation import (
     silu_and_mul_quantized_reference,
     silu_and_mul_reference,
 )
+from slipstream.kernels.gate import Gate, GateKind
+from slipstream.kernels.gated import gate_and_mul, gate_and_mul_reference
 from slipstream.kernels.norm_quantized import add_rms_norm_quantized, add_rms_norm_quantized_reference
 from slipstream.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_, rotate_and_write_reference_
@@ -49,6 +51,16 @@ def _activation(rows: int, size: int, device: torch.device, wanted: float | None
         baselines=by_torch(device, silu_and_mul_reference, gate_up_TI),
         wanted=wanted,
     )
+    for gate in (Gate(kind=GateKind.GELU_TANH), Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=7.0)):
+        yield KernelCase(
+            operation=f"gate_and_mul {gate.kind}",
+            shape=f"{rows} x {size}",
+            dtype=_DTYPE,
+            run=partial(gate_and_mul, gate_up_TI, gate),
+            bytes=gate_up_TI.nbytes * 3 // 2,
+            baselines=by_torch(device, gate_and_mul_reference, gate_up_TI, gate),
+            wanted=wanted,
+        )
     yield KernelCase(
         operation="silu_and_mul_quantized",
         shape=f"{rows} x {size}",

@@ -14,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .attention_decode_plan import DecodePlan, SpanGroup, SplitRows
-from .attention_products import QUERY_UNIT, attend_span, merge_spans
+from .attention_products import QUERY_UNIT, attend_span, attend_whole, cap_scores_, merge_spans
 from .attention_workspace import GATHER_BYTES, AttentionWorkspace
 
 
@@ -43,18 +45,31 @@ class _Launch:
     results_PMD: Tensor
     own_results_CKGD: Tensor
 
-    def score(self, q_TKGD: Tensor, cache_XE: Tensor, scale: float) -> None:
+    def score(self, q_TKGD: Tensor, cache_XE: Tensor, options: AttentionOptions) -> None:
         """Compute masked scores, and gather the values."""
         self.own_queries_CKGD.copy_(q_TKGD if self.tokens_C is None else q_TKGD.index_select(0, self.tokens_C))
         torch.index_select(cache_XE, 0, self.rows_X, out=self.gathered_XE)
-        base_PML, beta = (self.scores_PML, 0) if self.mask_PML is None else (self.mask_PML, 1)
+        # What is capped has its mask added later.
+        late_mask_PML = None if options.soft_cap is None else self.mask_PML
+        base_PML, beta = self.scores_PML, 0
+        if self.mask_PML is not None and late_mask_PML is None:
+            base_PML, beta = self.mask_PML, 1
         # With beta=0, what the buffer held does not count.
-        torch.baddbmm(base_PML, self.queries_PMD, self.keys_PDL, beta=beta, alpha=scale, out=self.scores_PML)
+        torch.baddbmm(base_PML, self.queries_PMD, self.keys_PDL, beta=beta, alpha=options.scale, out=self.scores_PML)
+        cap_scores_(self.scores_PML, options)
+        if late_mask_PML is not None:
+            self.scores_PML.add_(late_mask_PML)
 
-    def attend(self) -> None:
-        """Compute the results of items that see no other keys."""
-        torch.softmax(self.scores_PML, dim=-1, out=self.weights_PML)
-        torch.bmm(self.weights_PML, self.values_PLD, out=self.results_PMD)
+    def attend(self, sinks_KM: Tensor | None) -> None:
+        """Compute the results of items that see no other keys. Shapes: sinks_KM [KV heads, padded group] float32"""
+        items = self.own_results_CKGD.shape[0]
+        attend_whole(
+            self.scores_PML,
+            self.values_PLD,
+            sinks_PM=None if sinks_KM is None else sinks_KM.repeat(items, 1),
+            weights_PML=self.weights_PML,
+            result_PMD=self.results_PMD,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +125,7 @@ def prepare_decode(
 
 
 def attend_decode(
-    q_TKGD: Tensor, layer_cache: Tensor, prepared: PreparedDecode, *, scale: float, out_TKGD: Tensor
+    q_TKGD: Tensor, layer_cache: Tensor, prepared: PreparedDecode, options: AttentionOptions, *, out_TKGD: Tensor
 ) -> None:
     """Compute the attention of the prepared rows into their places in ``out_TKGD``.
 
@@ -118,24 +133,27 @@ def attend_decode(
     head size] contiguous; all of the workspace's type
     """
     cache_XE = layer_cache.view(-1, layer_cache.shape[3] * layer_cache.shape[4])
+    sinks_KM = _padded_sinks(options, q_TKGD)
     for launch in prepared.direct:
-        launch.score(q_TKGD, cache_XE, scale)
-        launch.attend()
+        launch.score(q_TKGD, cache_XE, options)
+        launch.attend(sinks_KM)
         if launch.tokens_C is None:
             out_TKGD.copy_(launch.own_results_CKGD)
         else:
             out_TKGD.index_copy_(0, launch.tokens_C, launch.own_results_CKGD)
     if prepared.split is not None:
-        merged_RKMD = _attend_split(q_TKGD, cache_XE, prepared.split, scale)
+        merged_RKMD = _attend_split(q_TKGD, cache_XE, prepared.split, options, sinks_KM)
         own_RKGD = merged_RKMD[:, :, : out_TKGD.shape[2]].to(out_TKGD.dtype)
         out_TKGD.index_copy_(0, prepared.split.rows.tokens_R, own_RKGD)
 
 
-def _attend_split(q_TKGD: Tensor, cache_XE: Tensor, split: _PreparedSplit, scale: float) -> Tensor:
+def _attend_split(
+    q_TKGD: Tensor, cache_XE: Tensor, split: _PreparedSplit, options: AttentionOptions, sinks_KM: Tensor | None
+) -> Tensor:
     """Return the merged results of the rows, float32 [rows, KV heads, padded group, head size]."""
     _, kv_heads, queries, head_size = split.results_CKMD.shape
     for launch, here in split.launches:
-        launch.score(q_TKGD, cache_XE, scale)
+        launch.score(q_TKGD, cache_XE, options)
         attend_span(
             launch.scores_PML,
             launch.values_PLD,
@@ -146,8 +164,17 @@ def _attend_split(q_TKGD: Tensor, cache_XE: Tensor, split: _PreparedSplit, scale
     chosen = split.rows.items_RS.view(-1)
     peaks_2RSX = split.peaks_2CX.index_select(1, chosen).view(2, rows, most_spans, -1)
     results_RSXD = split.results_CKMD.index_select(0, chosen).view(rows, most_spans, -1, head_size)
-    merged_RXD = merge_spans(results_RSXD, peaks_2RSX[0] + split.rows.absent_RS1, peaks_2RSX[1])
+    sinks_RX = None if sinks_KM is None else sinks_KM.view(1, -1).expand(rows, -1)
+    merged_RXD = merge_spans(results_RSXD, peaks_2RSX[0] + split.rows.absent_RS1, peaks_2RSX[1], sinks_RX)
     return merged_RXD.view(rows, kv_heads, queries, head_size)
+
+
+def _padded_sinks(options: AttentionOptions, q_TKGD: Tensor) -> Tensor | None:
+    """Return the sinks of each KV head's queries, [KV heads, padded group], with anything for those that fill up."""
+    if options.sinks_N is None:
+        return None
+    _, kv_heads, group, _ = q_TKGD.shape
+    return functional.pad(options.sinks_N.view(kv_heads, group), (0, _padded_queries(group) - group))
 
 
 def _padded_queries(group: int) -> int:

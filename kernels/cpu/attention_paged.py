@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .native import DecodeJob, Native, PrefillJob, native
 
 Int32Array = NDArray[np.int32]
@@ -142,22 +143,28 @@ def check_blocks(
         raise IndexError(f"blocks {read.min()} to {read.max()} are read from a cache of {num_blocks}")
 
 
-def attend_paged(q_TND: Tensor, layer_cache: Tensor, prepared: PreparedPaged, *, scale: float, out_TND: Tensor) -> None:
+def attend_paged(
+    q_TND: Tensor, layer_cache: Tensor, prepared: PreparedPaged, options: AttentionOptions, *, out_TND: Tensor
+) -> None:
     """Compute the attention of the prepared rows into their places in ``out_TND``.
 
     Shapes: q_TND [tokens, heads, head size], heads side by side; out_TND like it, contiguous; layer_cache [2, blocks,
     KV heads, block size, head size] contiguous; all of one type
     """
-    set_layer(prepared.job, q_TND, layer_cache, scale=scale, out_TND=out_TND)
+    set_layer(prepared.job, q_TND, layer_cache, options, out_TND=out_TND)
     prepared.memory[0].compiled.attend_decode(prepared.job)
 
 
 def set_layer(
-    job: DecodeJob | PrefillJob, q_TND: Tensor, layer_cache: Tensor, *, scale: float, out_TND: Tensor
+    job: DecodeJob | PrefillJob, q_TND: Tensor, layer_cache: Tensor, options: AttentionOptions, *, out_TND: Tensor
 ) -> None:
-    """Let a prepared step's job work on one layer. Shapes: as of ``attend_paged``"""
+    """Let a prepared step's job work on one layer; its window was planned. Shapes: as of ``attend_paged``"""
     assert q_TND.stride(1) == q_TND.shape[2] and q_TND.dtype == layer_cache.dtype == out_TND.dtype
     assert layer_cache.is_contiguous() and out_TND.is_contiguous()
     job.query_stride = q_TND.stride(0)
     job.queries, job.cache, job.out = q_TND.data_ptr(), layer_cache.data_ptr(), out_TND.data_ptr()
-    job.scale = scale
+    job.scale, job.soft_cap, job.sinks = options.scale, options.soft_cap or 0.0, None
+    if options.sinks_N is not None:
+        assert options.sinks_N.dtype == torch.float32 and options.sinks_N.is_contiguous()
+        assert len(options.sinks_N) == q_TND.shape[1]
+        job.sinks = options.sinks_N.data_ptr()

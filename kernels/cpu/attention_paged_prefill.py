@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .attention_keys import Int32Array, Int64Array, KeyLayout
 from .attention_paged import check_blocks, set_layer
 from .native import Native, PrefillJob, native
@@ -124,12 +125,12 @@ def _tiles(runs: PagedRuns, tile_queries: int) -> Int32Array:
 
 
 def attend_paged_runs(
-    q_TND: Tensor, layer_cache: Tensor, prepared: PreparedRuns, *, scale: float, out_TND: Tensor
+    q_TND: Tensor, layer_cache: Tensor, prepared: PreparedRuns, options: AttentionOptions, *, out_TND: Tensor
 ) -> None:
     """Compute the attention of the prepared rows into their places in ``out_TND``.
 
     Shapes: q_TND [tokens, heads, head size], heads side by side; out_TND like it, contiguous; layer_cache [2, blocks,
     KV heads, block size, head size] contiguous; all of one type
     """
-    set_layer(prepared.job, q_TND, layer_cache, scale=scale, out_TND=out_TND)
+    set_layer(prepared.job, q_TND, layer_cache, options, out_TND=out_TND)
     prepared.memory[0].compiled.attend_prefill(prepared.job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .attention_prefill import gather_parts, load_queries, tile_scores
 from .attention_prefill_plan import PrefillGroup, PrefillTile
 from .attention_products import attend_some, gather_keys_values
@@ -31,9 +32,9 @@ class PartialAttention:
         q_TND: Tensor,
         layer_cache: Tensor,
         group: PrefillGroup,
+        options: AttentionOptions,
         *,
         first: bool,
-        scale: float,
         workspace: AttentionWorkspace,
     ) -> None:
         """Let the group's queries attend to its keys. Each token must be in one tile of its ``first`` turn, in which a
@@ -51,12 +52,18 @@ class PartialAttention:
             )
             for tile in group.tiles:
                 result_KGQD, log_sums_KGQ = _attend_tile(
-                    q_TKGD[:, heads], keys_PLD, values_PLD, tile, scale=scale, workspace=workspace
+                    q_TKGD[:, heads], keys_PLD, values_PLD, tile, options, workspace=workspace
                 )
                 self._take(result_KGQD, log_sums_KGQ, heads=heads, tile=tile, first=first)
 
-    def finish(self, dtype: torch.dtype) -> Tensor:
-        """Return the attention to all keys that came, [tokens, heads, head size]; valid until the next layer."""
+    def finish(self, dtype: torch.dtype, options: AttentionOptions) -> Tensor:
+        """Return the attention to all keys that came, [tokens, heads, head size]; valid until the next layer.
+
+        Sinks have their share only now, when all keys have theirs.
+        """
+        if options.sinks_N is not None:
+            sinks_KG1 = options.sinks_N.view(*self._log_sums_KGT.shape[:2], 1)
+            self._results_KGTD.mul_(torch.sigmoid(self._log_sums_KGT - sinks_KG1).unsqueeze(-1))
         return self._results_KGTD.permute(2, 0, 1, 3).flatten(1, 2).to(dtype)
 
     def _take(self, result_KGQD: Tensor, log_sums_KGQ: Tensor, *, heads: slice, tile: PrefillTile, first: bool) -> None:
@@ -81,15 +88,15 @@ def _attend_tile(
     keys_PLD: Tensor,
     values_PLD: Tensor,
     tile: PrefillTile,
+    options: AttentionOptions,
     *,
-    scale: float,
     workspace: AttentionWorkspace,
 ) -> tuple[Tensor, Tensor]:
     """Return results [KV heads, group, queries, head size] and their log-sum-exps; valid until the next call."""
     q_1KGQD = load_queries(q_TKGD, tile, slice(0, 1), rows=1, workspace=workspace)
     ((first, last),) = tile.ranges
     scores_PML = tile_scores(
-        q_1KGQD, keys_PLD, tile, first, last, mask_R11QW=tile.mask_R11QW, scale=scale, workspace=workspace
+        q_1KGQD, keys_PLD, tile, options, first, last, mask_R11QW=tile.mask_R11QW, workspace=workspace
     )
     result_PMD, log_sums_PM = attend_some(scores_PML, values_PLD[:, first:last], workspace=workspace)
     shape = q_1KGQD.shape[1:]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .attention_prefill_plan import PrefillGroup, PrefillTile
 from .attention_products import attend_span, attend_whole, gather_keys_values, merge_spans, scaled_scores
 from .attention_workspace import GATHER_BYTES, AttentionWorkspace
@@ -22,8 +23,8 @@ def attend_prefill(
     q_TKGD: Tensor,
     layer_cache: Tensor,
     group: PrefillGroup,
+    options: AttentionOptions,
     *,
-    scale: float,
     workspace: AttentionWorkspace,
     out_TKGD: Tensor,
 ) -> None:
@@ -34,6 +35,7 @@ def attend_prefill(
     """
     rows, _, blocks = group.gather_RKB.shape
     block_size = layer_cache.shape[3]
+    sinks_KG = None if options.sinks_N is None else options.sinks_N.view(q_TKGD.shape[1:3])
     for some_rows, heads in gather_parts(group, layer_cache, q_TKGD.shape[2]):
         gathered = group.gather_RKB[some_rows, heads].reshape(-1)
         keys_PLD, values_PLD = gather_keys_values(layer_cache, gathered, keys=blocks * block_size, workspace=workspace)
@@ -41,7 +43,14 @@ def attend_prefill(
             q_RKGQD = load_queries(q_TKGD[:, heads], tile, some_rows, rows=rows, workspace=workspace)
             mask_R11QW = tile.mask_R11QW[some_rows]
             result_RKGQD = _attend_tile(
-                q_RKGQD, keys_PLD, values_PLD, tile, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
+                q_RKGQD,
+                keys_PLD,
+                values_PLD,
+                tile,
+                options,
+                mask_R11QW=mask_R11QW,
+                sinks_KG=None if sinks_KG is None else sinks_KG[heads],
+                workspace=workspace,
             )
             _store(result_RKGQD, tile, some_rows, rows=rows, out_TKGD=out_TKGD[:, heads])
 
@@ -94,17 +103,17 @@ def tile_scores(
     q_RKGQD: Tensor,
     keys_PLD: Tensor,
     tile: PrefillTile,
+    options: AttentionOptions,
     first: int,
     last: int,
     *,
     mask_R11QW: Tensor,
-    scale: float,
     workspace: AttentionWorkspace,
 ) -> Tensor:
     """Return a tile's masked scores of the columns ``first`` to ``last``, [P, M, those]; valid until the next call."""
     rows, kv_heads, group, queries, head_size = q_RKGQD.shape
     q_PMD = q_RKGQD.view(rows * kv_heads, group * queries, head_size)
-    scores_PML = scaled_scores(q_PMD, keys_PLD[:, first:last], scale=scale, workspace=workspace)
+    scores_PML = scaled_scores(q_PMD, keys_PLD[:, first:last], options, workspace=workspace)
     if last > tile.edge:
         start = max(first, tile.edge)
         edge = scores_PML.view(rows, kv_heads, group, queries, -1)[..., start - first :]
@@ -117,23 +126,29 @@ def _attend_tile(
     keys_PLD: Tensor,
     values_PLD: Tensor,
     tile: PrefillTile,
+    options: AttentionOptions,
     *,
     mask_R11QW: Tensor,
-    scale: float,
+    sinks_KG: Tensor | None,
     workspace: AttentionWorkspace,
 ) -> Tensor:
     """Return [rows, KV heads, group, queries, head size]; valid until the next call."""
     q_PMD = q_RKGQD.flatten(0, 1).flatten(1, 2)
+    sinks_PM = None
+    if sinks_KG is not None:
+        sinks_PM = sinks_KG[None, ..., None].expand(q_RKGQD.shape[:4]).reshape(q_PMD.shape[:2])
 
     def scores_of(first: int, last: int) -> Tensor:
-        return tile_scores(
-            q_RKGQD, keys_PLD, tile, first, last, mask_R11QW=mask_R11QW, scale=scale, workspace=workspace
-        )
+        return tile_scores(q_RKGQD, keys_PLD, tile, options, first, last, mask_R11QW=mask_R11QW, workspace=workspace)
 
     if len(tile.ranges) == 1:
         first, last = tile.ranges[0]
-        result = attend_whole(scores_of(first, last), values_PLD[:, first:last], workspace=workspace)
-        return result.view_as(q_RKGQD)
+        scores_PML, result_PMD = scores_of(first, last), workspace.take("results", q_PMD.shape)
+        weights_PML = workspace.take("weights", scores_PML.shape)
+        attend_whole(
+            scores_PML, values_PLD[:, first:last], sinks_PM=sinks_PM, weights_PML=weights_PML, result_PMD=result_PMD
+        )
+        return result_PMD.view_as(q_RKGQD)
     results_SPMD = workspace.take("span results", (len(tile.ranges), *q_PMD.shape))
     peaks_2SPM = torch.empty((2, *results_SPMD.shape[:3]), dtype=torch.float32, device=q_PMD.device)
     for place, (first, last) in enumerate(tile.ranges):
@@ -144,4 +159,5 @@ def _attend_tile(
             peaks_2PM=peaks_2SPM[:, place],
         )
     maxima_PSM, peak_weights_PSM = peaks_2SPM.transpose(1, 2)
-    return merge_spans(results_SPMD.transpose(0, 1), maxima_PSM, peak_weights_PSM).view(q_RKGQD.shape)
+    merged_PMD = merge_spans(results_SPMD.transpose(0, 1), maxima_PSM, peak_weights_PSM, sinks_PM)
+    return merged_PMD.view(q_RKGQD.shape)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_span import AttentionOptions
 from .attention_workspace import AttentionWorkspace
 
 QUERY_UNIT = 4
@@ -36,19 +37,54 @@ def gather_keys_values(
     return found[0].view(-1, keys, head_size), found[1].view(-1, keys, head_size)
 
 
-def scaled_scores(q_PMD: Tensor, keys_PLD: Tensor, *, scale: float, workspace: AttentionWorkspace) -> Tensor:
-    """Return ``scale * q @ keys.T``, [pairs, queries, keys], without a mask; valid until the next call."""
+def scaled_scores(
+    q_PMD: Tensor, keys_PLD: Tensor, options: AttentionOptions, *, workspace: AttentionWorkspace
+) -> Tensor:
+    """Return scores, capped but without a mask, [pairs, queries, keys]; valid until the next call."""
     scores_PML = workspace.take("scores", (q_PMD.shape[0], q_PMD.shape[1], keys_PLD.shape[1]))
     # beta=0: what the buffer held does not count, only its memory does.
-    return torch.baddbmm(scores_PML, q_PMD, keys_PLD.transpose(1, 2), beta=0, alpha=scale, out=scores_PML)
+    torch.baddbmm(scores_PML, q_PMD, keys_PLD.transpose(1, 2), beta=0, alpha=options.scale, out=scores_PML)
+    cap_scores_(scores_PML, options)
+    return scores_PML
 
 
-def attend_whole(scores_PML: Tensor, values_PLD: Tensor, *, workspace: AttentionWorkspace) -> Tensor:
-    """Return the attention over all keys that there are, [pairs, queries, head size]; valid until the next call."""
-    weights_PML = workspace.take("weights", scores_PML.shape)
-    torch.softmax(scores_PML, dim=-1, out=weights_PML)
-    result_PMD = workspace.take("results", (*scores_PML.shape[:2], values_PLD.shape[-1]))
-    return torch.bmm(weights_PML, values_PLD, out=result_PMD)
+def cap_scores_(scores: Tensor, options: AttentionOptions) -> None:
+    """Cap scores that have no mask yet, in place. Torch rounds the last of a thread's share in another way than others
+    where it is no whole vector.
+    """
+    if options.soft_cap is not None:
+        # Rounded once: for numbers of 16 bits, through float32.
+        capped = scores if scores.dtype == torch.float32 else scores.float()
+        capped.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+        if capped is not scores:
+            scores.copy_(capped)
+
+
+def attend_whole(
+    scores_PML: Tensor, values_PLD: Tensor, *, sinks_PM: Tensor | None, weights_PML: Tensor, result_PMD: Tensor
+) -> None:
+    """Compute the attention over all keys that there are.
+
+    Shapes: sinks_PM [pairs, queries] float32; weights_PML like the scores, overwritten; result_PMD [pairs, queries,
+    head size], written
+    """
+    if sinks_PM is None:
+        torch.softmax(scores_PML, dim=-1, out=weights_PML)
+        torch.bmm(weights_PML, values_PLD, out=result_PMD)
+        return
+    exact_PML = torch.softmax(scores_PML, dim=-1, dtype=torch.float32)
+    torch.bmm(weights_PML.copy_(exact_PML), values_PLD, out=result_PMD)
+    _count_sinks_(result_PMD, scores_PML.amax(-1).float(), exact_PML.amax(-1).reciprocal(), sinks_PM)
+
+
+def _count_sinks_(result_PMD: Tensor, peaks_PM: Tensor, totals_PM: Tensor, sinks_PM: Tensor) -> None:
+    """Let sinks, scores without values, have their share of results that were made without them.
+
+    Shapes: peaks_PM, totals_PM, sinks_PM [pairs, queries] float32: largest scores, sums of exponentials relative to
+    them, and the sinks
+    """
+    with_sinks_PM = totals_PM + (sinks_PM - peaks_PM).exp_()
+    result_PMD.mul_(totals_PM.div(with_sinks_PM).unsqueeze(-1))
 
 
 def attend_some(scores_PML: Tensor, values_PLD: Tensor, *, workspace: AttentionWorkspace) -> tuple[Tensor, Tensor]:
@@ -80,14 +116,16 @@ def attend_span(scores_PML: Tensor, values_PLD: Tensor, *, result_PMD: Tensor, p
     torch.bmm(weights_PML.to(scores_PML.dtype), values_PLD, out=result_PMD)
 
 
-def merge_spans(results_PSMD: Tensor, maxima_PSM: Tensor, peak_weights_PSM: Tensor) -> Tensor:
+def merge_spans(
+    results_PSMD: Tensor, maxima_PSM: Tensor, peak_weights_PSM: Tensor, sinks_PM: Tensor | None = None
+) -> Tensor:
     """Return the attention over all spans, float32 [pairs, queries, head size].
 
     A span's sum of exponentials, relative to its largest score, is the reciprocal of that score's weight. A query
     that sees one span gives that span's result exactly: its share is 1, all others 0.
 
     Shapes: results_PSMD [pairs, spans, queries, head size]; maxima_PSM, peak_weights_PSM [pairs, spans, queries]
-    float32, a maximum of -inf for a span that is not there
+    float32, a maximum of -inf for a span that is not there; sinks_PM [pairs, queries] float32
     Source: Flash-Decoding (Dao et al., 2023): keys split into spans, combined by their log-sum-exp
     """
     pairs, spans, queries = maxima_PSM.shape
@@ -95,6 +133,12 @@ def merge_spans(results_PSMD: Tensor, maxima_PSM: Tensor, peak_weights_PSM: Tens
     shares_PMS = maxima_PSM.new_full((pairs, queries, places), float("-inf"))
     shares_PMS[..., :spans] = maxima_PSM.transpose(1, 2)
     shares_PMS = torch.softmax(shares_PMS, dim=-1)
+    largest_PM = shares_PMS.amax(-1)
     shares_PMS[..., :spans].div_(peak_weights_PSM.transpose(1, 2))
-    shares_PMS.div_(shares_PMS.sum(-1, keepdim=True))
-    return results_PSMD.mul(shares_PMS[..., :spans].transpose(1, 2).unsqueeze(-1)).sum(1)
+    sums_PM1 = shares_PMS.sum(-1, keepdim=True)
+    shares_PMS.div_(sums_PM1)
+    merged_PMD = results_PSMD.mul(shares_PMS[..., :spans].transpose(1, 2).unsqueeze(-1)).sum(1)
+    if sinks_PM is not None:
+        # Relative to the largest score of all spans; with one span, exactly its own sum.
+        _count_sinks_(merged_PMD, maxima_PSM.amax(1), sums_PM1.squeeze(-1).div_(largest_PM), sinks_PM)
+    return merged_PMD

@@ -56,6 +56,8 @@ class DecodeJob(Structure):
         ("cache", c_void_p),
         ("out", c_void_p),
         ("scale", c_float),
+        ("soft_cap", c_float),
+        ("sinks", c_void_p),
     )
 
 
@@ -87,6 +89,8 @@ class PrefillJob(Structure):
         ("cache", c_void_p),
         ("out", c_void_p),
         ("scale", c_float),
+        ("soft_cap", c_float),
+        ("sinks", c_void_p),
         ("workers", c_int64),
         ("next", c_int64),
         ("count", c_int64),
@@ -95,8 +99,9 @@ class PrefillJob(Structure):
 
 _P, _N, _I = c_void_p, c_int64, c_int
 _ARGUMENTS = {
-    "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, c_float, _I, _I),
+    "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, c_float, _I, _I, _I),
     "silu_and_mul": (_P, _P, _N, _N, _I, _I),
+    "gate_and_mul": (_P, _P, _N, _N, _I, c_float, c_float, _I, _I),
     "rope_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I),
     "attend_decode": (POINTER(DecodeJob),),
     "attend_prefill": (POINTER(PrefillJob),),
@@ -131,7 +136,7 @@ class Native:
             function = getattr(loaded, f"slipstream_{name}")
             function.argtypes, function.restype = (measured,), c_int64
         self.rms_norm = loaded.slipstream_rms_norm
-        self.silu_and_mul = loaded.slipstream_silu_and_mul
+        self.silu_and_mul, self.gate_and_mul = loaded.slipstream_silu_and_mul, loaded.slipstream_gate_and_mul
         self.rope_kv = loaded.slipstream_rope_kv
         self.attend_decode = loaded.slipstream_attend_decode
         self.attend_prefill = loaded.slipstream_attend_prefill

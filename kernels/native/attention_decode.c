@@ -24,7 +24,8 @@ struct decode_job {
     int32_t bf16, threads;
     const void *queries, *cache;
     void *out;
-    float scale;
+    float scale, soft_cap; /* as of `weigh` */
+    const float *sinks;    /* NULL, or one of each query head */
 };
 
 /* A span's result for one query: its weighted values, its largest score and the sum of its weights. */
@@ -248,16 +249,17 @@ INLINE void attend_heads(const struct span *span, const void *queries, int heads
     score(span, queries, heads, weights);
     for (int head = 0; head < heads; head++) {
         float *ends = partials + head * stride + filled;
-        weigh(weights[head], span->first, span->last, ends, ends + 1);
+        weigh(weights[head], span->first, span->last, span->job->soft_cap, ends, ends + 1);
     }
     sum_all_values(span, weights, heads, partials, stride);
 }
 
-/* Add up a query head's spans, in their order, and write its result. */
-SELDOM void merge(const struct decode_job *job, const float *partials, int64_t spans, int64_t span_stride, int64_t to) {
+/* Add up the spans of query head `head`, in their order, and write its result. */
+SELDOM void merge(const struct decode_job *job, const float *partials, int64_t spans, int64_t span_stride, int64_t head,
+                  int64_t to) {
     int64_t size = job->head_size;
     float result[FILLED(size)];
-    struct so_far so_far = NOTHING_SO_FAR;
+    struct so_far so_far = nothing_so_far(job->sinks, head);
     memset(result, 0, sizeof result);
     for (int64_t span = 0; span < spans; span++) {
         const float *partial = partials + span * span_stride;
@@ -294,7 +296,7 @@ static void attend_unit(const struct decode_job *job, int64_t item, int64_t head
     __atomic_store_n(open, (int32_t)spans, __ATOMIC_RELAXED);
     for (int64_t i = 0; i < group; i++)
         merge(job, job->partials + first_item * span_stride + head * unit_stride + i * stride, spans, span_stride,
-              ((job->tokens[row] * job->kv_heads + head) * group + i) * size);
+              head * group + i, ((job->tokens[row] * job->kv_heads + head) * group + i) * size);
 }
 
 static void attend_piece(void *argument, int64_t piece) {
@@ -312,6 +314,8 @@ static int64_t renew(void *copy, const void *original) {
     job->cache = own.cache;
     job->out = own.out;
     job->scale = own.scale;
+    job->soft_cap = own.soft_cap;
+    job->sinks = own.sinks;
     return job->items * job->kv_heads;
 }
 

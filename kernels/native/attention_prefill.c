@@ -29,7 +29,8 @@ struct prefill_job {
     int32_t bf16, threads;
     const void *queries, *cache;
     void *out;
-    float scale;
+    float scale, soft_cap; /* as of `weigh` */
+    const float *sinks;    /* NULL, or one of each query head */
     int64_t workers;
     struct pieces pieces;
 };
@@ -123,7 +124,7 @@ SELDOM void load_queries(struct unit *unit) {
     memset(unit->x + unit->rows * unit->words * 4, 0, (size_t)((filled - unit->rows) * unit->words * 4));
     memset(unit->results, 0, (size_t)(unit->rows * unit->filled * 4));
     for (int64_t row = 0; row < unit->rows; row++)
-        unit->so_far[row] = NOTHING_SO_FAR;
+        unit->so_far[row] = nothing_so_far(job->sinks, unit->head * group + row % group);
 }
 
 SELDOM void lay_all_keys(struct unit *unit, const char *const *rows, int low, int high) {
@@ -245,7 +246,7 @@ SELDOM int weigh_row(struct unit *unit, int64_t row, int at, struct places of_ti
     int low = round_down(of_tile.first, LANES), high = round_up(of_tile.last, LANES), sees = own.first < own.last;
     if (sees) {
         float peak, total;
-        weigh(scores, own.first, own.last, &peak, &total);
+        weigh(scores, own.first, own.last, unit->job->soft_cap, &peak, &total);
         take_span(&unit->so_far[row], peak, total, kept, share);
         memset(scores + low, 0, (size_t)(round_down(own.first, LANES) - low) * sizeof *scores);
         int end = round_up(own.last, LANES);

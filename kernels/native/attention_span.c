@@ -19,8 +19,20 @@ void find_keys(const struct cache *cache, const int32_t *table, int64_t head, in
         rows[place] = rows[last - 1];
 }
 
-void weigh(float *scores, int first, int last, float *peak, float *total) {
+/* The hyperbolic tangent. Near zero 1 - 2 / (1 + e^2x), which is right for the largest numbers, has few digits left. */
+INLINE vf tangent(vf x) {
+    vf square = x * x;
+    vf series = square * (-17.0f / 315) + 2.0f / 15;
+    series = x + x * (square * (series * square - 1.0f / 3));
+    vf far = 1.0f - 2.0f / (1.0f + exponential(x + x));
+    return choose((vu)(square < 0.04f), series, far);
+}
+
+void weigh(float *scores, int first, int last, float soft_cap, float *peak, float *total) {
     int low = round_down(first, LANES), high = round_up(last, LANES);
+    if (soft_cap > 0)
+        for (int place = low; place < high; place += LANES)
+            store(scores, place, tangent(load(scores, place, 0) / soft_cap) * soft_cap, 0);
     for (int place = low; place < first; place++)
         scores[place] = -INFINITY;
     for (int place = last; place < high; place++)

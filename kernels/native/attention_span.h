@@ -57,16 +57,20 @@ void find_keys(const struct cache *cache, const int32_t *table, int64_t head, in
                int unit, const char *rows[SPAN_KEYS]);
 
 /* Turn the scores of places `first` to `last` into weights relative to the largest, which is returned with the sum of
- * the weights. Places around them, up to whole vectors, become zero.
+ * the weights. Places around them, up to whole vectors, become zero. Scores first become soft_cap * tanh(score /
+ * soft_cap), unless `soft_cap` is 0.
  */
-void weigh(float *scores, int first, int last, float *peak, float *total);
+void weigh(float *scores, int first, int last, float soft_cap, float *peak, float *total);
 
 /* What a query has attended to so far: its largest score, and the sum of weights relative to it. */
 struct so_far {
     float peak, total;
 };
 
-#define NOTHING_SO_FAR ((struct so_far){.peak = -INFINITY, .total = 0})
+/* Return where query head `head` begins: with its sink, a score without a value, where there are `sinks`. */
+INLINE struct so_far nothing_so_far(const float *sinks, int64_t head) {
+    return sinks ? (struct so_far){.peak = sinks[head], .total = 1} : (struct so_far){.peak = -INFINITY, .total = 0};
+}
 
 /* Take in a span with its `peak` and `total`. Return in `kept` and `share` what earlier results and the span's are to
  * be multiplied by.

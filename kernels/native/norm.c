@@ -9,14 +9,14 @@ struct norm_job {
     void *total, *out;
     int64_t heads, size, row_stride, out_stride, weight_stride;
     float epsilon;
-    int bf16;
+    int bf16, wide_weight;
     int64_t rows_at_once, rows;
 };
 
 /* Normalize one run of `size` numbers. Roundings are those of the separate operations: the sum is stored, the scaled
- * value is rounded before it is multiplied with the weight.
+ * value is rounded before it is multiplied with the weight, but for one of float32 beside bfloat16 (`wide`).
  */
-INLINE void normalize(const struct norm_job *job, int64_t from, int64_t to, int64_t weight, int bf16) {
+INLINE void normalize(const struct norm_job *job, int64_t from, int64_t to, int64_t weight, int bf16, int wide) {
     int64_t size = job->size, whole = size / LANES * LANES;
     int rest = (int)(size - whole);
     const void *values = job->x;
@@ -42,12 +42,13 @@ INLINE void normalize(const struct norm_job *job, int64_t from, int64_t to, int6
     float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
     vf scale = all(1.0f / sqrtf(mean + job->epsilon));
     for (int64_t i = 0; i < whole; i += LANES) {
-        vf value = rounded(load(values, start + i, bf16) * scale, bf16);
-        store(job->out, to + i, value * load(job->weight, weight + i, bf16), bf16);
+        vf value = rounded(load(values, start + i, bf16) * scale, bf16 && !wide);
+        store(job->out, to + i, value * load(job->weight, weight + i, bf16 && !wide), bf16);
     }
     if (rest) {
-        vf value = rounded(load_part(values, start + whole, rest, bf16) * scale, bf16);
-        store_part(job->out, to + whole, value * load_part(job->weight, weight + whole, rest, bf16), rest, bf16);
+        vf value = rounded(load_part(values, start + whole, rest, bf16) * scale, bf16 && !wide);
+        vf factor = load_part(job->weight, weight + whole, rest, bf16 && !wide);
+        store_part(job->out, to + whole, value * factor, rest, bf16);
     }
 }
 
@@ -58,23 +59,26 @@ static void normalize_piece(void *argument, int64_t piece) {
         for (int64_t head = 0; head < job->heads; head++) {
             int64_t from = row * job->row_stride + head * job->size;
             int64_t to = row * job->out_stride + head * job->size;
-            if (job->bf16)
-                normalize(job, from, to, head * job->weight_stride, 1);
+            if (job->bf16 && job->wide_weight)
+                normalize(job, from, to, head * job->weight_stride, 1, 1);
+            else if (job->bf16)
+                normalize(job, from, to, head * job->weight_stride, 1, 0);
             else
-                normalize(job, from, to, head * job->weight_stride, 0);
+                normalize(job, from, to, head * job->weight_stride, 0, 0);
         }
 }
 
 /* x, out [rows, heads, size], rows `row_stride` and `out_stride` numbers apart; both may be the same memory. residual
  * NULL or, like total and out, contiguous; total = x + residual, out = its norm; weight [size] (weight_stride 0) or
- * [heads, size].
+ * [heads, size]; of float32 if `wide_weight`, else of the type of x.
  */
 EXPORT void slipstream_rms_norm(const void *x, const void *residual, const void *weight, void *total, void *out,
                                 int64_t rows, int64_t heads, int64_t size, int64_t row_stride, int64_t out_stride,
-                                int64_t weight_stride, float epsilon, int bf16, int threads) {
+                                int64_t weight_stride, float epsilon, int bf16, int wide_weight, int threads) {
     struct norm_job job = {.x = x, .residual = residual, .weight = weight, .total = total, .out = out, .heads = heads,
                            .size = size, .row_stride = row_stride, .out_stride = out_stride,
-                           .weight_stride = weight_stride, .epsilon = epsilon, .bf16 = bf16, .rows = rows};
+                           .weight_stride = weight_stride, .epsilon = epsilon, .bf16 = bf16, .wide_weight = wide_weight,
+                           .rows = rows};
     int64_t row_numbers = heads * size;
     job.rows_at_once = 1 + 4096 / (row_numbers + 1);
     int64_t pieces = (rows + job.rows_at_once - 1) / job.rows_at_once;

@@ -40,7 +40,9 @@ def read_model_sizes(
     name = file.parent.name or str(path)
     architectures = fields.items("architectures")
     known = bool(architectures) and architectures[0] in FAMILIES and file.name == "config.json"
-    if known and not fields.is_set("quantization_config"):
+    # Experts of MXFP4 become plain numbers when they are loaded.
+    method = fields.table("quantization_config").text("quant_method", "")
+    if known and method in ("", "mxfp4"):
         sizes = _of_registry(file.parent, name, dtype)
     else:
         sizes = _of_fields(fields, name, dtype)

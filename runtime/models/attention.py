@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...comm.overlap import Parts
 from ...kernels.attention import PreparedAttention, paged_attention
+from ...kernels.attention_span import AttentionOptions
 from ...kernels.norm import normalize_heads_
+from ...kernels.quantize_rows import ByteRows
 from ...kernels.rope_kv import read_kv, rotate_and_write_
 from .linear import Linear
 from .model_spec import ModelSpec
@@ -38,7 +40,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Shapes: qk_norm_SD [N + K, D], one weight per query and key head; None without such norms."""
+    """Shapes: qk_norm_SD [N + K, D], one weight per query and key head; sinks_N [N] float32; None without such."""
 
     qkv: Linear
     out: Linear
@@ -48,6 +50,9 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    scale: float
+    soft_cap: float | None
+    sinks_N: Tensor | None
 
     @classmethod
     def take(cls, spec: ModelSpec, parameters: Parameters, name: str, *, window: int | None) -> Attention:
@@ -65,23 +70,33 @@ class Attention:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             window=window,
+            scale=spec.score_scale,
+            soft_cap=spec.scores.soft_cap,
+            sinks_N=parameters.tensor(f"{name}.sinks") if spec.scores.has_sinks else None,
         )
 
-    def parts(self, hidden_TH: Tensor, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """As of ``Linear``."""
+        return self.qkv.takes
+
+    def parts(self, hidden_TH: Tensor | ByteRows, layer_cache: Tensor, inputs: AttentionInputs) -> Parts:
         """Write the tokens' keys and values, attend, and return [tokens, hidden size]."""
-        tokens = hidden_TH.shape[0]
-        qkv_TSD = self.qkv(hidden_TH).view(tokens, -1, self.head_dim)
+        qkv_TSD = self.qkv(hidden_TH).unflatten(1, (-1, self.head_dim))
         rotated = self.num_heads + self.num_kv_heads
         if self.qk_norm_SD is not None:
             normalize_heads_(qkv_TSD[:, :rotated], self.qk_norm_SD, self.epsilon)
         rotate_and_write_(qkv_TSD, inputs.cos_TD, inputs.sin_TD, inputs.kv_rows, layer_cache, heads=self.num_heads)
         q_TND = qkv_TSD[:, : self.num_heads]
-        prepared, scale = inputs.attention[self.window], self.head_dim**-0.5
+        prepared = inputs.attention[self.window]
         if inputs.ring is None:
-            attended_TND = paged_attention(q_TND, layer_cache, prepared, scale=scale)
-        else:
-            kv_TSD = read_kv(inputs.kv_rows, layer_cache)
-            attended_TND = yield from ring_attention(
-                q_TND, kv_TSD, layer_cache, prepared, inputs.ring, window=self.window, scale=scale
+            attended_TND = paged_attention(
+                q_TND, layer_cache, prepared, scale=self.scale, soft_cap=self.soft_cap, sinks_N=self.sinks_N
             )
-        return self.out(attended_TND.view(tokens, -1))
+        else:
+            options = AttentionOptions(
+                scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks_N=self.sinks_N
+            )
+            kv_TSD = read_kv(inputs.kv_rows, layer_cache)
+            attended_TND = yield from ring_attention(q_TND, kv_TSD, layer_cache, prepared, inputs.ring, options)
+        return self.out(attended_TND.flatten(1))

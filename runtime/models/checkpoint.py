@@ -26,7 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Types of plain numbers."""
-CODE_BYTES = {"I32": 4, "F8_E4M3": 1}
+CODE_BYTES = {"I32": 4, "F8_E4M3": 1, "U8": 1}
 """Types of quantized ones."""
 MAX_HEADER_BYTES = 100 * 2**20
 

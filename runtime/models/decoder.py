@@ -9,7 +9,7 @@ Shapes: T tokens, H hidden size, N selected tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from ...comm.tree_sum import TreeGroup
 from ...kernels.attention import prepare_attention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.kv_blocks import clear_blocks
-from ...kernels.norm import rms_norm
 from ...kernels.rope_kv import kv_write_rows
 from .attention import Attention, AttentionInputs
 from .expert_ranks import ExpertRanks
@@ -33,7 +32,7 @@ from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
 from .parameters import Parameters
-from .residual import open_residual
+from .residual import normalized_for, open_residual
 from .ring_attention import RingInputs
 from .rope import RotaryPositions
 from .sharding import WHOLE, Shard
@@ -46,7 +45,9 @@ LayerDone = Callable[[int], None]
 class DecoderLayer:
     """One layer: attention and MLP, each behind a norm; ``ladder`` as in ``LayerSpec``.
 
-    Shapes: input_norm_H, mlp_norm_H [hidden size]
+    Those at the ends: of what attention and MLP add to the residual, None where that is added as it is.
+
+    Shapes: input_norm_H, mlp_norm_H, attention_end_norm_H, mlp_end_norm_H [hidden size]
     """
 
     input_norm_H: Tensor
@@ -54,6 +55,8 @@ class DecoderLayer:
     mlp_norm_H: Tensor
     mlp: Mlp
     ladder: bool
+    attention_end_norm_H: Tensor | None
+    mlp_end_norm_H: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class Decoder:
         self._groups = groups
         self._sums = groups.tp
         if groups.tp is not None and shard.fixed_order:
-            self._sums = TreeGroup(groups.tp, parameters.tensor("layers.0.input_norm").dtype)
+            self._sums = TreeGroup(groups.tp, parameters.dtype)
         self._layers = tuple(
             _take_layer(spec, parameters, index, groups, shard, self._sums) for index in range(spec.num_layers)
         )
@@ -90,8 +93,9 @@ class Decoder:
         if groups.place.is_last_stage:
             self._final_norm_H = parameters.tensor("final_norm")
             self._head = parameters.head(tied=spec.tie_word_embeddings)
-        norm_H = self._layers[0].input_norm_H
-        self.dtype, self.device = norm_H.dtype, norm_H.device
+        self.dtype, self.device = parameters.dtype, parameters.device
+        # As the type has it: what it is multiplied with is of that type too.
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self._positions = RotaryPositions(spec.rope, dtype=self.dtype, device=self.device)
         self._workspace = AttentionWorkspace(dtype=self.dtype, device=self.device)
 
@@ -128,6 +132,8 @@ class Decoder:
             clear_blocks(batch.fresh_blocks_F, cache.layers)
         if hidden_TH is None:
             hidden_TH = yield from self._embed(batch.token_ids_T)
+            if self._embedding_scale != 1.0:
+                hidden_TH = hidden_TH * self._embedding_scale
         return PassInputs(hidden_TH=hidden_TH, attention=inputs)
 
     def layer_parts(
@@ -138,17 +144,20 @@ class Decoder:
         residual, residual_TH = open_residual(
             inputs.hidden_TH, hidden_size=self.spec.hidden_size, epsilon=epsilon, shares=tp if sharded_norm else None
         )
-        normed_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, epsilon)
+        first = self._layers[0]
+        normed_TH = normalized_for(first.attention.takes, residual_TH, first.input_norm_H, epsilon)
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            attended = Output((yield from layer.attention.parts(normed_TH, layer_cache, inputs.attention)), tp)
+            attended_TH = yield from layer.attention.parts(normed_TH, layer_cache, inputs.attention)
+            attended = Output(attended_TH, tp, layer.attention_end_norm_H)
             if layer_done is not None:
                 layer_done(index)
-            normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder)
-            added = yield from layer.mlp.parts(normed_TH)
-            next_norm_H, next_ladder = self._after(index)
+            normed_TH = yield from residual.add(attended, layer.mlp_norm_H, ladder=layer.ladder, takes=layer.mlp.takes)
+            added = replace((yield from layer.mlp.parts(normed_TH)), end_norm_H=layer.mlp_end_norm_H)
+            next_norm_H, next_ladder, takes = self._after(index)
             if next_norm_H is None:
                 return (yield from residual.end(added, ladder=next_ladder))
-            normed_TH = yield from residual.add(added, next_norm_H, ladder=next_ladder)
+            normed_TH = yield from residual.add(added, next_norm_H, ladder=next_ladder, takes=takes)
+        assert isinstance(normed_TH, Tensor), "a final norm's"
         return normed_TH
 
     @property
@@ -177,13 +186,18 @@ class Decoder:
         Shapes: hidden_NH [selected tokens, hidden size]; returns [selected tokens, own vocabulary] float32
         """
         assert self._head is not None, "only the last stage has a head"
-        return self._head(hidden_NH, None).float()
+        logits_NV = self._head(hidden_NH, None).float()
+        cap = self.spec.logit_soft_cap
+        return logits_NV if cap is None else torch.tanh(logits_NV / cap).mul_(cap)
 
-    def _after(self, index: int) -> tuple[Tensor | None, bool]:
-        """Return the norm behind a layer, None where the next stage has it, and whether a ladder layer follows."""
+    def _after(self, index: int) -> tuple[Tensor | None, bool, torch.dtype | None]:
+        """Return the norm behind a layer, None where the next stage has it, whether a ladder layer follows, and which
+        8-bit numbers it takes.
+        """
         if index + 1 < len(self._layers):
-            return self._layers[index + 1].input_norm_H, self._layers[index + 1].ladder
-        return self._final_norm_H, self.spec.ladder_follows
+            following = self._layers[index + 1]
+            return following.input_norm_H, following.ladder, following.attention.takes
+        return self._final_norm_H, self.spec.ladder_follows, None
 
     def _embed(self, token_ids_T: Tensor) -> Parts:
         assert self._embedding_VH is not None, "only the first stage has an embedding"
@@ -247,7 +261,7 @@ def load_decoder(
     Raises: CheckpointError naming the file and the tensor; ConfigError naming the option
     """
     local_spec = shard.local_spec(spec)
-    parameters = Parameters(choose_formats(quantization, dtype=dtype, device=device, shard=shard))
+    parameters = Parameters(choose_formats(quantization, dtype=dtype, device=device, shard=shard), dtype)
     for parameter, tensor in read_parameters(path, spec, dtype=dtype, device=device, shard=shard, progress=progress):
         parameters.add(parameter.name, tensor, parameter.role)
     return Decoder(local_spec, parameters, groups, shard)
@@ -268,4 +282,6 @@ def _take_layer(
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
         mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard, sums=sums),
         ladder=layer.ladder,
+        attention_end_norm_H=parameters.tensor(f"{name}.attention_end_norm") if spec.norms.behind else None,
+        mlp_end_norm_H=parameters.tensor(f"{name}.mlp_end_norm") if spec.norms.behind else None,
     )

@@ -26,6 +26,7 @@ from ...comm.expert_map import ExpertMap
 from ...comm.experts import Products, mix
 from ...comm.level_gather import gather_rows
 from ...comm.overlap import Parts
+from ...kernels.gate import SILU, Gate
 from ...kernels.moe_sort import count_by_expert
 from .experts import Experts, SlotProducts
 
@@ -53,6 +54,7 @@ class ExpertRanks:
         placed: ExpertMap,
         slots: tuple[SlotProducts, ...],
         *,
+        gate: Gate = SILU,
         columns_group: Collectives | None,
         row_sums: Collectives | None = None,
         levels: Sequence[Collectives] = (),
@@ -64,7 +66,7 @@ class ExpertRanks:
         exchange, as in ``comm.experts``.
         """
         self.group = group
-        self._experts = Experts(slots)
+        self._gate, self._experts = gate, Experts(slots, gate)
         self.most_gathered = NEVER
         self._levels = tuple(levels) or (group,)
         self._placed = placed
@@ -90,7 +92,7 @@ class ExpertRanks:
 
     def switch(self, placed: ExpertMap, slots: tuple[SlotProducts, ...]) -> None:
         """Use another placement from the next step on; all ranks of the group switch before the same step."""
-        self._placed, self._experts = placed, Experts(slots)
+        self._placed, self._experts = placed, Experts(slots, self._gate)
 
     def count_pairs(self) -> None:
         """Begin to count which experts are chosen together."""

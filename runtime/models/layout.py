@@ -10,7 +10,7 @@ Shapes: H hidden size, I intermediate size, E experts.
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
@@ -21,12 +21,30 @@ from .sharding import WHOLE, Shard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One tensor on disk, or the ``region`` of it that this rank holds, and its ``place`` in a parameter."""
+    """One tensor on disk, or the ``region`` of it that this rank holds, and its ``place`` in a parameter.
+
+    ``is_turned``: on disk the last two axes are in the other order. ``in_turns``: on that axis, as it
+    is on disk, gate and up alternate; in memory one half follows the other.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     region: tuple[slice, ...] = ()
     place: tuple[int | slice, ...] = ()
+    is_turned: bool = False
+    in_turns: int | None = None
+
+    @property
+    def is_as_kept(self) -> bool:
+        """Whether the tensor on disk has the order of what is kept."""
+        return not self.is_turned and self.in_turns is None
+
+    def as_kept(self, stored: Tensor) -> Tensor:
+        """Return the region of the tensor on disk in the order in which it is kept."""
+        axis = self.in_turns
+        if axis is not None:
+            stored = stored.unflatten(axis, (-1, 2)).transpose(axis - 1, axis).flatten(axis - 1, axis)
+        return stored.transpose(-1, -2) if self.is_turned else stored
 
     def place_in(self, parameter: Tensor) -> Tensor:
         """Return the view of ``parameter`` that this piece fills."""
@@ -50,12 +68,17 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One parameter of the decoder and the pieces that fill it completely."""
+    """One parameter of the decoder and the pieces that fill it completely.
+
+    ``is_wide``: it is float32 whatever the others are. ``added``: to each of its numbers as they are stored.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     role: Role = Role.TENSOR
+    is_wide: bool = False
+    added: float = 0.0
 
 
 def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHOLE) -> tuple[Parameter, ...]:
@@ -68,8 +91,8 @@ def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHO
         parameters.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, shard))
     for index, global_index in enumerate(shard.layers(spec)):
         name, disk, layer = f"layers.{index}", f"model.layers.{global_index}", spec.layers[global_index]
-        parameters.append(_whole(f"{name}.input_norm", f"{disk}.input_layernorm.weight", spec.hidden_size))
-        parameters.append(_whole(f"{name}.mlp_norm", f"{disk}.post_attention_layernorm.weight", spec.hidden_size))
+        norms = _NORMS_BEHIND if spec.norms.behind else _NORMS
+        parameters += [_norm(f"{name}.{norm}", f"{disk}.{tensor}.weight", spec) for norm, tensor in norms.items()]
         parameters += _attention(spec, shard, f"{name}.attention", f"{disk}.self_attn")
         match layer.mlp:
             case DenseMlpSpec():
@@ -77,10 +100,25 @@ def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHO
             case MoeSpec():
                 parameters += _moe(spec, shard, layer.mlp, f"{name}.mlp", disk, stored)
     if place.is_last_stage:
-        parameters.append(_whole("final_norm", "model.norm.weight", spec.hidden_size))
+        parameters.append(_norm("final_norm", "model.norm.weight", spec))
         if not spec.tie_word_embeddings:
             parameters.append(_vocabulary("head", "lm_head.weight", spec, shard, role=Role.HEAD))
     return tuple(parameters)
+
+
+_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_NORMS_BEHIND = {
+    "input_norm": "input_layernorm",
+    "attention_end_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_end_norm": "post_feedforward_layernorm",
+}
+"""The norms of a layer, and their names on disk; with and without norms behind attention and MLP."""
+
+
+def _norm(name: str, tensor: str, spec: ModelSpec) -> Parameter:
+    whole = _whole(name, tensor, spec.hidden_size)
+    return replace(whole, is_wide=spec.norms.is_wide, added=spec.norms.added)
 
 
 def expert_layout(
@@ -90,6 +128,7 @@ def expert_layout(
     global_layer = shard.layers(spec)[layer]
     mlp = spec.layers[global_layer].mlp
     assert isinstance(mlp, MoeSpec), f"layer {global_layer} has no experts"
+    assert not mlp.has_biases, "experts with biases stay where they are"
     _, gate_up, down = _moe(
         spec, shard, mlp, f"layers.{layer}.mlp", f"model.layers.{global_layer}", stored, experts=(expert,)
     )
@@ -156,6 +195,9 @@ def _attention(spec: ModelSpec, shard: Shard, name: str, disk: str) -> list[Para
     parameters = _row_linear(f"{name}.qkv", disk, qkv, spec.hidden_size, bias=spec.qkv_bias)
     bias = spec.o_bias and shard.adds_bias
     parameters += _column_linear(f"{name}.out", f"{disk}.o_proj", spec.hidden_size, q_size, q_rows, bias=bias)
+    if spec.scores.has_sinks:
+        sinks = _rows(f"{name}.sinks", ((f"{disk}.sinks", spec.num_heads, shard.heads(spec)),))
+        parameters.append(replace(sinks, is_wide=True))
     if spec.qk_norm:
         parameters.append(_whole(f"{name}.q_norm", f"{disk}.q_norm.weight", size))
         parameters.append(_whole(f"{name}.k_norm", f"{disk}.k_norm.weight", size))
@@ -186,6 +228,11 @@ def _moe(
 ) -> list[Parameter]:
     hidden, size, part = spec.hidden_size, mlp.intermediate_size, shard.mlp_columns(mlp)
     experts = shard.experts(mlp.num_experts) if experts is None else experts
+    if mlp.has_biases:
+        in_blocks = f"{disk}.mlp.experts.gate_up_proj_blocks" in stored
+        return _biased_experts(
+            mlp, name, f"{disk}.mlp", hidden, experts, part, adds_bias=shard.adds_bias, in_blocks=in_blocks
+        )
     if f"{disk}.mlp.experts.gate_up_proj" in stored:
         router = f"{disk}.mlp.gate.weight"
         pieces = _stacked_experts(f"{disk}.mlp.experts", mlp, hidden, experts, part)
@@ -198,7 +245,7 @@ def _moe(
         pieces = _single_experts(f"{disk}.mlp.experts", names, size, hidden, experts, part)
     gate_up, down = (len(experts), 2 * len(part), hidden), (len(experts), hidden, len(part))
     return [
-        _whole(f"{name}.router", router, mlp.num_experts, hidden, role=Role.ROUTER),
+        _whole(f"{name}.router.weight", router, mlp.num_experts, hidden, role=Role.ROUTER),
         Parameter(name=f"{name}.gate_up", shape=gate_up, pieces=pieces[0], role=Role.EXPERTS),
         Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.SUMMED_EXPERTS),
     ]
@@ -232,6 +279,62 @@ def _single_experts(
             )
         )
     return tuple(gate_up_pieces), tuple(down_pieces)
+
+
+def _biased_experts(
+    mlp: MoeSpec,
+    name: str,
+    disk: str,
+    hidden: int,
+    experts: tuple[int, ...],
+    part: range,
+    *,
+    adds_bias: bool,
+    in_blocks: bool,
+) -> list[Parameter]:
+    """Return a router and experts with biases: stacked, gate and up of each value in turns. Inputs come before outputs,
+    but for weights in blocks.
+
+    Experts whose columns are divided have their last bias on one rank.
+    """
+    size, count, block, turned = mlp.intermediate_size, mlp.num_experts, f"{disk}.experts", not in_blocks
+    both, own, all_of = slice(2 * part.start, 2 * part.stop), slice(part.start, part.stop), slice(None)
+    gate_up, down = (
+        Piece(
+            tensor=f"{block}.gate_up_proj",
+            shape=(count, hidden, 2 * size) if turned else (count, 2 * size, hidden),
+            region=(all_of, both) if turned else (both,),
+            is_turned=turned,
+            in_turns=-1 if turned else -2,
+        ),
+        Piece(
+            tensor=f"{block}.down_proj",
+            shape=(count, size, hidden) if turned else (count, hidden, size),
+            region=(own,) if turned else (all_of, own),
+            is_turned=turned,
+        ),
+    )
+    gate_up_biases = Piece(tensor=f"{block}.gate_up_proj_bias", shape=(count, 2 * size), region=(both,), in_turns=-1)
+    down_biases = Piece(tensor=f"{block}.down_proj_bias", shape=(count, hidden))
+    parameters = [
+        _whole(f"{name}.router.weight", f"{disk}.router.weight", count, hidden, role=Role.ROUTER),
+        _whole(f"{name}.router.bias", f"{disk}.router.bias", count),
+        _by_expert(f"{name}.gate_up", gate_up, experts, 2 * len(part), hidden, role=Role.EXPERTS),
+        _by_expert(f"{name}.gate_up_biases", gate_up_biases, experts, 2 * len(part)),
+        _by_expert(f"{name}.down", down, experts, hidden, len(part), role=Role.SUMMED_EXPERTS),
+    ]
+    if adds_bias or len(part) == size:
+        parameters.append(_by_expert(f"{name}.down_biases", down_biases, experts, hidden))
+    return parameters
+
+
+def _by_expert(name: str, each: Piece, experts: tuple[int, ...], *shape: int, role: Role = Role.TENSOR) -> Parameter:
+    """Return a parameter that has of each expert the region of ``each``, in the order of the experts."""
+    pieces = tuple(
+        replace(each, region=(slice(expert, expert + 1), *each.region), place=(slice(place, place + 1),))
+        for place, expert in enumerate(experts)
+    )
+    return Parameter(name=name, shape=(len(experts), *shape), pieces=pieces, role=role)
 
 
 def _stacked_experts(block: str, mlp: MoeSpec, hidden: int, experts: tuple[int, ...], part: range) -> _Pieces:

@@ -17,7 +17,8 @@ from ...kernels.backends import uses_triton_on
 from ...kernels.float8_codes import Float8Codes
 from ...kernels.int4_codes import Int4Codes, can_quantize_int4, quantize_int4
 from ...kernels.linear_w4a16 import linear_w4a16, pack_int4_matrix
-from ...kernels.linear_w8a8 import ByteMatrix, linear_w8a8, pack_byte_matrix, quantize_matrix
+from ...kernels.linear_w8a8 import ByteMatrix, linear_w8a8, linear_w8a8_rows, pack_byte_matrix, quantize_matrix
+from ...kernels.quantize_rows import ByteRows
 from ...sdk.errors import ConfigError
 
 _Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -25,6 +26,29 @@ _Product = Callable[[Tensor, Tensor | None], Tensor]
 INT4_GROUP = 32
 """Inputs that share a scale: as on a CPU, so that a weight is the same integers everywhere."""
 _FLOAT8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteProduct:
+    """Multiplies with 8-bit numbers, activations by token; also with those that are quantized already."""
+
+    matrix: ByteMatrix
+    one_way: bool
+    wide: bool
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return [tokens, outputs]."""
+        return linear_w8a8(x_TI, self.matrix, bias_O, one_way=self.one_way, wide=self.wide)
+
+    @property
+    def takes(self) -> torch.dtype:
+        """The type of 8-bit numbers that it multiplies with."""
+        return self.matrix.values_OI.dtype
+
+    def of_rows(self, rows: ByteRows, bias_O: Tensor | None) -> Tensor:
+        """Return the same of rows that are quantized already: the same bits."""
+        dtype = torch.float32 if self.wide else rows.dtype
+        return linear_w8a8_rows(rows.values_TH, rows.scales_T1, self.matrix, bias_O, dtype=dtype, one_way=self.one_way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +69,9 @@ class ByteFormat:
         """Quantize the weight."""
         return self.prepare(weight_OI)
 
-    def product(self, matrix: ByteMatrix, *, wide: bool = False) -> _Product:
+    def product(self, matrix: ByteMatrix, *, wide: bool = False) -> ByteProduct:
         """Return what multiplies with a matrix."""
-        return lambda x_TI, bias_O: linear_w8a8(x_TI, matrix, bias_O, one_way=self.one_way, wide=wide)
+        return ByteProduct(matrix, self.one_way, wide)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,16 @@ from ...comm.collectives import Collectives
 from ...comm.expert_map import map_of
 from ...comm.groups import MeshGroups
 from ...comm.overlap import Steps
-from ...kernels.activation import silu_and_mul
+from ...kernels.activation import silu_and_mul_quantized
+from ...kernels.gate import SILU, Gate
+from ...kernels.gated import gate_and_mul
 from ...kernels.moe_combine import weighted_sum
 from ...kernels.moe_route import Routing, choose_experts
 from ...kernels.moe_sort import sort_by_expert, unsort
+from ...kernels.quantize_rows import ByteRows
 from .expert_ranks import ExpertRanks
 from .experts import Experts
 from .linear import Linear
-from .linear_format import Product
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import Output
 from .parameters import Parameters
@@ -34,12 +36,22 @@ class DenseMlp:
 
     gate_up: Linear
     down: Linear
+    gate: Gate
     tp: Collectives | None
 
-    def parts(self, x_TH: Tensor) -> Steps[Output]:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """As of ``Linear``."""
+        return self.gate_up.takes
+
+    def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size], to be summed over ``tp``."""
         yield from ()
-        return Output(self.down(silu_and_mul(self.gate_up(x_TH))), self.tp)
+        gate_up_TI = self.gate_up(x_TH)
+        if self.down.takes is None or self.gate != SILU:
+            return Output(self.down(gate_and_mul(gate_up_TI, self.gate)), self.tp)
+        values_TI, scales_T1 = silu_and_mul_quantized(gate_up_TI, self.down.takes)
+        return Output(self.down(ByteRows(values_TI, scales_T1, gate_up_TI.dtype)), self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +63,21 @@ class MoeMlp:
     has the bits of whole experts.
     """
 
-    router: Product
+    router: Linear
     experts: Experts | ExpertRanks
     top_k: int
     normalize_top_k: bool
     tp: Collectives | None
     sums_rows: bool
 
-    def parts(self, x_TH: Tensor) -> Steps[Output]:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """None: the router and experts read hidden states as they are."""
+        return None
+
+    def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""
+        assert isinstance(x_TH, Tensor), "it takes no 8-bit numbers"
         if isinstance(self.experts, ExpertRanks):
             return Output((yield from self.experts.mix(x_TH, self._choose)))
         weights_TA, experts_TA = self._choose(x_TH)
@@ -73,7 +91,7 @@ class MoeMlp:
 
     def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of each token's experts, and these."""
-        return choose_experts(self.router(x_TH, None), Routing(top_k=self.top_k, normalize=self.normalize_top_k))
+        return choose_experts(self.router(x_TH), Routing(top_k=self.top_k, normalize=self.normalize_top_k))
 
 
 Mlp = DenseMlp | MoeMlp
@@ -90,22 +108,29 @@ def take_mlp(
 ) -> Mlp:
     """Return the MLP called ``name``. ``sums``: the tp ranks, as they add up what each has a part of."""
     if isinstance(spec, DenseMlpSpec):
-        return DenseMlp(gate_up=parameters.linear(f"{name}.gate_up"), down=parameters.linear(f"{name}.down"), tp=sums)
+        gate_up, down = parameters.linear(f"{name}.gate_up"), parameters.linear(f"{name}.down")
+        return DenseMlp(gate_up=gate_up, down=down, gate=spec.gate, tp=sums)
     slots = tuple(zip(parameters.experts(f"{name}.gate_up"), parameters.experts(f"{name}.down"), strict=True))
     over_experts = groups.tp if shard.experts_over_tp else groups.ep
     experts: Experts | ExpertRanks
     if over_experts is None:
-        experts = Experts(slots)
+        experts = Experts(slots, spec.gate)
     else:
         placed = map_of(shard.expert_placement(spec.num_experts), 0, device=parameters.device)
         columns_group = None if shard.experts_over_tp else groups.tp
         row_sums = sums if shard.fixed_order and columns_group is not None else None
         levels = groups.expert_levels
         experts = ExpertRanks(
-            over_experts, placed, slots, columns_group=columns_group, row_sums=row_sums, levels=levels
+            over_experts,
+            placed,
+            slots,
+            gate=spec.gate,
+            columns_group=columns_group,
+            row_sums=row_sums,
+            levels=levels,
         )
     return MoeMlp(
-        router=parameters.router(f"{name}.router"),
+        router=parameters.linear(f"{name}.router"),
         experts=experts,
         top_k=spec.top_k,
         normalize_top_k=spec.normalize_top_k,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...kernels.gate import SILU, Gate
 from ...placement.model_facts import ModelFacts
 from ..config import prefix_cache_key
 
@@ -79,19 +80,25 @@ class YarnRope(RopeSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseMlpSpec:
-    """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+    """A gated MLP: ``down(act(gate(x)) * up(x))``."""
 
     intermediate_size: int
+    gate: Gate = SILU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
-    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts."""
+    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts.
+
+    ``has_biases``: of the router, and of both products of an expert.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     normalize_top_k: bool
+    gate: Gate = SILU
+    has_biases: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +115,38 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NormSpec:
+    """The norms of hidden states. ``is_wide``: weights are float32, and multiplied before anything is rounded.
+
+    ``added``: to each weight as it is stored. ``behind``: outputs of attentions and MLPs have norms too, before they
+    are added to the residual.
+    """
+
+    is_wide: bool = False
+    added: float = 0.0
+    behind: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSpec:
+    """The scores of attention. ``scale``: what they are multiplied by, None for one over the root of the head size.
+
+    ``soft_cap``: they become ``soft_cap * tanh(score / soft_cap)``. ``has_sinks``: each query head has a score more,
+    without a value.
+    """
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
+PLAIN_NORMS, PLAIN_SCORES = NormSpec(), ScoreSpec()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredAs:
-    """How a checkpoint has the weights of linear layers that it has quantized: "awq", "gptq" or "fp8".
+    """How a checkpoint has the weights of linear layers that it has quantized: "awq", "gptq",
+    "fp8", or "mxfp4", which is of experts alone.
 
     - ``group``: inputs that share a scale; None is all of them. ``block_outputs``: outputs that do, of float8 numbers.
     - ``zeros_less_one``: zero points are stored one too low.
@@ -127,7 +164,8 @@ class ModelSpec:
 
     ``dtype`` is the name the checkpoint gives ("float32", "bfloat16", "float16"), None when it gives none.
     ``stored_as`` says how linear layers are stored, None plainly. ``ladder_follows``: of a stage that is not the last,
-    whether the next one begins with a ladder layer.
+    whether the next one begins with a ladder layer. ``embedding_scale``: what embeddings are multiplied by.
+    ``logit_soft_cap``: as that of attention, of the logits.
     """
 
     architecture: str
@@ -151,6 +189,15 @@ class ModelSpec:
     bos_token_id: int | None
     ladder_follows: bool = False
     stored_as: StoredAs | None = None
+    norms: NormSpec = PLAIN_NORMS
+    scores: ScoreSpec = PLAIN_SCORES
+    embedding_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """Return what products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.scores.scale is None else self.scores.scale
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -173,7 +220,7 @@ class ModelSpec:
         attention = self._attention_parameters()
         total = active = 0
         for layer in self.layers:
-            norms = 2 * self.hidden_size
+            norms = (4 if self.norms.behind else 2) * self.hidden_size
             total += attention + norms + _mlp_parameters(self, layer.mlp, active=False)
             active += attention + norms + _mlp_parameters(self, layer.mlp, active=True)
         table = self.vocab_size * self.hidden_size
@@ -195,7 +242,8 @@ class ModelSpec:
         q_size = self.num_heads * self.head_dim
         qkv_size = q_size + 2 * self.num_kv_heads * self.head_dim
         biases = qkv_size * self.qkv_bias + self.hidden_size * self.o_bias
-        return self.hidden_size * (qkv_size + q_size) + biases + 2 * self.head_dim * self.qk_norm
+        sinks = self.num_heads * self.scores.has_sinks
+        return self.hidden_size * (qkv_size + q_size) + biases + sinks + 2 * self.head_dim * self.qk_norm
 
 
 def _mlp_parameters(spec: ModelSpec, mlp: DenseMlpSpec | MoeSpec, *, active: bool) -> int:
@@ -204,4 +252,5 @@ def _mlp_parameters(spec: ModelSpec, mlp: DenseMlpSpec | MoeSpec, *, active: boo
     if isinstance(mlp, DenseMlpSpec):
         return one + (2 * size + spec.hidden_size) * spec.mlp_bias
     experts = mlp.top_k if active else mlp.num_experts
-    return one * experts + spec.hidden_size * mlp.num_experts
+    one += (2 * size + spec.hidden_size) * mlp.has_biases
+    return one * experts + (spec.hidden_size + mlp.has_biases) * mlp.num_experts

@@ -16,13 +16,14 @@ from ...comm.overlap import Parts
 @dataclass(frozen=True, slots=True)
 class Output:
     """What an attention or an MLP adds to the residual: this rank's part of a sum over ``group``, or without one all
-    of it. Whoever gets it may overwrite it.
+    of it. Whoever gets it may overwrite it. ``end_norm_H``: what the sum is normalized with before it is added.
 
-    Shapes: x_TH [tokens, hidden]
+    Shapes: x_TH [tokens, hidden]; end_norm_H [hidden]
     """
 
     x_TH: Tensor
     group: Collectives | None = None
+    end_norm_H: Tensor | None = None
 
 
 def summed(x_TH: Tensor, group: Collectives | None) -> Parts:

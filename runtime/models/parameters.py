@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .formats import Formats
 from .layout import Role
-from .linear import Linear
+from .linear import Biased, Linear
 from .linear_format import Product
 from .weights import Loaded
 
@@ -18,7 +18,9 @@ from .weights import Loaded
 class Parameters:
     """Parameters by their names in ``parameter_layout``."""
 
-    def __init__(self, formats: Formats) -> None:
+    def __init__(self, formats: Formats, dtype: torch.dtype) -> None:
+        """Begin without any; ``dtype`` is the type of hidden states."""
+        self.dtype = dtype
         self._formats = formats
         self._tensors: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Product, ...]] = {}
@@ -48,18 +50,16 @@ class Parameters:
         return Linear(product=product, bias_O=self._tensors.get(f"{name}.bias"))
 
     def experts(self, name: str) -> tuple[Product, ...]:
-        """Return the weights of all experts of a layer."""
-        return self._products[name]
+        """Return the weights of all experts of a layer; each adds its bias if there are any."""
+        biases = self._tensors.get(f"{name}_biases")
+        if biases is None:
+            return self._products[name]
+        return tuple(Biased(product, bias_O) for product, bias_O in zip(self._products[name], biases, strict=True))
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self._tensors.values())).device
-
-    def router(self, name: str) -> Product:
-        """Return what scores a layer's experts."""
-        (product,) = self._products[name]
-        return product
 
     def head(self, *, tied: bool) -> Product:
         """Return the output head; ``tied``: it is the embedding, of which the format keeps a copy of its own."""

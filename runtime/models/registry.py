@@ -7,12 +7,23 @@ rather than computing something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
 
+from ...kernels.gate import SILU, Gate
+from .alternating import (
+    GPT_OSS_ROPE,
+    gemma2_gate,
+    gemma2_logit_cap,
+    gemma2_scores,
+    gemma2_windows,
+    gpt_oss_gate,
+    gpt_oss_windows,
+)
 from .config_fields import ConfigFields, read_json
-from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
+from .model_spec import PLAIN_NORMS, DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec, NormSpec, ScoreSpec
 from .rope_config import read_rope
 from .stored_config import read_stored_as
 
@@ -21,11 +32,21 @@ MAX_EXPERTS = 10_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _plain_scores(_: ConfigFields) -> ScoreSpec:
+    return ScoreSpec()
+
+
+def _no_cap(_: ConfigFields) -> float | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What sets one architecture apart: defaults for absent keys, and functions of the others.
 
-    ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads.
+    ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads. ``rope`` is what
+    holds where config.json says nothing of rotary positions, None for plain ones; ``dtype`` where it names none.
+    ``scales_embeddings``: by the root of the hidden size.
     """
 
     kv_heads: int | None
@@ -39,6 +60,13 @@ class Family:
     o_bias: Callable[[ConfigFields], bool]
     mlp_bias: Callable[[ConfigFields], bool]
     qk_norm: bool = False
+    tied: bool = False
+    rope: Mapping[str, object] | None = None
+    dtype: str | None = None
+    norms: NormSpec = PLAIN_NORMS
+    scales_embeddings: bool = False
+    scores: Callable[[ConfigFields], ScoreSpec] = _plain_scores
+    logit_soft_cap: Callable[[ConfigFields], float | None] = _no_cap
     windows: Callable[[ConfigFields, int], tuple[int | None, ...]]
     mlps: Callable[[ConfigFields, int], tuple[DenseMlpSpec | MoeSpec, ...]]
 
@@ -57,7 +85,6 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     family = FAMILIES.get(names[0])
     if family is None:
         raise fields.problem("architectures", f"{names[0]!r} is not supported; known are {known}")
-    _refuse_what_we_do_not_compute(fields)
     return _describe(names[0], family, fields)
 
 
@@ -65,7 +92,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
     num_layers = fields.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise fields.problem("num_hidden_layers", f"{num_layers} is more than the {MAX_LAYERS} we allow")
-    num_heads = fields.integer("num_attention_heads")
+    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     num_kv_heads = _kv_heads(family, fields, num_heads)
     head_dim = _head_dim(family, fields, num_heads)
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
@@ -75,34 +102,45 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
     return ModelSpec(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
-        hidden_size=fields.integer("hidden_size"),
+        hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", family.tied),
         qkv_bias=family.qkv_bias(fields),
         o_bias=family.o_bias(fields),
         mlp_bias=family.mlp_bias(fields),
         qk_norm=family.qk_norm,
-        rope=read_rope(fields, head_dim=head_dim, max_positions=max_positions, default_theta=family.rope_theta),
+        rope=read_rope(
+            fields,
+            head_dim=head_dim,
+            max_positions=max_positions,
+            default_theta=family.rope_theta,
+            default_table=family.rope,
+        ),
         layers=tuple(
             LayerSpec(window=window, mlp=mlp, ladder=layer in ladders)
             for layer, (window, mlp) in enumerate(zip(windows, mlps, strict=True))
         ),
         max_position_embeddings=max_positions,
-        dtype=_dtype(fields),
+        dtype=_dtype(fields) or family.dtype,
         eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         stored_as=read_stored_as(fields),
+        norms=family.norms,
+        scores=family.scores(fields),
+        embedding_scale=sqrt(hidden_size) if family.scales_embeddings else 1.0,
+        logit_soft_cap=family.logit_soft_cap(fields),
     )
 
 
-def _refuse_what_we_do_not_compute(fields: ConfigFields) -> None:
+def _silu(fields: ConfigFields) -> Gate:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.problem("hidden_act", f"{activation!r} is not supported; only 'silu' is")
+    return SILU
 
 
 def _dtype(fields: ConfigFields) -> str | None:
@@ -167,6 +205,14 @@ def _attention_bias(fields: ConfigFields) -> bool:
     return fields.boolean("attention_bias", False)
 
 
+def _gpt_oss_bias(fields: ConfigFields) -> bool:
+    return fields.boolean("attention_bias", True)
+
+
+def _sinks(_: ConfigFields) -> ScoreSpec:
+    return ScoreSpec(has_sinks=True)
+
+
 def _llama_mlp_bias(fields: ConfigFields) -> bool:
     return fields.boolean("mlp_bias", False)
 
@@ -224,12 +270,29 @@ def _checked_layer_types(fields: ConfigFields, windows: tuple[int | None, ...]) 
     return windows
 
 
+def _dense(fields: ConfigFields, gate: Gate) -> DenseMlpSpec:
+    return DenseMlpSpec(intermediate_size=fields.integer("intermediate_size"), gate=gate)
+
+
 def _dense_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
-    return (DenseMlpSpec(intermediate_size=fields.integer("intermediate_size")),) * num_layers
+    return (_dense(fields, _silu(fields)),) * num_layers
+
+
+def _gemma2_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    return (_dense(fields, gemma2_gate(fields)),) * num_layers
+
+
+def _gpt_oss_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    _silu(fields)
+    size, experts = fields.integer("intermediate_size"), fields.integer("num_local_experts", 128)
+    # A softmax over the chosen is one over all, normalized again.
+    plain = _moe(fields, experts=experts, top_k=4, size=size, normalize=True)
+    return (replace(plain, gate=gpt_oss_gate(fields), has_biases=True),) * num_layers
 
 
 def _mixtral_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
     size = fields.integer("intermediate_size")
+    _silu(fields)
     return (
         _moe(fields, experts=fields.integer("num_local_experts", 8), top_k=2, size=size, normalize=True),
     ) * num_layers
@@ -238,13 +301,13 @@ def _mixtral_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec |
 def _qwen3_moe_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSpec, ...]:
     # transformers maps both names to one field; files of either age have one of them.
     experts = fields.integer("num_experts", fields.integer("num_local_experts", 128, minimum=0), minimum=0)
-    step = fields.integer("decoder_sparse_step", 1)
+    step, gate = fields.integer("decoder_sparse_step", 1), _silu(fields)
     dense_layers = fields.items("mlp_only_layers")
     normalize = fields.boolean("norm_topk_prob", False)
     mlps: list[DenseMlpSpec | MoeSpec] = []
     for layer in range(num_layers):
         if layer in dense_layers or experts == 0 or (layer + 1) % step:
-            mlps.append(DenseMlpSpec(intermediate_size=fields.integer("intermediate_size")))
+            mlps.append(_dense(fields, gate))
         else:
             size = fields.integer("moe_intermediate_size")
             mlps.append(_moe(fields, experts=experts, top_k=8, size=size, normalize=normalize))
@@ -329,5 +392,38 @@ FAMILIES: dict[str, Family] = {
         qk_norm=True,
         windows=_qwen3_moe_windows,
         mlps=_qwen3_moe_mlps,
+    ),
+    "Gemma2ForCausalLM": Family(
+        kv_heads=4,
+        head_dim=256,
+        max_positions=8192,
+        bos_token_id=2,
+        eos_token_id=1,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_never,
+        tied=True,
+        norms=NormSpec(is_wide=True, added=1.0, behind=True),
+        scales_embeddings=True,
+        scores=gemma2_scores,
+        logit_soft_cap=gemma2_logit_cap,
+        windows=gemma2_windows,
+        mlps=_gemma2_mlps,
+    ),
+    "GptOssForCausalLM": Family(
+        kv_heads=8,
+        head_dim=64,
+        max_positions=131_072,
+        rope_theta=150_000.0,
+        rms_norm_eps=1e-5,
+        qkv_bias=_gpt_oss_bias,
+        o_bias=_gpt_oss_bias,
+        mlp_bias=_never,
+        rope=GPT_OSS_ROPE,
+        dtype="bfloat16",
+        norms=NormSpec(is_wide=True),
+        scores=_sinks,
+        windows=gpt_oss_windows,
+        mlps=_gpt_oss_mlps,
     ),
 }

@@ -19,6 +19,7 @@ from ...comm.collectives import Collectives
 from ...comm.overlap import Begun, Parts
 from ...comm.ring import RingPass
 from ...kernels.attention import PreparedAttention, paged_attention
+from ...kernels.attention_span import AttentionOptions
 from ...kernels.cpu.attention_partial import PartialAttention
 from ...kernels.cpu.attention_workspace import AttentionWorkspace
 from ...kernels.rope_kv import kv_write_rows, write_kv
@@ -65,9 +66,7 @@ def ring_attention(
     layer_cache: Tensor,
     prepared: PreparedAttention,
     ring: RingInputs,
-    *,
-    window: int | None,
-    scale: float,
+    options: AttentionOptions,
 ) -> Parts:
     """Return each of the rank's tokens' attention, as ``paged_attention``; their own keys and values are written.
 
@@ -77,21 +76,31 @@ def ring_attention(
     passing = RingPass(ring.group, kv_TSD[batch.first_token :].contiguous(), batch.tokens_of_piece)
     q_own_TND = q_TND[batch.first_token :]
 
+    def attend_at_once(some_TND: Tensor) -> Tensor:
+        return paged_attention(
+            some_TND,
+            layer_cache,
+            prepared,
+            scale=options.scale,
+            soft_cap=options.soft_cap,
+            sinks_N=options.sinks_N,
+        )
+
     def attend(turn: int) -> None:
-        for plan in batch.turns[turn][window] if batch.turns else ():
-            ring.partial.attend(q_own_TND, layer_cache, plan, first=turn == 0, scale=scale, workspace=ring.workspace)
+        for plan in batch.turns[turn][options.window] if batch.turns else ():
+            ring.partial.attend(q_own_TND, layer_cache, plan, options, first=turn == 0, workspace=ring.workspace)
 
     attended_TND = None
     for turn, (hop, rows) in enumerate(zip(batch.hops, ring.kv_rows, strict=True)):
         work = passing.begin(hop)
         yield Begun(work)
         if batch.turns and turn == 0:
-            attended_TND = paged_attention(q_TND[: batch.first_token], layer_cache, prepared, scale=scale)
+            attended_TND = attend_at_once(q_TND[: batch.first_token])
         attend(turn)
         received = yield work
         passing.take(hop, received)
         write_kv(received, rows, layer_cache)
     if attended_TND is None:
-        return paged_attention(q_TND, layer_cache, prepared, scale=scale)
+        return attend_at_once(q_TND)
     attend(len(batch.hops))
-    return torch.cat((attended_TND, ring.partial.finish(q_TND.dtype)))
+    return torch.cat((attended_TND, ring.partial.finish(q_TND.dtype, options)))

@@ -7,6 +7,7 @@ in it. Where both are there, ``rope_scaling`` wins, as it does in transformers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from .config_fields import ConfigFields
 from .model_spec import DynamicRope, LinearRope, Llama3Rope, RopeSpec, YarnRope
@@ -14,12 +15,21 @@ from .model_spec import DynamicRope, LinearRope, Llama3Rope, RopeSpec, YarnRope
 KNOWN_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def read_rope(fields: ConfigFields, *, head_dim: int, max_positions: int, default_theta: float) -> RopeSpec:
-    """Return the rotary description of a model.
+def read_rope(
+    fields: ConfigFields,
+    *,
+    head_dim: int,
+    max_positions: int,
+    default_theta: float,
+    default_table: Mapping[str, object] | None = None,
+) -> RopeSpec:
+    """Return the rotary description of a model; ``default_table`` is what holds where nothing is said.
 
     Raises: CheckpointError for a kind we do not know, partial rotation, and missing or senseless numbers.
     """
     rope = _rope_table(fields)
+    if not rope.values and default_table is not None:
+        rope = ConfigFields(file=fields.file, values=default_table)
     if head_dim % 2:
         raise fields.problem("head_dim", f"rotary positions need an even number, got {head_dim}")
     _refuse_partial_rotation(fields, rope)

@@ -1,6 +1,6 @@
 """How a quantized checkpoint says that it is one: the ``quantization_config`` of config.json.
 
-Owns the field names of AWQ, GPTQ and float8 checkpoints, and refuses by name what is not read.
+Owns the field names of AWQ, GPTQ, MXFP4 and float8 checkpoints, and refuses by name what is not read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from .model_spec import StoredAs
 
 _FIELD = "quantization_config"
 _FLOAT8 = ("fp8", "fbgemm_fp8", "compressed-tensors")
-_METHODS = ("awq", "gptq", *_FLOAT8)
+_METHODS = ("awq", "gptq", "mxfp4", *_FLOAT8)
 
 
 def read_stored_as(fields: ConfigFields) -> StoredAs | None:
@@ -25,6 +25,8 @@ def read_stored_as(fields: ConfigFields) -> StoredAs | None:
     if method not in _METHODS:
         known = ", ".join(_METHODS)
         raise fields.problem(_FIELD, f"checkpoints quantized by {method!r} are not supported; known are {known}")
+    if method == "mxfp4":
+        return StoredAs(method=method)
     if method in _FLOAT8:
         return _float8(table, method)
     if (bits := table.integer("bits")) != 4:

@@ -1,6 +1,7 @@
 """Weights of quantized checkpoints: which tensors one consists of, and how a rank's part of it is read.
 
-Owns the names and shapes on disk; what the numbers mean is said by ``kernels.int4_codes`` and ``float8_codes``. A
+Owns the names and shapes on disk; what the numbers mean is said by ``kernels.int4_codes`` and its like. MXFP4 always
+becomes plain numbers. A
 weight that a quantized checkpoint has as plain numbers is read like any other.
 
 Shapes: O outputs, I inputs, G groups of inputs.
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...kernels import float8_codes, int4_codes
 from ...kernels.float8_codes import Float8Codes
 from ...kernels.int4_codes import Int4Codes
+from ...kernels.mxfp4_codes import BLOCK, mxfp4_weight
 from ...sdk.errors import CheckpointError
 from .checkpoint import CheckpointReader
 from .layout import Parameter, Piece, Role
@@ -29,7 +31,11 @@ _SCALES = ("weight_scale_inv", "weight_scale")
 
 def is_stored_in_codes(piece: Piece, stored_as: StoredAs | None, reader: CheckpointReader) -> bool:
     """Return whether a piece is quantized on disk."""
-    if stored_as is None or not piece.tensor.endswith(".weight"):
+    if stored_as is None:
+        return False
+    if stored_as.method == "mxfp4":
+        return f"{piece.tensor}_blocks" in reader.tensors
+    if not piece.tensor.endswith(".weight"):
         return False
     if stored_as.method == "fp8":
         header = reader.tensors.get(piece.tensor)
@@ -42,6 +48,11 @@ def code_tensors(piece: Piece, stored_as: StoredAs, stored: Container[str]) -> I
 
     Scales of float8 numbers come in several shapes, which are checked as they are read.
     """
+    if stored_as.method == "mxfp4":
+        *rows, inputs = piece.shape
+        yield f"{piece.tensor}_blocks", "U8", [*rows, inputs // BLOCK, BLOCK // 2]
+        yield f"{piece.tensor}_scales", "U8", [*rows, inputs // BLOCK]
+        return
     (outputs, inputs), stem = piece.shape, _stem(piece)
     if stored_as.method == "fp8":
         yield piece.tensor, "F8_E4M3", [outputs, inputs]
@@ -73,9 +84,26 @@ def read_codes(reader: CheckpointReader, parameter: Parameter, stored_as: Stored
     return tuple(_joined(reader, tuple(pieces), stored_as) for _, pieces in by_expert)
 
 
-def read_piece(reader: CheckpointReader, piece: Piece, stored_as: StoredAs) -> Codes:
-    """Read one quantized piece. Raises: CheckpointError"""
-    return _joined(reader, (piece,), stored_as)
+def read_piece(reader: CheckpointReader, piece: Piece, stored_as: StoredAs) -> Tensor:
+    """Read one quantized piece as plain numbers. Raises: CheckpointError"""
+    if stored_as.method == "mxfp4":
+        return _read_mxfp4(reader, piece)
+    return _joined(reader, (piece,), stored_as).weight()
+
+
+def _read_mxfp4(reader: CheckpointReader, piece: Piece) -> Tensor:
+    """Read some experts' weights."""
+    stored = f"{piece.tensor}_blocks"
+    experts, rows, columns = [*piece.region, slice(None), slice(None)][:3]
+    try:
+        if piece.shape[-1] % BLOCK:
+            raise ValueError(f"has {piece.shape[-1]} inputs, {BLOCK} of which share a scale")
+        start, stop, _ = columns.indices(piece.shape[-1])
+        blocks = _parts(slice(start, stop), BLOCK, f"{BLOCK} inputs share a scale")
+    except ValueError as error:
+        raise CheckpointError(str(reader.tensors[stored].file), str(error), tensor=stored) from error
+    region = (experts, rows, blocks)
+    return mxfp4_weight(reader.read(stored, region=region), reader.read(f"{piece.tensor}_scales", region=region))
 
 
 def _joined(reader: CheckpointReader, pieces: tuple[Piece, ...], stored_as: StoredAs) -> Codes:

@@ -133,10 +133,11 @@ def _check_codes(directory: Path, reader: CheckpointReader, piece: Piece, stored
 def _load_or_keep(
     reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> Loaded:
-    may_keep = spec.stored_as is not None and parameter.role in _PRODUCTS
-    if may_keep and all(is_stored_in_codes(piece, spec.stored_as, reader) for piece in parameter.pieces):
-        assert spec.stored_as is not None
-        return read_codes(reader, parameter, spec.stored_as)
+    stored_as = spec.stored_as
+    if stored_as is None or stored_as.method == "mxfp4" or parameter.role not in _PRODUCTS:
+        return _load(reader, parameter, spec, dtype, device)
+    if all(is_stored_in_codes(piece, stored_as, reader) for piece in parameter.pieces):
+        return read_codes(reader, parameter, stored_as)
     return _load(reader, parameter, spec, dtype, device)
 
 
@@ -144,10 +145,12 @@ def _load(
     reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a parameter as plain numbers."""
-    tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+    tensor = torch.empty(parameter.shape, dtype=torch.float32 if parameter.is_wide else dtype, device=device)
     for piece in parameter.pieces:
         if spec.stored_as is not None and is_stored_in_codes(piece, spec.stored_as, reader):
-            piece.place_in(tensor).copy_(read_piece(reader, piece, spec.stored_as).weight())
-        else:
+            piece.place_in(tensor).copy_(piece.as_kept(read_piece(reader, piece, spec.stored_as)))
+        elif piece.is_as_kept:
             reader.read_into(piece.tensor, piece.place_in(tensor), region=piece.region)
-    return tensor
+        else:
+            piece.place_in(tensor).copy_(piece.as_kept(reader.read(piece.tensor, region=piece.region)))
+    return tensor.add_(parameter.added) if parameter.added else tensor

@@ -30,7 +30,7 @@ from ..models.decoder import Decoder, load_decoder
 from ..models.formats import choose_formats
 from ..models.kv_cache import KvCache
 from ..models.layout import Role
-from ..models.model_spec import ModelSpec
+from ..models.model_spec import ModelSpec, MoeSpec
 from ..models.registry import read_model_spec
 from ..models.sharding import Shard
 from ..models.weights import Progress, read_expert
@@ -272,6 +272,8 @@ def _balance(setup: RankSetup, spec: ModelSpec, model: Decoder, shard: Shard) ->
         return None
     if spec.stored_as is not None:
         raise ConfigError("enable_eplb", "moves experts of checkpoints that are not quantized")
+    if any(isinstance(layer.mlp, MoeSpec) and layer.mlp.has_biases for layer in spec.layers):
+        raise ConfigError("enable_eplb", "moves experts without biases, those of the model have some")
     counts = {layer.num_experts for layer in layers.values()}
     if len(counts) > 1:
         raise ConfigError("enable_eplb", f"needs as many experts in every layer, the model has {sorted(counts)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,6 +29,8 @@ class Problem:
     tables: np.ndarray
     block_size: int
     kv_heads: int
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def run(self, window: int | None, *, only: int | None = None, deterministic: bool = False) -> torch.Tensor:
         """Attend all rows, or row ``only`` by itself."""
@@ -51,7 +53,9 @@ class Problem:
         workspace = AttentionWorkspace(dtype=self.cache.dtype, device=CPU)
         tokens, heads, head_size = queries.shape
         prepared = prepare_attention(plan, self.cache, tokens=tokens, heads=heads, workspace=workspace)
-        return paged_attention(queries, self.cache, prepared, scale=head_size**-0.5)
+        return paged_attention(
+            queries, self.cache, prepared, scale=head_size**-0.5, soft_cap=self.soft_cap, sinks_N=self.sinks
+        )
 
     def row_of(self, values: torch.Tensor, row: int) -> torch.Tensor:
         """Return the part of per-token values that belongs to a row."""
@@ -68,11 +72,16 @@ class Problem:
         group = queries.shape[1] // self.kv_heads
         keys, values = (np.repeat(stored[:, part], group, axis=1) for part in (0, 1))
         scores = np.einsum("tnd,jnd->ntj", queries, keys) / np.sqrt(queries.shape[-1])
+        if self.soft_cap is not None:
+            scores = self.soft_cap * np.tanh(scores / self.soft_cap)
         distance = (start + np.arange(count))[:, None] - positions[None, :]
         seen = (distance >= 0) & (distance < (window or 1 << 30))
         scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return np.einsum("ntj,jnd->tnd", weights / weights.sum(-1, keepdims=True), values)
+        totals = weights.sum(-1, keepdims=True)
+        if self.sinks is not None:
+            totals += np.exp(self.sinks.double().numpy()[:, None, None] - scores.max(-1, keepdims=True))
+        return np.einsum("ntj,jnd->tnd", weights / totals, values)
 
 
 def make_problem(
@@ -106,11 +115,11 @@ def make_problem(
     )
 
 
-def check(problem: Problem, window: int | None, *, deterministic: bool = False) -> None:
+def check(problem: Problem, window: int | None, *, deterministic: bool = False, slack: float = 1.0) -> None:
     found = problem.run(window, deterministic=deterministic)
     for row in range(len(problem.rows)):
         error = np.abs(problem.row_of(found, row).double().numpy() - problem.expected(row, window)).max()
-        assert error <= BOUNDS[problem.cache.dtype], f"row {problem.rows[row]}, window {window}: {error:.2e}"
+        assert error <= slack * BOUNDS[problem.cache.dtype], f"row {problem.rows[row]}, window {window}: {error:.2e}"
 
 
 def by_way(way: str) -> AbstractContextManager[None]:
@@ -144,6 +153,20 @@ def test_windows_and_block_sizes(
 def test_heads_and_types(seed: int, heads: tuple[int, int], head_size: int, dtype: torch.dtype, way: str) -> None:
     with by_way(way):
         check(make_problem(seed, MIXED_ROWS, heads=heads, head_size=head_size, dtype=dtype), 90)
+
+
+@pytest.mark.parametrize(("way", "deterministic"), [("compiled", False), ("torch", False), ("torch", True)])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("window", [None, 90])
+def test_caps_and_sinks(seed: int, window: int | None, dtype: torch.dtype, way: str, deterministic: bool) -> None:
+    rows = (*MIXED_ROWS, (511, 1), (100, 300), (270, 30))
+    problem = make_problem(seed, rows, heads=(6, 2), dtype=dtype)
+    sinks = 2 * torch.randn(6, generator=torch.Generator().manual_seed(seed))
+    with by_way(way):
+        for soft_cap, own_sinks in ((None, sinks), (1.2, sinks), (30.0, sinks), (1.2, None)):
+            changed = replace(problem, soft_cap=soft_cap, sinks=own_sinks)
+            # What is capped is rounded once more.
+            check(changed, window, deterministic=deterministic, slack=2.0)
 
 
 @pytest.mark.parametrize("window", [None, 70])

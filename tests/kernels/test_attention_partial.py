@@ -10,6 +10,7 @@ import torch
 
 from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
+from slipstream.kernels.attention_span import AttentionOptions
 from slipstream.kernels.cpu import attention_prefill
 from slipstream.kernels.cpu.attention_keys import KeyLayout
 from slipstream.kernels.cpu.attention_partial import PartialAttention
@@ -19,6 +20,7 @@ from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 HEAD = 16
+PLAIN = AttentionOptions(scale=HEAD**-0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,14 @@ def test_heads_by_themselves_add_up(monkeypatch: pytest.MonkeyPatch, seed: int) 
     check(CASES["behind a prefix"], heads=6, kv_heads=3, window=None, block_size=16, seed=seed)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_caps_and_sinks_add_up(window: int | None, seed: int) -> None:
+    sinks_N = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+    options = AttentionOptions(scale=HEAD**-0.5, soft_cap=1.5, sinks_N=sinks_N)
+    for case in CASES.values():
+        check(case, heads=6, kv_heads=2, window=window, block_size=16, seed=seed, options=options)
+
+
 def check(
     case: Case,
     *,
@@ -73,6 +83,7 @@ def check(
     block_size: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    options: AttentionOptions = PLAIN,
 ) -> None:
     random = np.random.default_rng(seed)
     end = case.borders[-1]
@@ -81,7 +92,7 @@ def check(
     complete = torch.full((2, blocks + 3, kv_heads, block_size, HEAD), float("nan"), dtype=dtype)
     complete[:, table] = torch.from_numpy(random.standard_normal((2, blocks, kv_heads, block_size, HEAD))).to(dtype)
     q_TND = torch.from_numpy(random.standard_normal((end - case.start, heads, HEAD))).to(dtype)
-    expected_TND = at_once(case, q_TND, complete, table, window)
+    expected_TND = at_once(case, q_TND, complete, table, window, options)
 
     layout = KeyLayout(block_size=block_size, kv_heads=kv_heads, window=window, dtype=dtype, device=CPU)
     pieces = [Run(start=first, end=last) for first, last in zip(case.borders, case.borders[1:], strict=False)]
@@ -103,8 +114,8 @@ def check(
             keys = [Run(start=0, end=case.start), *keys]
         plan = build_partial_plan(queries, sorted(keys, key=lambda run: run.start), table, layout)
         if plan is not None:
-            partial.attend(q_TND[places], cache, plan, first=turn == 0, scale=HEAD**-0.5, workspace=workspace)
-    found_TND = partial.finish(dtype)
+            partial.attend(q_TND[places], cache, plan, options, first=turn == 0, workspace=workspace)
+    found_TND = partial.finish(dtype, options)
     assert found_TND.dtype == dtype
     expected_TND = expected_TND[places].double()
     # Both are rounded to the type, which for larger numbers is coarser.
@@ -113,7 +124,12 @@ def check(
 
 
 def at_once(
-    case: Case, q_TND: torch.Tensor, cache: torch.Tensor, table: np.ndarray, window: int | None
+    case: Case,
+    q_TND: torch.Tensor,
+    cache: torch.Tensor,
+    table: np.ndarray,
+    window: int | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     plan = build_attention_plan(
         starts=np.array([case.start], np.int32),
@@ -129,7 +145,9 @@ def at_once(
     )
     workspace = AttentionWorkspace(dtype=cache.dtype, device=CPU)
     prepared = prepare_attention(plan, cache, tokens=len(q_TND), heads=q_TND.shape[1], workspace=workspace)
-    return paged_attention(q_TND, cache, prepared, scale=HEAD**-0.5)
+    return paged_attention(
+        q_TND, cache, prepared, scale=options.scale, soft_cap=options.soft_cap, sinks_N=options.sinks_N
+    )
 
 
 def copy(source: torch.Tensor, target: torch.Tensor, table: np.ndarray, run: Run) -> None:

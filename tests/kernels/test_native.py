@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from slipstream.kernels.activation import silu_and_mul
+from slipstream.kernels.gate import Gate, GateKind
+from slipstream.kernels.gated import gate_and_mul
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_
 from slipstream.kernels.sample import draw_best
@@ -103,6 +105,33 @@ def test_activation(seed: int, size: int, dtype: torch.dtype) -> None:
             assert_near(found, silu_and_mul(x))
         for row in range(rows):
             assert torch.equal(silu_and_mul(x[row : row + 1]), found[row : row + 1])
+
+
+@pytest.mark.parametrize("gate", [Gate(kind=GateKind.GELU_TANH), Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=7.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_other_activations(seed: int, size: int, dtype: torch.dtype, gate: Gate) -> None:
+    for rows in (0, 1, 3, 50):
+        x = random(seed, rows, 2 * size, dtype=dtype) * 5
+        found = gate_and_mul(x, gate)
+        with torch_alone():
+            assert_near(found, gate_and_mul(x, gate))
+        for row in range(rows):
+            assert torch.equal(gate_and_mul(x[row : row + 1], gate), found[row : row + 1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_norms_by_a_weight_of_float32(seed: int, size: int) -> None:
+    """Rounded once: all numbers are within half a unit of the last place of what they are in float32."""
+    x = random(seed, 5, size, dtype=torch.bfloat16)
+    weight = random(seed + 1, size, dtype=torch.float32)
+    found, total = add_rms_norm(x, x.flip(0).contiguous(), weight, 1e-5)
+    with torch_alone():
+        by_torch, _ = add_rms_norm(x, x.flip(0).contiguous(), weight, 1e-5)
+    exact = rms_norm(total.float(), weight, 1e-5)
+    for one in (found, by_torch):
+        assert one.dtype == torch.bfloat16
+        assert ((one.float() - exact).abs() <= 0.5001 * torch.finfo(torch.bfloat16).eps * exact.abs()).all()
 
 
 def test_activation_of_more_axes(seed: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import AttentionPlan, build_attention_plan
+from slipstream.kernels.attention_span import AttentionOptions
 from slipstream.kernels.cpu.attention_paged import PagedRows
 from slipstream.kernels.cpu.attention_paged_prefill import PagedRuns, attend_paged_runs, prepare_paged_runs
 from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
@@ -58,6 +60,8 @@ class Runs:
         self.tokens = [slice(int(first), int(end)) for first, end in pairwise(firsts)]
         wide = torch.from_numpy(draw.standard_normal((int(firsts[-1]), heads[0] + 2, head_size))).to(dtype)
         self.queries = wide[:, : heads[0]]
+        self.soft_cap: float | None = None
+        self.sinks: torch.Tensor | None = None
 
     def plan(self, pieces: list[tuple[int, int, int]], window: int | None) -> AttentionPlan:
         """Plan pieces (row, first position, end)."""
@@ -89,8 +93,9 @@ class Runs:
         queries = self.queries if pieces == self.whole() else torch.cat(parts)
         workspace = AttentionWorkspace(dtype=self.cache.dtype, device=CPU)
         prepared = prepare_attention(plan, self.cache, tokens=len(queries), heads=queries.shape[1], workspace=workspace)
-        found = paged_attention(queries, self.cache, prepared, scale=SCALE)
-        again = paged_attention(queries, self.cache, prepared, scale=SCALE)
+        options: dict[str, Any] = {"scale": SCALE, "soft_cap": self.soft_cap, "sinks_N": self.sinks}
+        found = paged_attention(queries, self.cache, prepared, **options)
+        again = paged_attention(queries, self.cache, prepared, **options)
         assert torch.equal(again.nan_to_num(7.5), found.nan_to_num(7.5)), "a second layer"
         return list(found.split([len(part) for part in parts]))
 
@@ -102,10 +107,15 @@ class Runs:
         queries = self.queries[self.tokens[row]].double().numpy()
         keys, values = (np.repeat(stored[:, part], queries.shape[1] // self.kv_heads, axis=1) for part in (0, 1))
         scores = SCALE * np.einsum("tnd,jnd->ntj", queries, keys)
+        if self.soft_cap is not None:
+            scores = self.soft_cap * np.tanh(scores / self.soft_cap)
         distance = (start + np.arange(count))[:, None] - positions
         scores = np.where((distance >= 0) & (distance < (window or 1 << 40)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return np.einsum("ntj,jnd->tnd", weights / weights.sum(-1, keepdims=True), values)
+        totals = weights.sum(-1, keepdims=True)
+        if self.sinks is not None:
+            totals += np.exp(self.sinks.double().numpy()[:, None, None] - scores.max(-1, keepdims=True))
+        return np.einsum("ntj,jnd->tnd", weights / totals, values)
 
     def check(self, window: int | None) -> None:
         for row, found in enumerate(self.attend(self.whole(), window)):
@@ -158,6 +168,23 @@ def test_any_cut_gives_the_bits_of_decoding(
                 assert torch.equal(found, expected[piece[1] : piece[2]]), piece
 
 
+@pytest.mark.parametrize(("soft_cap", "has_sinks"), [(0.7, False), (None, True), (20.0, True)])
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_caps_and_sinks(
+    seed: int, dtype: torch.dtype, window: int | None, soft_cap: float | None, has_sinks: bool
+) -> None:
+    """Scores have a standard deviation of 1.6: some are at the smaller cap, most are far below the larger."""
+    length = 600
+    runs = Runs(seed, ((0, length), *ROWS), dtype=dtype)
+    runs.soft_cap = soft_cap
+    runs.sinks = 4 * torch.randn(6, generator=torch.Generator().manual_seed(seed)) if has_sinks else None
+    runs.check(window)
+    expected = runs.attend(runs.whole(), window)[0]
+    every = runs.attend([(0, position, position + 1) for position in range(0, length, 7)], window)
+    assert torch.equal(torch.cat(every), expected[::7]), "decoded"
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_many_random_steps(seed: int, dtype: torch.dtype) -> None:
@@ -181,7 +208,7 @@ def test_only_its_rows_are_written(seed: int, dtype: torch.dtype) -> None:
     assert isinstance(prefill, PagedRuns)
     prepared = prepare_paged_runs(prefill, runs.cache, heads=6)
     out = torch.full(runs.queries.shape, 7.5, dtype=dtype)
-    attend_paged_runs(runs.queries, runs.cache, prepared, scale=SCALE, out_TND=out)
+    attend_paged_runs(runs.queries, runs.cache, prepared, AttentionOptions(scale=SCALE), out_TND=out)
     for row, (_, count) in enumerate(runs.rows):
         own = out[runs.tokens[row]]
         if count == 1:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from slipstream import LLM, RequestOutput, SamplingParams
-from slipstream.kernels.cpu.recorded import SWITCH
+from slipstream.kernels.cpu.recorded import SWITCH, Recording
 from slipstream.tests.kernels.native_ways import compiled_or_skip
+from slipstream.tests.models.checkpoints import make_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 TEXT = Path(__file__).read_text(encoding="utf-8")
@@ -48,4 +51,24 @@ def test_no_bit_differs(monkeypatch: pytest.MonkeyPatch, mode: str, dtype: str) 
         found.append(bits(outputs))
         preempted = sum(output.metrics.preemptions for output in outputs)
         assert (preempted > 0) == (mode == "preempted")
+    assert found[0] == found[1]
+
+
+def test_caps_and_norms_behind_modules_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled_or_skip()
+    path = make_checkpoint("gemma2", tmp_path / "gemma2", dtype=torch.bfloat16)
+    replayed: list[Recording] = []
+    replay = Recording.replay
+
+    def noted(self: Recording) -> Tensor:
+        replayed.append(self)
+        return replay(self)
+
+    monkeypatch.setattr(Recording, "replay", noted)
+    found = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv(SWITCH, switch)
+        with LLM(path, skip_tokenizer_init=True, max_model_len=128, num_gpu_blocks_override=32) as llm:
+            found.append(bits(llm.generate([{"prompt_token_ids": [7 + row, 9]} for row in range(2)], GREEDY)))
+        assert bool(replayed) == (switch == "1")
     assert found[0] == found[1]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import Gemma2Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
 from slipstream.kernels.launch import HAS_TRITON, KernelConfig, observed_launches
+from slipstream.runtime.models.linear import Linear
 from slipstream.tests.models.checkpoints import VOCABULARY, Case, random_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=1)
@@ -58,8 +59,29 @@ MODELS = {
         config_class=Qwen3MoeConfig,
         fields={**SIZES, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     ),
+    "caps": Case(
+        config_class=Gemma2Config,
+        fields={**SIZES, "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "sinks": Case(
+        config_class=GptOssConfig,
+        fields={
+            **SIZES,
+            "sliding_window": 9,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "truncate": False,
+            },
+        },
+    ),
 }
-"""With norms of heads and biases: one with a window in the first of its layers, one with experts."""
+"""With norms of heads and biases: one with a window in the first of its layers, one with experts; caps and sinks."""
 
 IN_CHUNKS: dict[str, Any] = {"long_prefill_token_threshold": 11}
 
@@ -211,6 +233,27 @@ def test_what_a_step_launches(checkpoint: Callable[[str], Path]) -> None:
     layers = 2
     assert step == {name: count * layers for name, count in ATTENTION.items()}
     assert counts[0]["_attention_prefill_kernel"] == counts[1]["_attention_prefill_kernel"] == layers
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_norms_and_activations_give_8_bits_at_once(
+    quantization: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch where there were two, of the same bits."""
+    path, params = checkpoint("dense"), replace(GREEDY, max_tokens=1)
+    kernels = "torch,norm=triton,activation=triton,quantize_rows=triton,linear_w8a8=triton"
+    found = []
+    for takes in (Linear.takes, None):
+        monkeypatch.setattr(Linear, "takes", takes)
+        how: dict[str, Any] = {"kernels": kernels, "dtype": "bfloat16", "quantization": quantization}
+        with counted() as launches, LLM(str(path), **{**OPTIONS, **how}) as llm:
+            outputs = llm.generate({"prompt_token_ids": [3, 4, 5]}, params)
+        at_once = {name: launches[name] for name in ("_quantized_norm_kernel", "_silu_and_mul_quantized_kernel")}
+        # A step of two layers.
+        expected = {"_quantized_norm_kernel": 4, "_silu_and_mul_quantized_kernel": 2}
+        assert at_once == (dict.fromkeys(expected, 0) if takes is None else expected)
+        found.append([bits(output) for output in outputs])
+    assert found[0] == found[1]
 
 
 def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -49,6 +51,31 @@ _QWEN_EXPERTS: Config = {
     "moe_intermediate_size": 40,
     "head_dim": 16,
 }
+_GEMMA: Config = {
+    "num_hidden_layers": 3,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 20,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+"""Caps that many scores and logits reach."""
+_GPT_OSS: Config = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 1.5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": SHORT,
+        "truncate": False,
+    },
+}
+"""A limit that many gates reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +219,25 @@ CASES: dict[str, Case] = {
     "parallel_experts": _case(
         Qwen3MoeConfig, **_QWEN_EXPERTS, num_hidden_layers=3, norm_topk_prob=True, mlp_only_layers=[1]
     ),
+    "gemma2": _case(Gemma2Config, **_GEMMA),
+    "gemma2_uncapped_old_style": _case(
+        Gemma2Config,
+        **{**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+        old_style=True,
+        rope_parameters=_rope("default"),
+    ),
+    "gemma2_layer_types": _case(
+        Gemma2Config,
+        **{**_GEMMA, "sliding_window": 9},
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "gpt_oss": _case(GptOssConfig, **_GPT_OSS),
+    "gpt_oss_plain": _case(
+        GptOssConfig,
+        **{**_GPT_OSS, "attention_bias": False, "num_experts_per_tok": 1, "rope_parameters": _rope("default")},
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        swiglu_alpha=1.2,
+    ),
 }
 
 
@@ -216,9 +262,12 @@ def random_model(case: Case) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith(("norm.weight", "layernorm.weight")):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith(".bias"):
+                # Gemma's norms add one to what is stored.
+                parameter.copy_(0.3 * noise + (case.config_class is not Gemma2Config))
+            elif name.endswith((".bias", "_bias")):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("sinks"):
+                parameter.copy_(2 * noise)
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(0.25 * noise)
             else:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import backends
+from slipstream.kernels.gate import Gate, GateKind
 from slipstream.kernels.launch import HAS_TRITON, observed_launches
 from slipstream.kernels.moe_sort import count_by_expert
 from slipstream.runtime.models.experts import Experts, SlotProducts
+from slipstream.runtime.models.linear import Biased
 from slipstream.runtime.models.linear_format import PlainFormat, PlainProduct
 
 EXPERTS, HIDDEN, INNER = 4, 32, 16
@@ -90,6 +92,29 @@ def test_both_forms_compute_the_same(seed: int) -> None:
     assert not launched
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_down_biases", [True, False])
+def test_biases_and_gates_are_stacked_too(has_down_biases: bool, seed: int) -> None:
+    """A rank of several that divide the columns has no last biases, but for one."""
+    draw = torch.Generator().manual_seed(seed + 1)
+    gate_up_biases, down_biases = torch.randn((2, EXPERTS, 2 * INNER), generator=draw)
+    slots: list[SlotProducts] = [
+        (Biased(gate_up, bias), Biased(down, other) if has_down_biases else down)
+        for (gate_up, down), bias, other in zip(
+            slots_of(weights_of(seed)), gate_up_biases, down_biases[:, :HIDDEN], strict=True
+        )
+    ]
+    rows_RH, counts_S = torch.randn((10, HIDDEN), generator=draw), torch.tensor([3, 0, 5, 2])
+    gate = Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=0.7)
+    launched: list[str] = []
+    with observed_launches(lambda kernel, *_: launched.append(kernel.__name__)):
+        experts = Experts(slots, gate)
+        found = experts.products(rows_RH, counts_S)
+    assert launched.count("_block_product_kernel") == 2
+    backends.use("torch")
+    for each in (Experts(slots, gate), Experts(experts.slots, gate)):
+        torch.testing.assert_close(found, each.products(rows_RH, counts_S), rtol=1e-5, atol=1e-5)
 
 
 def test_products_of_another_kind_stay_as_they_are(seed: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from slipstream.kernels.gate import Gate, GateKind
 from slipstream.runtime.models.generation_defaults import GenerationDefaults, read_generation_defaults
 from slipstream.runtime.models.model_spec import (
     DenseMlpSpec,
@@ -17,7 +19,9 @@ from slipstream.runtime.models.model_spec import (
     Llama3Rope,
     ModelSpec,
     MoeSpec,
+    NormSpec,
     RopeSpec,
+    ScoreSpec,
     YarnRope,
 )
 from slipstream.runtime.models.registry import FAMILIES, read_model_spec
@@ -53,6 +57,7 @@ def spec_of(tmp_path: Path) -> Spec:
         ("Qwen3ForCausalLM", 32, 128, 32768, 1e4, 1e-6, None, ()),
         ("MixtralForCausalLM", 8, 8, 131072, 1e6, 1e-5, 1, (2,)),
         ("Qwen3MoeForCausalLM", 4, 8, 32768, 1e4, 1e-6, None, ()),
+        ("Gemma2ForCausalLM", 4, 256, 8192, 1e4, 1e-6, 2, (1,)),
     ],
 )
 def test_defaults_of_absent_keys(
@@ -71,7 +76,7 @@ def test_defaults_of_absent_keys(
     assert (spec.max_position_embeddings, spec.rms_norm_eps) == (positions, epsilon)
     assert spec.rope == RopeSpec(theta=theta, head_dim=head_dim)
     assert (spec.bos_token_id, spec.eos_token_ids) == (bos, eos)
-    assert not spec.tie_word_embeddings
+    assert spec.tie_word_embeddings is (architecture == "Gemma2ForCausalLM")
     assert spec.dtype is None
 
 
@@ -84,6 +89,8 @@ def test_every_family_is_covered_by_the_defaults_above() -> None:
         "Qwen3ForCausalLM",
         "MixtralForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Gemma2ForCausalLM",
+        "GptOssForCausalLM",
     }
 
 
@@ -96,6 +103,8 @@ def test_every_family_is_covered_by_the_defaults_above() -> None:
         ("Qwen3ForCausalLM", (True, True, False), True),
         ("MixtralForCausalLM", (False, False, False), False),
         ("Qwen3MoeForCausalLM", (True, True, False), True),
+        ("Gemma2ForCausalLM", (True, True, False), False),
+        ("GptOssForCausalLM", (True, True, False), False),
     ],
 )
 def test_biases_when_the_file_asks_for_all(
@@ -138,6 +147,11 @@ def test_biases_when_the_file_asks_for_all(
             {"sliding_window": 7, "use_sliding_window": True, "moe_intermediate_size": 8},
             [7] * 4,
         ),
+        ("Gemma2ForCausalLM", {}, [4096, None, 4096, None]),
+        ("Gemma2ForCausalLM", {"sliding_window": 7, "layer_types": ["full_attention"] * 4}, [None] * 4),
+        ("GptOssForCausalLM", {}, [128, None, 128, None]),
+        ("GptOssForCausalLM", {"layer_types": ["sliding_attention"] * 4}, [128] * 4),
+        ("GptOssForCausalLM", {"sliding_window": None}, [None] * 4),
     ],
 )
 def test_windows(spec_of: Spec, architecture: str, fields: dict[str, object], windows: list[int | None]) -> None:
@@ -169,6 +183,63 @@ def test_either_name_of_the_number_of_experts(spec_of: Spec, name: str) -> None:
     mlp = spec_of("Qwen3MoeForCausalLM", **fields).layers[0].mlp
     assert isinstance(mlp, MoeSpec)
     assert mlp.num_experts == 16
+
+
+def test_gpt_oss_defaults(spec_of: Spec) -> None:
+    spec = spec_of("GptOssForCausalLM")
+    assert (spec.num_kv_heads, spec.head_dim, spec.max_position_embeddings) == (8, 64, 131072)
+    rope = YarnRope(
+        theta=150_000.0,
+        head_dim=64,
+        factor=32.0,
+        original_max_positions=4096,
+        attention_factor=0.1 * math.log(32) + 1,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=False,
+    )
+    assert spec.rope == rope
+    assert spec.norms == NormSpec(is_wide=True) and spec.dtype == "bfloat16"
+    assert spec.scores == ScoreSpec(has_sinks=True) and spec.score_scale == 64**-0.5
+    mlp = spec.layers[0].mlp
+    assert isinstance(mlp, MoeSpec) and mlp.has_biases and (mlp.num_experts, mlp.top_k) == (128, 4)
+    assert mlp.gate == Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=7.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "caps"),
+    [
+        ({}, (50.0, 30.0)),
+        ({"attn_logit_softcapping": None, "final_logit_softcapping": None}, (None, None)),
+        ({"attn_logit_softcapping": 7, "final_logit_softcapping": 5.5}, (7.0, 5.5)),
+    ],
+)
+def test_gemma2_scales_and_caps(
+    spec_of: Spec, fields: dict[str, object], caps: tuple[float | None, float | None]
+) -> None:
+    spec = spec_of("Gemma2ForCausalLM", query_pre_attn_scalar=64, hidden_act="gelu_pytorch_tanh", **fields)
+    assert (spec.scores.soft_cap, spec.logit_soft_cap) == caps
+    assert (spec.score_scale, spec.embedding_scale) == (0.125, 16.0)
+    assert spec.norms == NormSpec(is_wide=True, added=1.0, behind=True)
+    assert spec.layers[0].mlp == DenseMlpSpec(intermediate_size=512, gate=Gate(kind=GateKind.GELU_TANH))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "problem"),
+    [
+        ("Gemma2ForCausalLM", {"hidden_activation": "silu"}, "hidden_activation: 'silu' is not supported"),
+        ("Gemma2ForCausalLM", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention: attention to later"),
+        ("Gemma2ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types: 4 layers need as many entries"),
+        ("GptOssForCausalLM", {"layer_types": ["linear"] * 4}, "layer_types: 'linear' is not supported"),
+        ("GptOssForCausalLM", {"swiglu_limit": 0}, "swiglu_limit: must be a finite number above 0"),
+    ],
+)
+def test_what_is_not_computed_is_refused(
+    spec_of: Spec, architecture: str, fields: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(problem)):
+        spec_of(architecture, **fields)
 
 
 LLAMA3 = {

@@ -15,6 +15,7 @@ from slipstream.comm.local_groups import local_group, run_ranks
 from slipstream.comm.overlap import Parts, Steps, run_plain
 from slipstream.comm.overlap_meter import OverlapMeter
 from slipstream.kernels.norm import rms_norm
+from slipstream.kernels.quantize_rows import ByteRows
 from slipstream.runtime.models.parallel import Output
 from slipstream.runtime.models.residual import open_residual
 from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
@@ -22,6 +23,7 @@ from slipstream.tests.fakes.scripted_work import HandClock, ScriptedWork
 HIDDEN = 32
 EPSILON = 1e-6
 NORM_H = 1 + torch.arange(HIDDEN) / HIDDEN
+END_NORM_H = 2 - torch.arange(HIDDEN) / HIDDEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,21 @@ def outputs(ranks: int, tokens: int, generator: torch.Generator, dtype: torch.dt
     ]
 
 
-def run_through(group: Collectives, x_TH: Tensor, made: Sequence[Made], *, shares: bool, to_next: bool) -> Steps[Any]:
+def run_through(
+    group: Collectives,
+    x_TH: Tensor,
+    made: Sequence[Made],
+    *,
+    shares: bool,
+    to_next: bool,
+    end_norm_H: Tensor | None = None,
+) -> Steps[Any]:
     """Return all that is read on the way, and at last what the next stage gets or a final norm."""
     norm_H = NORM_H.to(x_TH.dtype)
     residual, _ = open_residual(x_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=group if shares else None)
-    read = []
+    read: list[Any] = []
     for place, one in enumerate(made):
-        output = Output(one.by_rank[group.rank].clone(), group if one.partial else None)
+        output = Output(one.by_rank[group.rank].clone(), group if one.partial else None, end_norm_H)
         if to_next and place == len(made) - 1:
             read.append((yield from residual.end(output, ladder=False)))
         else:
@@ -56,12 +66,13 @@ def run_through(group: Collectives, x_TH: Tensor, made: Sequence[Made], *, share
     return read
 
 
+@pytest.mark.parametrize("has_end_norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to_next", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shares_give_the_bits_of_the_whole(
-    ranks: int, tokens: int, to_next: bool, dtype: torch.dtype, seed: int
+    ranks: int, tokens: int, to_next: bool, dtype: torch.dtype, has_end_norms: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn((tokens, HIDDEN), generator=generator).to(dtype)
@@ -70,8 +81,9 @@ def test_shares_give_the_bits_of_the_whole(
     for some in (made, made[:-1]):
 
         def run(group: Collectives, some: Sequence[Made] = some) -> None:
-            whole = run_plain(run_through(group, x_TH, some, shares=False, to_next=to_next))
-            shared = run_plain(run_through(group, x_TH, some, shares=True, to_next=to_next))
+            how: dict[str, Any] = {"to_next": to_next, "end_norm_H": END_NORM_H if has_end_norms else None}
+            whole = run_plain(run_through(group, x_TH, some, shares=False, **how))
+            shared = run_plain(run_through(group, x_TH, some, shares=True, **how))
             for mine, theirs in zip(shared, whole, strict=True):
                 assert mine.shape == (tokens, HIDDEN)
                 assert torch.equal(mine, theirs)
@@ -79,20 +91,42 @@ def test_shares_give_the_bits_of_the_whole(
         run_ranks(local_group(ranks), run)
 
 
-def test_the_whole_way_adds_and_normalizes(seed: int) -> None:
+@pytest.mark.parametrize("has_end_norms", [False, True])
+def test_the_whole_way_adds_and_normalizes(has_end_norms: bool, seed: int) -> None:
+    end_norm_H = END_NORM_H if has_end_norms else None
     generator = torch.Generator().manual_seed(seed)
     x_TH = torch.randn((3, HIDDEN), generator=generator)
     made = outputs(2, 3, generator, torch.float32)
 
     def run(group: Collectives) -> None:
-        read = run_plain(run_through(group, x_TH, made, shares=False, to_next=True))
+        read = run_plain(run_through(group, x_TH, made, shares=False, to_next=True, end_norm_H=end_norm_H))
         total_TH = x_TH
         for place, one in enumerate(made):
-            total_TH = total_TH + (torch.stack(one.by_rank).sum(0) if one.partial else one.by_rank[0])
+            added_TH = torch.stack(one.by_rank).sum(0) if one.partial else one.by_rank[0]
+            total_TH = total_TH + (added_TH if end_norm_H is None else rms_norm(added_TH, end_norm_H, EPSILON))
             expected_TH = total_TH if place == len(made) - 1 else rms_norm(total_TH, NORM_H, EPSILON)
             torch.testing.assert_close(read[place], expected_TH)
 
     run_ranks(local_group(2), run)
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_who_takes_numbers_of_8_bits_gets_them_at_once(ladder: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x_TH, made_TH = torch.randn((2, 3, HIDDEN), generator=generator)
+    for takes in (torch.int8, None):
+        residual, _ = open_residual(x_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=None)
+        read = run_plain(residual.add(Output(made_TH.clone()), NORM_H, ladder=ladder, takes=takes))
+        plain_TH = rms_norm(x_TH if ladder else x_TH + made_TH, NORM_H, EPSILON)
+        if takes is None:
+            assert isinstance(read, Tensor)
+            torch.testing.assert_close(read, plain_TH)
+        else:
+            assert isinstance(read, ByteRows) and read.dtype == x_TH.dtype and read.values_TH.dtype == takes
+            # The nearest multiple of the row's scale.
+            assert ((read.values_TH * read.scales_T1 - plain_TH).abs() <= 0.501 * read.scales_T1).all()
+        end_TH = run_plain(residual.end(Output(made_TH.clone()), ladder=False))
+        torch.testing.assert_close(end_TH, x_TH + 2 * made_TH)
 
 
 # ------------------------------------------------------------------ ladders
@@ -122,7 +156,9 @@ def ladder_pass(group: Any, clock: HandClock, log: list[str], ladders: Sequence[
         log.append(f"compute {module}")
         clock.advance(1.0)
         following = ladders[module + 1] if module + 1 < len(ladders) else False
-        normed_TH = yield from residual.add(Output(normed_TH.clone(), group), NORM_H, ladder=following)
+        read = yield from residual.add(Output(normed_TH.clone(), group), NORM_H, ladder=following)
+        assert isinstance(read, Tensor)
+        normed_TH = read
     return normed_TH
 
 
@@ -184,9 +220,11 @@ def test_a_ladder_reads_all_but_the_last_output_also_across_stages(partial: bool
     def second_stage(group: Collectives, hidden_TH: Tensor) -> Parts:
         residual, read_TH = open_residual(hidden_TH, hidden_size=HIDDEN, epsilon=EPSILON, shares=None)
         torch.testing.assert_close(read_TH, x_TH + sums[0])
-        read_TH = yield from residual.add(take(group, 2), NORM_H, ladder=True)
-        torch.testing.assert_close(read_TH, rms_norm(x_TH + sums[0] + sums[1], NORM_H, EPSILON))
-        return (yield from residual.add(take(group, 3), NORM_H, ladder=False))
+        read = yield from residual.add(take(group, 2), NORM_H, ladder=True)
+        torch.testing.assert_close(read, rms_norm(x_TH + sums[0] + sums[1], NORM_H, EPSILON))
+        last = yield from residual.add(take(group, 3), NORM_H, ladder=False)
+        assert isinstance(last, Tensor)
+        return last
 
     def run(group: Collectives) -> None:
         passed_TH = run_plain(first_stage(group))

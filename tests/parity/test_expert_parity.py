@@ -229,3 +229,9 @@ def test_hosts_on_which_experts_do_not_lie_evenly_are_refused(
     with pytest.raises(ConfigError, match=problem) as refused:
         LLM(str(reference("parallel_experts").path), **OPTIONS, **options)
     assert refused.value.field == "ranks_per_host"
+
+
+def test_experts_with_biases_stay_where_they_are(reference: Callable[[str], Reference]) -> None:
+    with pytest.raises(ConfigError, match="moves experts without biases") as refused:
+        LLM(str(reference("gpt_oss").path), **{**OPTIONS, "expert_parallel_size": 2, "enable_eplb": True})
+    assert refused.value.field == "enable_eplb"

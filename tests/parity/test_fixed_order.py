@@ -80,6 +80,8 @@ def test_experts(
         ("parallel_dense", {"tensor_parallel_size": 2, "sequence_parallel_size": 2}),
         ("qwen3", {"tensor_parallel_size": 2}),
         ("llama_mqa", {"tensor_parallel_size": 8}),
+        ("gemma2", {"tensor_parallel_size": 2, "sharded_norm": True}),
+        ("gpt_oss", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     ],
     ids=str,
 )
@@ -135,7 +137,7 @@ def test_quantized_models(quantization: str, checkpoint: Callable[[str], Path], 
     assert generate(checkpoint("parallel_dense"), **options) == alone("parallel_dense", "bfloat16", quantization)
 
 
-@pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts"])
+@pytest.mark.parametrize("name", ["parallel_dense", "parallel_experts", "gemma2", "gpt_oss"])
 def test_by_torchs_operations(name: str, checkpoint: Callable[[str], Path]) -> None:
     with torch_alone():
         expected = generate(checkpoint(name), dtype="bfloat16")

@@ -120,6 +120,11 @@ def test_experts_give_the_same_on_every_mesh(
         ("qwen3", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
         ("qwen3_mixed_layers", {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}),
         ("llama_dynamic", {"tensor_parallel_size": 2}),
+        ("gemma2", {"tensor_parallel_size": 2, "sharded_norm": True}),
+        ("gemma2", {"tensor_parallel_size": 4, "pipeline_parallel_size": 3, "sharded_norm": False}),
+        ("gpt_oss", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        ("gpt_oss", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+        ("gpt_oss", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
     ],
     ids=str,
 )

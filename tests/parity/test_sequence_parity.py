@@ -155,6 +155,8 @@ def test_chunks_of_any_length_give_the_same(
         ("qwen3_mixed_layers", {"sp": 4}),
         ("llama_dynamic", {"sp": 2}),
         ("mixtral", {"sp": 2}),
+        ("gemma2", {"sp": 2, "tp": 2}),
+        ("gpt_oss", {"sp": 2}),
         ("parallel_experts", {"sp": 2, "tp": 2}),
     ],
     ids=str,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from slipstream.kernels import backends, moe_gemm
+from slipstream.kernels.gate import SILU, Gate, GateKind
 from slipstream.kernels.moe_combine import weighted_sum, weighted_sum_reference
 from slipstream.kernels.moe_gemm import block_product, can_mask, expert_product_reference, masked_product
 from slipstream.kernels.moe_mlp import StackedExperts, expert_products, moe_mlp, moe_mlp_stacked, stacked_products
@@ -53,6 +55,35 @@ def test_both_ways_are_the_reference(size: str, dtype: torch.dtype, is_gated: bo
         assert len(found) == (2 if dtype.itemsize == 2 else 1)
         for found_RO in found:
             torch.testing.assert_close(found_RO, expected_RO, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("gate", [SILU, Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=1.0)], ids=lambda it: it.kind)
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_biases_and_clamped_gates(is_gated: bool, gate: Gate, seed: int) -> None:
+    tokens, chosen, inputs, outputs = 7, 2, 48, 32
+    experts_TA = choices_of(seed, tokens, chosen)
+    x_TI = random(seed, tokens * chosen, inputs, dtype=torch.bfloat16)
+    weights_EOI = random(seed + 1, EXPERTS, outputs * (1 + is_gated), inputs, dtype=torch.bfloat16) / 4
+    biases_EO = random(seed + 2, *weights_EOI.shape[:2], dtype=torch.bfloat16)
+    expected_RO = expert_product_reference(
+        x_TI, weights_EOI, experts_TA.flatten(), chosen=1, is_gated=is_gated, biases_EO=biases_EO, gate=gate
+    )
+    how: dict[str, Any] = {"is_gated": is_gated, "biases_EO": biases_EO, "gate": gate}
+    blocks = sort_into_blocks(experts_TA.flatten(), EXPERTS, 64)
+    for found_RO in (
+        block_product(x_TI, weights_EOI, blocks, entries=tokens * chosen, **how),
+        masked_product(x_TI, weights_EOI, experts_TA, **how),
+    ):
+        torch.testing.assert_close(found_RO, expected_RO, rtol=3e-2, atol=3e-2)
+    # The reference itself, in float64.
+    rows_RO = torch.einsum("ri,roi->ro", x_TI.double(), weights_EOI.double()[experts_TA.flatten()])
+    rows_RO += biases_EO.double()[experts_TA.flatten()]
+    if is_gated:
+        gate_RO, up_RO = rows_RO.chunk(2, dim=1)
+        if gate is not SILU:
+            gate_RO, up_RO = gate_RO.clamp(max=1.0), up_RO.clamp(-1.0, 1.0) + 1
+        rows_RO = gate_RO / (1 + torch.exp(-gate.alpha * gate_RO)) * up_RO
+    torch.testing.assert_close(expected_RO.double(), rows_RO, rtol=1.6e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
@@ -194,5 +225,9 @@ def test_what_does_not_fit_is_named() -> None:
         multiply_masked(x_TI, torch.zeros(3, 16, 16).bfloat16(), experts_TA)
     with pytest.raises(ValueError, match="do not divide"):
         multiply_masked(torch.zeros(3, 16).bfloat16(), weights_EOI, experts_TA)
+    with pytest.raises(ValueError, match=r"biases_EO must be \[3, 32\]"):
+        multiply_masked(x_TI, weights_EOI, experts_TA, biases_EO=torch.zeros(3, 16).bfloat16())
+    with pytest.raises(ValueError, match="gate: gelu_tanh is not multiplied with in one launch"):
+        multiply_masked(x_TI, weights_EOI, experts_TA, gate=Gate(kind=GateKind.GELU_TANH))
     with pytest.raises(ValueError, match="weights_TA"):
         weighted_sum(torch.zeros(2, 3, 4), torch.zeros(2, 2))

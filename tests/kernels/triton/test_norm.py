@@ -35,6 +35,24 @@ def test_kernel_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, see
     assert_near(rms_norm(x_TH, weight_H, EPSILON), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 1500), (9, 2, 200)])
+def test_a_weight_of_float32(shape: tuple[int, ...], dtype: torch.dtype, seed: int, launches: list[str]) -> None:
+    torch.manual_seed(seed)
+    x_TH, weight_H = torch.randn(shape, dtype=dtype), torch.randn(shape[1:])
+    # All in float32, rounded once: within half a unit of the last place.
+    exact = rms_norm_reference(x_TH.float(), weight_H, EPSILON)
+    assert torch.equal(rms_norm_reference(x_TH, weight_H, EPSILON), exact.to(dtype))
+    found = rms_norm(x_TH, weight_H, EPSILON)
+    # Small numbers of float16 have fewer digits.
+    bound = 0.5001 * torch.finfo(dtype).eps * exact.abs() + (1e-7 if dtype == torch.float16 else 0)
+    assert ((found.float() - exact).abs() <= bound).all()
+    assert launches == (["_rms_norm_kernel"] if dtype == torch.bfloat16 else [])
+    if x_TH.dim() == 2:
+        normed_TH, total_TH = add_rms_norm(x_TH, x_TH.flip(0), weight_H, EPSILON)
+        assert_near(normed_TH, rms_norm_reference(total_TH, weight_H, EPSILON))
+
+
 def test_reference_is_the_formula(seed: int) -> None:
     torch.manual_seed(seed)
     x_TH, weight_H = torch.randn(5, 33, dtype=torch.float64), torch.randn(33, dtype=torch.float64)
