@@ -32,6 +32,8 @@ from .cpu.attention_keys import Int32Array, Int64Array, KeyLayout
 from .cpu.attention_paged import PagedRows, build_paged_rows
 from .cpu.attention_paged_prefill import PagedRuns, build_paged_runs
 from .cpu.attention_prefill_plan import PrefillGroup, build_prefill_plan
+from .mla_prefill import mla_prefill_tile_rows
+from .mla_span import MlaOptions, takes_latents
 from .shared_items import LEAST_ROWS, SharedItems, share_items
 from .shared_prefix import shared_tile_rows
 
@@ -58,15 +60,17 @@ def build_attention_plan(
     dtype: torch.dtype,
     device: torch.device,
     cache_dtype: torch.dtype | None = None,
+    latent: int | None = None,
     deterministic: bool = False,
     items_on: torch.device | None = None,
     decode_room: int | None = None,
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
-    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
-    is made, for whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many
-    spans of keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
+    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``latent``: of latents in the
+    cache, how many numbers are values too (``latent_attention``). ``items_on``: where what those read is made, for
+    whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many spans of
+    keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
@@ -75,15 +79,23 @@ def build_attention_plan(
     Shapes: starts, counts [rows] int32, first position and number of positions of each row; block_tables
     [rows, most blocks] int32, entries beyond a row's last block are never read
     """
-    if uses_triton_on("attention", device):
+    tile_rows, shared_rows = 0, None
+    if latent is not None:
+        if takes_latents(latent, head_size - latent) and uses_triton_on("mla", device):
+            options = MlaOptions(scale=1.0, latent=latent, deterministic=deterministic)
+            tile_rows = mla_prefill_tile_rows(heads, dtype, options)
+    elif uses_triton_on("attention", device):
+        tile_rows = prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic)
+        shared_rows = shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic)
+    if tile_rows:
         return _plan_of_items(
             starts,
             counts,
             block_tables,
             block_size=block_size,
             heads_per_kv=heads // kv_heads,
-            tile_rows=prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
-            shared_rows=shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
+            tile_rows=tile_rows,
+            shared_rows=shared_rows,
             window=window,
             device=items_on or device,
             decode_room=decode_room,
@@ -121,13 +133,13 @@ def _plan_of_items(
     block_size: int,
     heads_per_kv: int,
     tile_rows: int,
-    shared_rows: int,
+    shared_rows: int | None,
     window: int | None,
     device: torch.device,
     decode_room: int | None,
 ) -> AttentionPlan:
     """Build the plan for Triton's kernels, which cut their tiles into so many rows; spans that rows share are found on
-    the host.
+    the host. ``shared_rows``: None where kernels read them for each row.
     """
     longest = int((starts + counts).max(initial=0))
     # As few different widths as may be: a kernel is compiled anew for one that 16 does not divide.
@@ -146,7 +158,7 @@ def _plan_of_items(
             capacity=decode_room,
         )
         decode = items
-        if device.type == "cpu":
+        if device.type == "cpu" and shared_rows is not None:
             shared = share_items(
                 items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=shared_rows
             )

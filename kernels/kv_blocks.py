@@ -1,7 +1,7 @@
 """Whole KV blocks copied, for copy on write, and cleared: all layers at once.
 
-Shapes: a layer's cache is [parts, num_blocks, KV heads, block size, head size], L layers; the parts are keys and values,
-or one that is both.
+Shapes: a layer's cache is [parts, num_blocks, KV heads, block size, head size], L layers; the parts are keys and
+values, or one that is both.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def gather_keys_values(
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values, contiguous per row and KV head; valid until the next call.
 
-    Shapes: layer_cache [2, blocks, KV heads, block size, head size] contiguous, or [1, ...] of keys that are values too; rows [pairs * blocks of a pair],
-    see ``KeyLayout.gather``; returns two [pairs, keys, head size]
+    Shapes: layer_cache [2, blocks, KV heads, block size, head size] contiguous, or [1, ...] of keys that are values
+    too; rows [pairs * blocks of a pair], see ``KeyLayout.gather``; returns two [pairs, keys, head size]
     """
     block_size, head_size = layer_cache.shape[3:]
     shape = (rows.shape[0], block_size * head_size)

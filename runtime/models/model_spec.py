@@ -104,8 +104,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
-    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts, and to ``shared`` if there is one.
-    """
+    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts, and to ``shared``."""
 
     num_experts: int
     top_k: int

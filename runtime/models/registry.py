@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config_fields import ConfigFields, read_json
-from .model_spec import DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec
+from .deepseek_config import v2_latent, v2_mlps, v3_latent, v3_mlps
+from .model_spec import DenseMlpSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec
 from .rope_config import read_rope
 from .stored_config import read_stored_as
 
@@ -25,7 +26,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Family:
     """What sets one architecture apart: defaults for absent keys, and functions of the others.
 
-    ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads.
+    ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads. With ``latent``
+    neither counts.
     """
 
     kv_heads: int | None
@@ -41,6 +43,7 @@ class Family:
     qk_norm: bool = False
     windows: Callable[[ConfigFields, int], tuple[int | None, ...]]
     mlps: Callable[[ConfigFields, int], tuple[DenseMlpSpec | MoeSpec, ...]]
+    latent: Callable[[ConfigFields], LatentSpec] | None = None
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
@@ -66,8 +69,12 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
     if num_layers > MAX_LAYERS:
         raise fields.problem("num_hidden_layers", f"{num_layers} is more than the {MAX_LAYERS} we allow")
     num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = _kv_heads(family, fields, num_heads)
-    head_dim = _head_dim(family, fields, num_heads)
+    latent = None if family.latent is None else family.latent(fields)
+    if latent is None:
+        num_kv_heads, head_dim = _kv_heads(family, fields, num_heads), _head_dim(family, fields, num_heads)
+        rotary_dim = head_dim
+    else:
+        num_kv_heads, head_dim, rotary_dim = 1, latent.width, latent.rotary_dim
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
     windows, mlps = family.windows(fields, num_layers), family.mlps(fields, num_layers)
     ladders = _ladder_layers(architecture, fields, num_layers)
@@ -86,7 +93,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         o_bias=family.o_bias(fields),
         mlp_bias=family.mlp_bias(fields),
         qk_norm=family.qk_norm,
-        rope=read_rope(fields, head_dim=head_dim, max_positions=max_positions, default_theta=family.rope_theta),
+        rope=read_rope(fields, head_dim=rotary_dim, max_positions=max_positions, default_theta=family.rope_theta),
         layers=tuple(
             LayerSpec(window=window, mlp=mlp, ladder=layer in ladders)
             for layer, (window, mlp) in enumerate(zip(windows, mlps, strict=True))
@@ -96,6 +103,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         stored_as=read_stored_as(fields),
+        latent=latent,
     )
 
 
@@ -319,6 +327,30 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=_never,
         windows=_mixtral_windows,
         mlps=_mixtral_mlps,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        kv_heads=None,
+        max_positions=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_llama_mlp_bias,
+        windows=_no_windows,
+        mlps=v2_mlps,
+        latent=v2_latent,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        kv_heads=None,
+        max_positions=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_never,
+        windows=_no_windows,
+        mlps=v3_mlps,
+        latent=v3_latent,
     ),
     "Qwen3MoeForCausalLM": Family(
         kv_heads=4,
