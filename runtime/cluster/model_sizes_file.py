@@ -19,8 +19,8 @@ from ...placement.model_sizes import (
     ModelSizes,
 )
 from ..models.config_fields import ConfigFields, read_json
-from ..models.model_spec import ModelSpec, MoeSpec
-from ..models.registry import FAMILIES, MAX_EXPERTS, MAX_LAYERS, read_model_spec
+from ..models.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
+from ..models.registry import FAMILIES, MAX_LAYERS, read_model_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625), "fp8": ("float8", 1.0)}

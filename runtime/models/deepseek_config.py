@@ -6,7 +6,7 @@ Owns their field names and defaults, which are those of transformers. Refuses wh
 from __future__ import annotations
 
 from .config_fields import ConfigFields
-from .model_spec import DenseMlpSpec, LatentSpec, MoeSpec, RouterSpec
+from .model_spec import MAX_EXPERTS, DenseMlpSpec, LatentSpec, MoeSpec, RouterSpec
 from .rope_config import score_magnitude
 
 
@@ -88,6 +88,8 @@ def _mixture(
     router: RouterSpec,
 ) -> MoeSpec:
     experts = fields.integer("n_routed_experts", experts)
+    if experts > MAX_EXPERTS:
+        raise fields.problem("n_routed_experts", f"{experts} is more than the {MAX_EXPERTS} we allow")
     top_k = fields.integer("num_experts_per_tok", top_k)
     size = fields.integer("moe_intermediate_size", size)
     if fields.has("n_shared_experts"):

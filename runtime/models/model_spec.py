@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from ...placement.model_facts import ModelFacts
 from ..config import prefix_cache_key
 
+MAX_EXPERTS = 10_000
+"""Of a layer; a file that names more is wrong."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:

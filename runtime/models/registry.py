@@ -13,12 +13,11 @@ from pathlib import Path
 
 from .config_fields import ConfigFields, read_json
 from .deepseek_config import v2_latent, v2_mlps, v3_latent, v3_mlps
-from .model_spec import DenseMlpSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec
+from .model_spec import MAX_EXPERTS, DenseMlpSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec
 from .rope_config import read_rope
 from .stored_config import read_stored_as
 
 MAX_LAYERS = 10_000
-MAX_EXPERTS = 10_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 

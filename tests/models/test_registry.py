@@ -84,6 +84,9 @@ def test_every_family_is_covered_by_the_defaults_above() -> None:
         "Qwen3ForCausalLM",
         "MixtralForCausalLM",
         "Qwen3MoeForCausalLM",
+        # test_deepseek_config
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
     }
 
 

@@ -80,6 +80,9 @@ def test_experts(
         ("parallel_dense", {"tensor_parallel_size": 2, "sequence_parallel_size": 2}),
         ("qwen3", {"tensor_parallel_size": 2}),
         ("llama_mqa", {"tensor_parallel_size": 8}),
+        ("deepseek_v3", {"tensor_parallel_size": 2}),
+        ("deepseek_v3", {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "sharded_norm": True}),
+        ("deepseek_v3", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     ],
     ids=str,
 )
