@@ -124,8 +124,9 @@ def check_degrees(spec: ModelSpec, shape: MeshShape, *, experts_over_tp: bool = 
         raise ConfigError(
             "tensor_parallel_size", f"{tp} neither divides the model's {kv_heads} KV heads nor is a multiple of them"
         )
-    shared = [layer.mlp.shared for layer in spec.layers if isinstance(layer.mlp, MoeSpec) and layer.mlp.shared]
-    smallest = min(spec.vocab_size, *(mlp.intermediate_size for mlp in (*(e.mlp for e in spec.layers), *shared)))
+    mlps = [layer.mlp for layer in spec.layers]
+    shared = [mlp.shared for mlp in mlps if isinstance(mlp, MoeSpec) and mlp.shared is not None]
+    smallest = min(spec.vocab_size, *(mlp.intermediate_size for mlp in (*mlps, *shared)))
     if smallest < tp:
         raise ConfigError("tensor_parallel_size", f"{tp} is more than the {smallest} columns of a layer")
     if shape.sp > 1 and spec.latent is not None:
