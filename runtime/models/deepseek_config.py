@@ -52,7 +52,7 @@ def v2_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSp
         groups=fields.integer("n_group") if grouped else 1,
         top_groups=fields.integer("topk_group") if grouped else 1,
         scaling=fields.number("routed_scaling_factor", 1.0),
-        float32=True,
+        is_wide=True,
     )
     mixture = _mixture(fields, experts=64, top_k=None, size=1407, shared=2, normalize=False, router=router)
     return _layers(fields, num_layers, mixture, first_dense=0)
@@ -70,7 +70,7 @@ def v3_mlps(fields: ConfigFields, num_layers: int) -> tuple[DenseMlpSpec | MoeSp
         top_groups=fields.integer("topk_group", 4),
         sums_two=groups > 1,
         scaling=fields.number("routed_scaling_factor", 2.5),
-        float32=True,
+        is_wide=True,
     )
     normalize = fields.boolean("norm_topk_prob", True)
     mixture = _mixture(fields, experts=256, top_k=8, size=2048, shared=1, normalize=normalize, router=router)
@@ -122,6 +122,9 @@ def _check_groups(fields: ConfigFields, router: RouterSpec, *, experts: int, top
 def _layers(
     fields: ConfigFields, num_layers: int, mixture: MoeSpec, *, first_dense: int
 ) -> tuple[DenseMlpSpec | MoeSpec, ...]:
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.problem("hidden_act", f"{activation!r} is not supported; only 'silu' is")
     first, step = fields.integer("first_k_dense_replace", first_dense, minimum=0), fields.integer("moe_layer_freq", 1)
     return tuple(mixture if layer >= first and layer % step == 0 else _dense(fields) for layer in range(num_layers))
 

@@ -55,13 +55,16 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One parameter of the decoder and the pieces that fill it completely. ``float32``: whatever the model's type."""
+    """One parameter of the decoder and the pieces that fill it completely.
+
+    ``is_wide``: it is float32 whatever the others are.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     role: Role = Role.TENSOR
-    float32: bool = False
+    is_wide: bool = False
 
 
 def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHOLE) -> tuple[Parameter, ...]:
@@ -254,9 +257,9 @@ def _moe(
         names = ("gate_proj", "up_proj", "down_proj")
         pieces = _single_experts(f"{disk}.mlp.experts", names, size, hidden, experts, part)
     gate_up, down = (len(experts), 2 * len(part), hidden), (len(experts), hidden, len(part))
-    scores = _whole(f"{name}.router", router, mlp.num_experts, hidden, role=Role.ROUTER)
+    scores = _whole(f"{name}.router.weight", router, mlp.num_experts, hidden, role=Role.ROUTER)
     return [
-        replace(scores, float32=mlp.router.float32),
+        replace(scores, is_wide=mlp.router.is_wide),
         Parameter(name=f"{name}.gate_up", shape=gate_up, pieces=pieces[0], role=Role.EXPERTS),
         Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.SUMMED_EXPERTS),
     ]
@@ -267,7 +270,7 @@ def _beside_experts(spec: ModelSpec, shard: Shard, mlp: MoeSpec, name: str, disk
     parameters = []
     if mlp.router.corrected:
         correction = _whole(f"{name}.correction", f"{disk}.gate.e_score_correction_bias", mlp.num_experts)
-        parameters.append(replace(correction, float32=True))
+        parameters.append(replace(correction, is_wide=True))
     if mlp.shared is not None:
         parameters += _dense_mlp(spec, shard, mlp.shared, f"{name}.shared", f"{disk}.shared_experts")
     return parameters

@@ -21,7 +21,6 @@ from ...kernels.moe_sort import sort_by_expert, unsort
 from .expert_ranks import ExpertRanks
 from .experts import Experts
 from .linear import Linear
-from .linear_format import Product
 from .model_spec import DenseMlpSpec, MoeSpec
 from .parallel import Output, summed
 from .parameters import Parameters
@@ -53,8 +52,8 @@ class MoeMlp:
     Shapes: correction_E [experts] float32, added to scores for the choice; None without
     """
 
-    router: Product
-    router_float32: bool
+    router: Linear
+    is_wide_router: bool
     correction_E: Tensor | None
     experts: Experts | ExpertRanks
     routing: Routing
@@ -87,8 +86,8 @@ class MoeMlp:
 
     def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of each token's experts, and these."""
-        scored_TH = x_TH.float() if self.router_float32 else x_TH
-        return choose_experts(self.router(scored_TH, None), self.routing, self.correction_E)
+        scored_TH = x_TH.float() if self.is_wide_router else x_TH
+        return choose_experts(self.router(scored_TH), self.routing, self.correction_E)
 
 
 Mlp = DenseMlp | MoeMlp
@@ -120,8 +119,8 @@ def take_mlp(
             over_experts, placed, slots, columns_group=columns_group, row_sums=row_sums, levels=levels
         )
     return MoeMlp(
-        router=parameters.router(f"{name}.router"),
-        router_float32=spec.router.float32,
+        router=parameters.linear(f"{name}.router"),
+        is_wide_router=spec.router.is_wide,
         correction_E=parameters.tensor(f"{name}.correction") if spec.router.corrected else None,
         experts=experts,
         routing=_routing(spec),

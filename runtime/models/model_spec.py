@@ -93,7 +93,7 @@ class RouterSpec:
 
     - ``sigmoid``: each expert has a score of its own, in place of a share of a softmax.
     - ``corrected``: a stored bias is added to scores for the choice alone.
-    - ``float32``: scores are computed in it, whatever the model's type.
+    - ``is_wide``: scores are computed in float32, whatever the model's type.
     """
 
     sigmoid: bool = False
@@ -102,7 +102,7 @@ class RouterSpec:
     top_groups: int = 1
     sums_two: bool = False
     scaling: float = 1.0
-    float32: bool = False
+    is_wide: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,11 +65,6 @@ class Parameters:
         """Where the parameters are."""
         return next(iter(self._tensors.values())).device
 
-    def router(self, name: str) -> Product:
-        """Return what scores a layer's experts."""
-        (product,) = self._products[name]
-        return product
-
     def head(self, *, tied: bool) -> Product:
         """Return the output head; ``tied``: it is the embedding, of which the format keeps a copy of its own."""
         if tied:

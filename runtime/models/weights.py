@@ -144,7 +144,7 @@ def _load(
     reader: CheckpointReader, parameter: Parameter, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a parameter as plain numbers."""
-    tensor = torch.empty(parameter.shape, dtype=torch.float32 if parameter.float32 else dtype, device=device)
+    tensor = torch.empty(parameter.shape, dtype=torch.float32 if parameter.is_wide else dtype, device=device)
     for piece in parameter.pieces:
         if spec.stored_as is not None and is_stored_in_codes(piece, spec.stored_as, reader):
             piece.place_in(tensor).copy_(read_piece(reader, piece, spec.stored_as).weight())

@@ -62,14 +62,14 @@ def test_experts_of_v2(spec_of: Spec) -> None:
         top_k=6,
         intermediate_size=1407,
         normalize_top_k=False,
-        router=RouterSpec(float32=True),
+        router=RouterSpec(is_wide=True),
         shared=DenseMlpSpec(intermediate_size=2 * 1407),
     )
     assert [layer.mlp for layer in spec_of(V2).layers] == [mixture] * 4
     grouped = spec_of(
         V2, topk_method="group_limited_greedy", n_group=8, topk_group=3, routed_scaling_factor=16.0, n_shared_experts=0
     )
-    router = RouterSpec(groups=8, top_groups=3, scaling=16.0, float32=True)
+    router = RouterSpec(groups=8, top_groups=3, scaling=16.0, is_wide=True)
     assert grouped.layers[0].mlp == replace(mixture, router=router, shared=None)
 
 
@@ -81,7 +81,7 @@ def test_experts_of_v3(spec_of: Spec) -> None:
         intermediate_size=2048,
         normalize_top_k=True,
         router=RouterSpec(
-            sigmoid=True, corrected=True, groups=8, top_groups=4, sums_two=True, scaling=2.5, float32=True
+            sigmoid=True, corrected=True, groups=8, top_groups=4, sums_two=True, scaling=2.5, is_wide=True
         ),
         shared=DenseMlpSpec(intermediate_size=2048),
     )
