@@ -79,23 +79,15 @@ def build_attention_plan(
     Shapes: starts, counts [rows] int32, first position and number of positions of each row; block_tables
     [rows, most blocks] int32, entries beyond a row's last block are never read
     """
-    tile_rows, shared_rows = 0, None
-    if latent is not None:
-        if takes_latents(latent, head_size - latent) and uses_triton_on("mla", device):
-            options = MlaOptions(scale=1.0, latent=latent, deterministic=deterministic)
-            tile_rows = mla_prefill_tile_rows(heads, dtype, options)
-    elif uses_triton_on("attention", device):
-        tile_rows = prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic)
-        shared_rows = shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic)
-    if tile_rows:
+    tiles = _tiles(heads, head_size, latent, dtype, cache_dtype or dtype, device, deterministic=deterministic)
+    if tiles is not None:
         return _plan_of_items(
             starts,
             counts,
             block_tables,
             block_size=block_size,
             heads_per_kv=heads // kv_heads,
-            tile_rows=tile_rows,
-            shared_rows=shared_rows,
+            tiles=tiles,
             window=window,
             device=items_on or device,
             decode_room=decode_room,
@@ -125,6 +117,38 @@ def build_attention_plan(
     return AttentionPlan(window=window, decode=decode, prefill=prefill)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Rows of a prefill tile, and of one that rows share; None where kernels read spans of keys for each row."""
+
+    rows: int
+    shared_rows: int | None
+
+
+def _tiles(
+    heads: int,
+    head_size: int,
+    latent: int | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    deterministic: bool,
+) -> _Tiles | None:
+    """Return what Triton's kernels cut; None where others attend."""
+    if latent is not None:
+        if not takes_latents(latent, head_size - latent) or not uses_triton_on("mla", device):
+            return None
+        options = MlaOptions(scale=1.0, latent=latent, deterministic=deterministic)
+        return _Tiles(mla_prefill_tile_rows(heads, dtype, options), None)
+    if not uses_triton_on("attention", device):
+        return None
+    return _Tiles(
+        prefill_tile_rows(head_size, dtype, cache_dtype, deterministic=deterministic),
+        shared_tile_rows(head_size, dtype, cache_dtype, deterministic=deterministic),
+    )
+
+
 def _plan_of_items(
     starts: Int32Array,
     counts: Int32Array,
@@ -132,15 +156,12 @@ def _plan_of_items(
     *,
     block_size: int,
     heads_per_kv: int,
-    tile_rows: int,
-    shared_rows: int | None,
+    tiles: _Tiles,
     window: int | None,
     device: torch.device,
     decode_room: int | None,
 ) -> AttentionPlan:
-    """Build the plan for Triton's kernels, which cut their tiles into so many rows; spans that rows share are found on
-    the host. ``shared_rows``: None where kernels read them for each row.
-    """
+    """Build the plan for Triton's kernels, which cut ``tiles``; spans that rows share are found on the host."""
     longest = int((starts + counts).max(initial=0))
     # As few different widths as may be: a kernel is compiled anew for one that 16 does not divide.
     block_tables = block_tables[:, : -(-longest // (16 * block_size)) * 16]
@@ -158,9 +179,9 @@ def _plan_of_items(
             capacity=decode_room,
         )
         decode = items
-        if device.type == "cpu" and shared_rows is not None:
+        if device.type == "cpu" and tiles.shared_rows is not None:
             shared = share_items(
-                items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=shared_rows
+                items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=tiles.shared_rows
             )
             # Where nothing is shared, all that is left is the launch of a kernel; with room for any, shapes stay alike.
             may_share = decode_room is not None and int(single.sum()) >= LEAST_ROWS
@@ -173,7 +194,7 @@ def _plan_of_items(
             first_tokens[several],
             block_tables[several],
             heads_per_kv=heads_per_kv,
-            tile_rows=tile_rows,
+            tile_rows=tiles.rows,
             device=device,
         )
     return AttentionPlan(window=window, decode=decode, prefill=prefill)
