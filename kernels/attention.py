@@ -70,7 +70,8 @@ def paged_attention(
     """Return each token's causal attention over its sequence's cached keys, its own included.
 
     The keys and values of the batch must have been written before. Query head n belongs to KV head n // (N / K).
-    The softmax is float32. ``soft_cap`` and sinks are those of ``AttentionOptions``.
+    The softmax is float32. ``soft_cap`` and sinks are those of ``AttentionOptions``. All but Triton's way also take
+    caches of one part, [1, ...], of keys that are values too.
 
     Shapes: q_TND [tokens, heads, head size], last axis contiguous; layer_cache [2, blocks, KV heads, block
     size, head size] contiguous; sinks_N [heads] float32; returns [tokens, heads, head size] contiguous; all of the

@@ -32,6 +32,8 @@ from .cpu.attention_keys import Int32Array, Int64Array, KeyLayout
 from .cpu.attention_paged import PagedRows, build_paged_rows
 from .cpu.attention_paged_prefill import PagedRuns, build_paged_runs
 from .cpu.attention_prefill_plan import PrefillGroup, build_prefill_plan
+from .mla_prefill import mla_prefill_tile_rows
+from .mla_span import MlaOptions, takes_latents
 from .shared_items import LEAST_ROWS, SharedItems, share_items
 from .shared_prefix import shared_tile_rows
 
@@ -58,15 +60,17 @@ def build_attention_plan(
     dtype: torch.dtype,
     device: torch.device,
     cache_dtype: torch.dtype | None = None,
+    latent: int | None = None,
     deterministic: bool = False,
     items_on: torch.device | None = None,
     decode_room: int | None = None,
 ) -> AttentionPlan:
     """Build the plan of one step for one window, for queries and caches of type ``dtype``.
 
-    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``items_on``: where what those read
-    is made, for whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many
-    spans of keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
+    ``cache_dtype``: of caches, where Triton's kernels attend and it is another one. ``latent``: of latents in the
+    cache, how many numbers are values too (``latent_attention``). ``items_on``: where what those read is made, for
+    whoever brings it to ``device`` with other things; None is there at once. ``decode_room``: for how many spans of
+    keys of decoding rows, so that as many rows always make arrays of the same shapes; None is what they need.
 
     The compiled kernels give a position the same bits whatever the chunk it is computed in. Torch's operations do so
     with ``deterministic``: prefill then sums its keys span by span as decoding does. Without, tiles that see more than
@@ -75,15 +79,15 @@ def build_attention_plan(
     Shapes: starts, counts [rows] int32, first position and number of positions of each row; block_tables
     [rows, most blocks] int32, entries beyond a row's last block are never read
     """
-    if uses_triton_on("attention", device):
+    tiles = _tiles(heads, head_size, latent, dtype, cache_dtype or dtype, device, deterministic=deterministic)
+    if tiles is not None:
         return _plan_of_items(
             starts,
             counts,
             block_tables,
             block_size=block_size,
             heads_per_kv=heads // kv_heads,
-            tile_rows=prefill_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
-            shared_rows=shared_tile_rows(head_size, dtype, cache_dtype or dtype, deterministic=deterministic),
+            tiles=tiles,
             window=window,
             device=items_on or device,
             decode_room=decode_room,
@@ -113,6 +117,38 @@ def build_attention_plan(
     return AttentionPlan(window=window, decode=decode, prefill=prefill)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Rows of a prefill tile, and of one that rows share; None where kernels read spans of keys for each row."""
+
+    rows: int
+    shared_rows: int | None
+
+
+def _tiles(
+    heads: int,
+    head_size: int,
+    latent: int | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    deterministic: bool,
+) -> _Tiles | None:
+    """Return what Triton's kernels cut; None where others attend."""
+    if latent is not None:
+        if not takes_latents(latent, head_size - latent) or not uses_triton_on("mla", device):
+            return None
+        options = MlaOptions(scale=1.0, latent=latent, deterministic=deterministic)
+        return _Tiles(mla_prefill_tile_rows(heads, dtype, options), None)
+    if not uses_triton_on("attention", device):
+        return None
+    return _Tiles(
+        prefill_tile_rows(head_size, dtype, cache_dtype, deterministic=deterministic),
+        shared_tile_rows(head_size, dtype, cache_dtype, deterministic=deterministic),
+    )
+
+
 def _plan_of_items(
     starts: Int32Array,
     counts: Int32Array,
@@ -120,15 +156,12 @@ def _plan_of_items(
     *,
     block_size: int,
     heads_per_kv: int,
-    tile_rows: int,
-    shared_rows: int,
+    tiles: _Tiles,
     window: int | None,
     device: torch.device,
     decode_room: int | None,
 ) -> AttentionPlan:
-    """Build the plan for Triton's kernels, which cut their tiles into so many rows; spans that rows share are found on
-    the host.
-    """
+    """Build the plan for Triton's kernels, which cut ``tiles``; spans that rows share are found on the host."""
     longest = int((starts + counts).max(initial=0))
     # As few different widths as may be: a kernel is compiled anew for one that 16 does not divide.
     block_tables = block_tables[:, : -(-longest // (16 * block_size)) * 16]
@@ -146,9 +179,9 @@ def _plan_of_items(
             capacity=decode_room,
         )
         decode = items
-        if device.type == "cpu":
+        if device.type == "cpu" and tiles.shared_rows is not None:
             shared = share_items(
-                items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=shared_rows
+                items, window=window, block_size=block_size, heads_per_kv=heads_per_kv, tile_rows=tiles.shared_rows
             )
             # Where nothing is shared, all that is left is the launch of a kernel; with room for any, shapes stay alike.
             may_share = decode_room is not None and int(single.sum()) >= LEAST_ROWS
@@ -161,7 +194,7 @@ def _plan_of_items(
             first_tokens[several],
             block_tables[several],
             heads_per_kv=heads_per_kv,
-            tile_rows=tile_rows,
+            tile_rows=tiles.rows,
             device=device,
         )
     return AttentionPlan(window=window, decode=decode, prefill=prefill)

@@ -1,6 +1,7 @@
 """Whole KV blocks copied, for copy on write, and cleared: all layers at once.
 
-Shapes: a layer's cache is [2, num_blocks, KV heads, block size, head size], L layers.
+Shapes: a layer's cache is [parts, num_blocks, KV heads, block size, head size], L layers; the parts are keys and
+values, or one that is both.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def clear_blocks_reference(blocks_F: Tensor, layer_caches: Sequence[Tensor]) -> 
     """Set whole blocks of all layers to zero, so that what an earlier owner left there (perhaps not a number) can never
     be read.
 
-    Shapes: blocks_F [blocks] int64; layer_caches: each [2, blocks, KV heads, block size, head size], contiguous
+    Shapes: blocks_F [blocks] int64; layer_caches: each [parts, blocks, KV heads, block size, head size], contiguous
     """
     for layer_cache in layer_caches:
         layer_cache.view(torch.uint8).index_fill_(1, blocks_F, 0)
@@ -54,16 +55,17 @@ def _copy_blocks_kernel(
     layers_ptr,
     blocks_ptr,
     copies,
+    parts,
     num_blocks,
     block_words,
     WORD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """One program copies ``WORDS`` words of one block's keys, or values, in one layer."""
-    copy, half = tl.program_id(0), tl.program_id(1)
-    cache_ptr = memory_at(layers_ptr + half // 2, WORD, ALIGNMENT)
-    first = (half % 2).to(tl.int64) * num_blocks
+    """One program copies ``WORDS`` words of one part of a block in one layer."""
+    copy, part = tl.program_id(0), tl.program_id(1)
+    cache_ptr = memory_at(layers_ptr + part // parts, WORD, ALIGNMENT)
+    first = (part % parts).to(tl.int64) * num_blocks
     source = (first + tl.load(blocks_ptr + copy)) * block_words
     target = (first + tl.load(blocks_ptr + copies + copy)) * block_words
     words = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
@@ -73,12 +75,19 @@ def _copy_blocks_kernel(
 
 @jit
 def _clear_blocks_kernel(
-    layers_ptr, blocks_ptr, num_blocks, block_words, WORD: tl.constexpr, ALIGNMENT: tl.constexpr, WORDS: tl.constexpr
+    layers_ptr,
+    blocks_ptr,
+    parts,
+    num_blocks,
+    block_words,
+    WORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """One program clears ``WORDS`` words of one block's keys, or values, in one layer."""
-    half = tl.program_id(1)
-    cache_ptr = memory_at(layers_ptr + half // 2, WORD, ALIGNMENT)
-    block = (half % 2).to(tl.int64) * num_blocks + tl.load(blocks_ptr + tl.program_id(0))
+    """One program clears ``WORDS`` words of one part of a block in one layer."""
+    part = tl.program_id(1)
+    cache_ptr = memory_at(layers_ptr + part // parts, WORD, ALIGNMENT)
+    block = (part % parts).to(tl.int64) * num_blocks + tl.load(blocks_ptr + tl.program_id(0))
     words = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
     zeros = tl.zeros((WORDS,), cache_ptr.dtype.element_ty)
     tl.store(cache_ptr + block * block_words + words, zeros, mask=words < block_words)
@@ -87,7 +96,7 @@ def _clear_blocks_kernel(
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``copy_blocks`` and ``clear_blocks`` launch."""
     pointers = dict.fromkeys(("layers_ptr", "blocks_ptr"), "*i64")
-    numbers = dict.fromkeys(("num_blocks", "block_words"), "i32")
+    numbers = dict.fromkeys(("parts", "num_blocks", "block_words"), "i32")
     copy_signature = {**pointers, "copies": "i32", **numbers}
     for name, words in _WORDS.items():
         for kernel, signature in (
@@ -135,9 +144,9 @@ def clear_blocks(blocks_F: Tensor, layer_caches: Sequence[Tensor]) -> None:
     blocks = blocks_F.numpy()
     if blocks.size and (blocks.min() < 0 or blocks.max() >= first.shape[1]):
         raise IndexError(f"blocks {blocks.min()} to {blocks.max()} of a cache of {first.shape[1]}")
-    halves = np.add.outer([layer.data_ptr() for layer in layer_caches], [0, first[0].nbytes])
+    parts = np.add.outer([layer.data_ptr() for layer in layer_caches], np.arange(first.shape[0]) * first[0].nbytes)
     block_bytes = first[0, 0].nbytes
-    places = np.add.outer(halves, blocks * block_bytes)
+    places = np.add.outer(parts, blocks * block_bytes)
     compiled.clear(places.ctypes.data, places.size, block_bytes, torch.get_num_threads())
 
 
@@ -155,10 +164,11 @@ def _launch(kernel: object, layer_caches: Sequence[Tensor], blocks: Tensor, coun
     block_words = block_bytes // (8 if are_aligned else 1)
     launch(
         kernel,
-        (count, 2 * len(layer_caches), -(-block_words // _CONFIG.tiles["WORDS"])),
+        (count, first.shape[0] * len(layer_caches), -(-block_words // _CONFIG.tiles["WORDS"])),
         _CONFIG,
         layers_ptr=pointer_table(layer_caches),
         blocks_ptr=blocks,
+        parts=first.shape[0],
         num_blocks=first.shape[1],
         block_words=block_words,
         **words,

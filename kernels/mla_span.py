@@ -173,11 +173,15 @@ def mla_variants() -> Iterator[MlaVariant]:
                 )
 
 
+def takes_latents(latent: int, rope: int) -> bool:
+    """Return whether there are kernels for latents of this size, with so many rotated numbers."""
+    return all(size >= 16 and next_power_of_2(size) == size for size in (latent, rope))
+
+
 def check_mla(q_TNW: Tensor, cache_BSW: Tensor, options: MlaOptions, out_TNL: Tensor) -> None:
     """Raises: ValueError naming the tensor that does not fit."""
     width, rope = q_TNW.shape[-1], q_TNW.shape[-1] - options.latent
-    sizes = (options.latent, rope)
-    if any(size < 16 or next_power_of_2(size) != size for size in sizes):
+    if not takes_latents(options.latent, rope):
         raise ValueError(f"q has {options.latent} latent and {rope} rotated numbers: powers of two from 16 are taken")
     if cache_BSW.dim() != 3 or cache_BSW.shape[-1] != width or not cache_BSW.is_contiguous():
         raise ValueError(f"cache must be [blocks, block size, {width}] and contiguous, not {list(cache_BSW.shape)}")

@@ -1,7 +1,7 @@
 """Rotary positions, and the way of new keys and values into the paged cache.
 
 Shapes: T tokens, S heads (any mixture of query, key and value heads), K KV heads, D head size; a layer's
-cache is [2, num_blocks, K, block_size, D], keys first.
+cache is [2, num_blocks, K, block_size, D], keys first, or [1, ...] of keys that are values too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def apply_rope_(x_TSD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
     x_TSD.mul_(cos_TD.unsqueeze(1)).addcmul_(swapped_TSD, sin_TD.unsqueeze(1))
 
 
-def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size: int) -> Tensor:
+def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size: int, parts: int = 2) -> Tensor:
     """Return the rows of a layer's cache, seen as [rows, D], that the tokens' keys and values go to.
 
-    Computed once a step and used by every layer.
+    Computed once a step and used by every layer. ``parts``: of the cache, keys and values, or 1 that is both.
 
-    Shapes: slots_T [tokens] int64, block * block_size + offset; returns [tokens * 2 * KV heads] int64, for
+    Shapes: slots_T [tokens] int64, block * block_size + offset; returns [tokens * parts * KV heads] int64, for
     each token its key heads, then its value heads
     Raises: IndexError for a slot that the cache, on a CPU, does not have
     """
@@ -52,16 +52,16 @@ def kv_write_rows(slots_T: Tensor, *, num_blocks: int, kv_heads: int, block_size
     blocks_T = torch.div(slots_T, block_size, rounding_mode="floor")
     # A block has ``block_size`` rows for each KV head, and a slot counts those of one.
     first_T = torch.add(slots_T, blocks_T, alpha=(kv_heads - 1) * block_size)
-    heads_S = _head_rows(num_blocks, kv_heads, block_size, slots_T.device)
+    heads_S = _head_rows(num_blocks, kv_heads, block_size, parts, slots_T.device)
     return (first_T.unsqueeze(1) + heads_S).flatten()
 
 
 @lru_cache(maxsize=64)
-def _head_rows(num_blocks: int, kv_heads: int, block_size: int, device: torch.device) -> Tensor:
+def _head_rows(num_blocks: int, kv_heads: int, block_size: int, parts: int, device: torch.device) -> Tensor:
     """Return how many rows behind a token's first one its other key heads and its value heads stand."""
     with torch.inference_mode(mode=False):
         keys_K = torch.arange(kv_heads, device=device) * block_size
-        return torch.cat((keys_K, keys_K + num_blocks * kv_heads * block_size))
+        return torch.cat([keys_K + part * num_blocks * kv_heads * block_size for part in range(parts)])
 
 
 def write_kv(kv_TSD: Tensor, rows: Tensor, layer_cache: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0) -> None:

@@ -15,7 +15,8 @@ class ModelFacts:
 
     ``parameters`` counts every stored number once (tied embeddings once); ``active_parameters`` those that
     one token is multiplied with, so without the embedding table and without the experts it is not sent to.
-    ``windows`` says for each layer how many positions its attention sees, None for all.
+    ``windows`` says for each layer how many positions its attention sees, None for all. ``cached_numbers``: of a
+    position in the cache of a layer; None is keys and values of all KV heads.
     """
 
     num_layers: int
@@ -27,6 +28,7 @@ class ModelFacts:
     parameters: int
     active_parameters: int
     windows: tuple[int | None, ...]
+    cached_numbers: int | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -66,4 +68,5 @@ class ModelFacts:
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Return the bytes of keys and values that one token position takes, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+        numbers = self.cached_numbers or 2 * self.num_kv_heads * self.head_dim
+        return self.num_layers * numbers * dtype_bytes

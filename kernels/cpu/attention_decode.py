@@ -6,7 +6,7 @@ besides its arithmetic is most of the time. Nothing is shared between rows, so a
 
 Shapes: T tokens, R rows, C items, S spans of a row, N query heads, K KV heads, G query heads per KV head, M = G
 padded to whole ``QUERY_UNIT``s, P = C * K, D head size, L keys, X rows of the cache; a layer's cache is [2, num_blocks,
-K, block_size, D].
+K, block_size, D], or [1, ...] of keys that are values too.
 """
 
 from __future__ import annotations
@@ -192,11 +192,11 @@ def _parts(group: SpanGroup, layer_cache: Tensor) -> list[slice]:
 def _prepare(
     group: SpanGroup, part: slice, layer_cache: Tensor, *, tokens: int, heads: int, workspace: AttentionWorkspace
 ) -> _Launch:
-    _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
+    parts, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
     items, keys = part.stop - part.start, group.keys
     pairs, own, queries = items * kv_heads, heads // kv_heads, _padded_queries(heads // kv_heads)
     key_rows = group.gather_CKB[part].view(-1)
-    rows_X = torch.cat((key_rows, key_rows + num_blocks * kv_heads))
+    rows_X = torch.cat((key_rows, key_rows + (parts - 1) * num_blocks * kv_heads))
     # Queries that only fill up may hold anything: rows of a product do not touch one another.
     queries_CKMD = workspace.take("queries", (items, kv_heads, queries, head_size))
     gathered_XE = workspace.take("keys and values", (rows_X.shape[0], block_size * head_size))

@@ -90,7 +90,7 @@ def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> Prepar
 
     Raises: IndexError for a block that the cache does not have
     """
-    _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
+    parts, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
     check_blocks(rows.tables_RB, rows.lowest_seen_R, rows.positions_R, num_blocks=num_blocks, block_size=block_size)
     items, group = len(rows.item_rows_C), heads // kv_heads
     partials = torch.empty(items * heads * rows.compiled.partial_numbers(head_size), dtype=torch.float32)
@@ -106,7 +106,8 @@ def prepare_paged(rows: PagedRows, layer_cache: Tensor, *, heads: int) -> Prepar
         partials=partials.data_ptr(),
         open=open_RK.data_ptr(),
         table_columns=rows.tables_RB.shape[1],
-        num_blocks=num_blocks,
+        # What stands between keys and values.
+        num_blocks=(parts - 1) * num_blocks,
         kv_heads=kv_heads,
         group=group,
         block_size=block_size,

@@ -80,7 +80,7 @@ def prepare_paged_runs(runs: PagedRuns, layer_cache: Tensor, *, heads: int) -> P
 
     Raises: IndexError for a block that the cache does not have
     """
-    _, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
+    parts, num_blocks, kv_heads, block_size, head_size = layer_cache.shape
     lasts_R = runs.starts_R + runs.counts_R - 1
     check_blocks(runs.tables_RB, runs.lowest_seen_R, lasts_R, num_blocks=num_blocks, block_size=block_size)
     group, threads = heads // kv_heads, torch.get_num_threads()
@@ -94,7 +94,8 @@ def prepare_paged_runs(runs: PagedRuns, layer_cache: Tensor, *, heads: int) -> P
         counts=runs.counts_R.ctypes.data,
         tokens=runs.tokens_R.ctypes.data,
         table_columns=runs.tables_RB.shape[1],
-        num_blocks=num_blocks,
+        # What stands between keys and values.
+        num_blocks=(parts - 1) * num_blocks,
         kv_heads=kv_heads,
         group=group,
         block_size=block_size,

@@ -26,15 +26,16 @@ def gather_keys_values(
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values, contiguous per row and KV head; valid until the next call.
 
-    Shapes: layer_cache [2, blocks, KV heads, block size, head size] contiguous; rows [pairs * blocks of a pair],
-    see ``KeyLayout.gather``; returns two [pairs, keys, head size]
+    Shapes: layer_cache [2, blocks, KV heads, block size, head size] contiguous, or [1, ...] of keys that are values
+    too; rows [pairs * blocks of a pair], see ``KeyLayout.gather``; returns two [pairs, keys, head size]
     """
     block_size, head_size = layer_cache.shape[3:]
     shape = (rows.shape[0], block_size * head_size)
     found = workspace.take("keys", shape), workspace.take("values", shape)
-    for stored, out in zip(layer_cache.view(2, -1, shape[1]), found, strict=True):
+    parts = layer_cache.view(layer_cache.shape[0], -1, shape[1])
+    for stored, out in zip(parts, found, strict=False):
         torch.index_select(stored, 0, rows, out=out)
-    return found[0].view(-1, keys, head_size), found[1].view(-1, keys, head_size)
+    return found[0].view(-1, keys, head_size), found[len(parts) - 1].view(-1, keys, head_size)
 
 
 def scaled_scores(

@@ -17,7 +17,9 @@
 /* Numbers of a head, filled up to whole vectors on every machine. */
 #define FILLED(size) (((size) + 15) / 16 * 16)
 
-/* A layer's cache, [2, num_blocks, kv_heads, block_size, head_size]. */
+/* A layer's cache, [2, num_blocks, kv_heads, block_size, head_size]; keys that are values too have 0 num_blocks between
+ * the one and the other.
+ */
 struct cache {
     const char *numbers;
     int64_t num_blocks, kv_heads, block_size, head_size;

@@ -19,8 +19,8 @@ from ...placement.model_sizes import (
     ModelSizes,
 )
 from ..models.config_fields import ConfigFields, read_json
-from ..models.model_spec import MoeSpec
-from ..models.registry import FAMILIES, MAX_EXPERTS, MAX_LAYERS, read_model_spec
+from ..models.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
+from ..models.registry import FAMILIES, MAX_LAYERS, read_model_spec
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625), "fp8": ("float8", 1.0)}
@@ -57,12 +57,14 @@ def read_model_sizes(
 def _of_registry(directory: Path, name: str, dtype: str) -> ModelSizes:
     spec = read_model_spec(directory)
     dtype = spec.dtype or "float32" if dtype == "auto" else dtype
-    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     layers = tuple(
         Layer(
             window=layer.window,
             mlp=ExpertMlp(
-                experts=layer.mlp.num_experts, top_k=layer.mlp.top_k, intermediate=layer.mlp.intermediate_size
+                experts=layer.mlp.num_experts,
+                top_k=layer.mlp.top_k,
+                intermediate=layer.mlp.intermediate_size,
+                shared_intermediate=layer.mlp.shared.intermediate_size if layer.mlp.shared is not None else 0,
             )
             if isinstance(layer.mlp, MoeSpec)
             else DenseMlp(intermediate=layer.mlp.intermediate_size),
@@ -73,12 +75,7 @@ def _of_registry(directory: Path, name: str, dtype: str) -> ModelSizes:
         name=name,
         hidden=spec.hidden_size,
         vocabulary=spec.vocab_size,
-        attention=GroupedAttention(
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            biases=qkv * spec.qkv_bias + spec.hidden_size * spec.o_bias + 2 * spec.head_dim * spec.qk_norm,
-        ),
+        attention=_attention_of(spec),
         layers=layers,
         tied=spec.tie_word_embeddings,
         longest=spec.max_model_len,
@@ -86,6 +83,26 @@ def _of_registry(directory: Path, name: str, dtype: str) -> ModelSizes:
         number_bytes=_BYTES[dtype],
         linear_dtype=dtype,
         weight_bytes=_BYTES[dtype],
+    )
+
+
+def _attention_of(spec: ModelSpec) -> Attention:
+    latent = spec.latent
+    if latent is not None:
+        return LatentAttention(
+            heads=spec.num_heads,
+            query_rank=latent.query_rank,
+            kv_rank=latent.kv_rank,
+            plain_dim=latent.plain_dim,
+            rotary_dim=latent.rotary_dim,
+            value_dim=latent.value_dim,
+        )
+    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return GroupedAttention(
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        biases=qkv * spec.qkv_bias + spec.hidden_size * spec.o_bias + 2 * spec.head_dim * spec.qk_norm,
     )
 
 

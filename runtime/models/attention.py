@@ -28,7 +28,8 @@ from .ring_attention import RingInputs, ring_attention
 class AttentionInputs:
     """What one step computes once for all layers; ``ring`` where rows are divided over ranks.
 
-    Shapes: cos_TD, sin_TD [tokens, head size]; kv_rows [tokens * 2K] int64
+    Shapes: cos_TD, sin_TD [tokens, rotated size], that of heads or of a latent's keys; kv_rows [tokens * 2K] int64, of
+    latents [tokens]
     """
 
     cos_TD: Tensor

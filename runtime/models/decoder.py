@@ -28,6 +28,7 @@ from .expert_ranks import ExpertRanks
 from .formats import choose_formats
 from .forward import ForwardBatch
 from .kv_cache import KvCache
+from .latent_attention import LatentAttention
 from .mlp import Mlp, MoeMlp, take_mlp
 from .model_spec import ModelSpec
 from .parallel import Output, summed
@@ -51,7 +52,7 @@ class DecoderLayer:
     """
 
     input_norm_H: Tensor
-    attention: Attention
+    attention: Attention | LatentAttention
     mlp_norm_H: Tensor
     mlp: Mlp
     ladder: bool
@@ -219,6 +220,7 @@ class Decoder:
                 num_blocks=cache.num_blocks,
                 kv_heads=self.spec.num_kv_heads,
                 block_size=cache.block_size,
+                parts=cache.parts,
             ),
             attention={
                 window: prepare_attention(
@@ -276,9 +278,16 @@ def _take_layer(
     sums: Collectives | None,
 ) -> DecoderLayer:
     name, layer = f"layers.{index}", spec.layers[index]
+    attention: Attention | LatentAttention
+    if spec.latent is None:
+        attention = Attention.take(spec, parameters, f"{name}.attention", window=layer.window)
+    else:
+        attention = LatentAttention.take(
+            spec, spec.latent, parameters, f"{name}.attention", deterministic=shard.fixed_order
+        )
     return DecoderLayer(
         input_norm_H=parameters.tensor(f"{name}.input_norm"),
-        attention=Attention.take(spec, parameters, f"{name}.attention", window=layer.window),
+        attention=attention,
         mlp_norm_H=parameters.tensor(f"{name}.mlp_norm"),
         mlp=take_mlp(layer.mlp, parameters, f"{name}.mlp", groups=groups, shard=shard, sums=sums),
         ladder=layer.ladder,

@@ -23,6 +23,7 @@ class Formats:
     """A format for each kind of product.
 
     ``sums`` and ``expert_sums``: of what is added up over the ranks that have a layer's, or an expert's, other columns.
+    ``router``: of what is never quantized.
     """
 
     products: LinearFormat
@@ -38,7 +39,7 @@ class Formats:
                 return self.sums
             case Role.SUMMED_EXPERTS:
                 return self.expert_sums
-            case Role.ROUTER:
+            case Role.ROUTER | Role.HEADS:
                 return self.router
             case _:
                 return self.products

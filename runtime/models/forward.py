@@ -109,6 +109,7 @@ def build_forward_batch(
                 dtype=dtype,
                 device=device,
                 cache_dtype=cache_dtype,
+                latent=None if spec.latent is None else spec.latent.kv_rank,
                 deterministic=deterministic,
                 items_on=_HOST,
                 decode_room=decode_room,

@@ -3,7 +3,8 @@
 Owns the memory. Which block belongs to whom is the engine's business.
 
 Shapes: a layer's cache is [2, num_blocks, KV heads, block size, head size], keys first, so that a range of
-heads of a block is contiguous.
+heads of a block is contiguous; of a model with latent attention [1, num_blocks, 1, block size, latent + rotated], keys
+that are values too.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ class KvCache:
 
         What a block held before never counts: whoever enters a block clears it (``build_forward_batch``).
         """
-        shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        parts = 2 if spec.latent is None else 1
+        shape = (parts, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         return cls(layers=tuple(_empty(shape, dtype, device) for _ in range(spec.num_layers)))
 
     @property
     def num_blocks(self) -> int:
         """Return the blocks there are."""
         return self.layers[0].shape[1]
+
+    @property
+    def parts(self) -> int:
+        """Return 2 where keys and values are numbers of their own, else 1."""
+        return self.layers[0].shape[0]
 
     @property
     def block_size(self) -> int:

@@ -9,14 +9,17 @@ Shapes: H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
 
-from .model_spec import DenseMlpSpec, ModelSpec, MoeSpec
+from .model_spec import DenseMlpSpec, LatentSpec, ModelSpec, MoeSpec
 from .sharding import WHOLE, Shard
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,8 @@ class Piece:
 
 
 class Role(Enum):
-    """What the decoder does with a parameter: multiplies with it, once or expert by expert, or uses its numbers.
+    """What the decoder does with a parameter: multiplies with it, once, expert by expert or head by head, or uses its
+    numbers.
 
     Products in the roles SUMMED and SUMMED_EXPERTS are added up over the ranks that have the other inputs.
     """
@@ -63,6 +67,7 @@ class Role(Enum):
     EXPERTS = "experts"
     SUMMED_EXPERTS = "summed experts"
     ROUTER = "router"
+    HEADS = "heads"
     HEAD = "head"
 
 
@@ -93,12 +98,16 @@ def parameter_layout(spec: ModelSpec, stored: Container[str], shard: Shard = WHO
         name, disk, layer = f"layers.{index}", f"model.layers.{global_index}", spec.layers[global_index]
         norms = _NORMS_BEHIND if spec.norms.behind else _NORMS
         parameters += [_norm(f"{name}.{norm}", f"{disk}.{tensor}.weight", spec) for norm, tensor in norms.items()]
-        parameters += _attention(spec, shard, f"{name}.attention", f"{disk}.self_attn")
+        if spec.latent is None:
+            parameters += _attention(spec, shard, f"{name}.attention", f"{disk}.self_attn")
+        else:
+            parameters += _latent_attention(spec, spec.latent, shard, f"{name}.attention", f"{disk}.self_attn")
         match layer.mlp:
             case DenseMlpSpec():
                 parameters += _dense_mlp(spec, shard, layer.mlp, f"{name}.mlp", f"{disk}.mlp")
             case MoeSpec():
                 parameters += _moe(spec, shard, layer.mlp, f"{name}.mlp", disk, stored)
+                parameters += _beside_experts(spec, shard, layer.mlp, f"{name}.mlp", f"{disk}.mlp")
     if place.is_last_stage:
         parameters.append(_norm("final_norm", "model.norm.weight", spec))
         if not spec.tie_word_embeddings:
@@ -136,7 +145,11 @@ def expert_layout(
 
 
 def is_ignorable(tensor: str, spec: ModelSpec) -> bool:
-    """Say whether a stored tensor holds nothing of its own: old rotary buffers, the head of a tied model."""
+    """Say whether a stored tensor holds nothing that the decoder computes with: old rotary buffers, the head of a tied
+    model, layers that draft tokens.
+    """
+    if spec.architecture == "DeepseekV3ForCausalLM" and (found := _LAYER.match(tensor)):
+        return int(found[1]) >= spec.num_layers
     return tensor.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and tensor == "lm_head.weight")
 
 
@@ -204,6 +217,49 @@ def _attention(spec: ModelSpec, shard: Shard, name: str, disk: str) -> list[Para
     return parameters
 
 
+def _latent_attention(spec: ModelSpec, latent: LatentSpec, shard: Shard, name: str, disk: str) -> list[Parameter]:
+    """What makes latents is whole on every rank; what belongs to heads is that of the rank's."""
+    heads, hidden, rank = shard.heads(spec), spec.hidden_size, latent.query_rank
+    down = [("kv_a_proj_with_mqa", latent.width, range(latent.width))]
+    source, inputs, norms = "q_proj", hidden, [("latent_norm", "kv_a_layernorm", latent.kv_rank)]
+    if rank is not None:
+        down.insert(0, ("q_a_proj", rank, range(rank)))
+        source, inputs = "q_b_proj", rank
+        norms.append(("query_norm", "q_a_layernorm", rank))
+    queries = ((source, spec.num_heads * latent.query_dim, _times(heads, latent.query_dim)),)
+    values, bias = spec.num_heads * latent.value_dim, spec.o_bias and shard.adds_bias
+    return [
+        *_row_linear(f"{name}.down", disk, tuple(down), hidden, bias=spec.qkv_bias),
+        *_row_linear(f"{name}.queries", disk, queries, inputs, bias=False),
+        *(_whole(f"{name}.{norm}", f"{disk}.{stored}.weight", size) for norm, stored, size in norms),
+        _of_heads(f"{name}.keys_up", f"{disk}.kv_b_proj.weight", spec, latent, heads, range(latent.plain_dim)),
+        _of_heads(
+            f"{name}.values_up",
+            f"{disk}.kv_b_proj.weight",
+            spec,
+            latent,
+            heads,
+            range(latent.plain_dim, latent.plain_dim + latent.value_dim),
+        ),
+        *_column_linear(f"{name}.out", f"{disk}.o_proj", hidden, values, _times(heads, latent.value_dim), bias=bias),
+    ]
+
+
+def _of_heads(name: str, tensor: str, spec: ModelSpec, latent: LatentSpec, heads: range, rows: range) -> Parameter:
+    """Return some rows of each head's part of what makes keys and values of a latent."""
+    each = latent.plain_dim + latent.value_dim
+    pieces = tuple(
+        Piece(
+            tensor=tensor,
+            shape=(spec.num_heads * each, latent.kv_rank),
+            region=(slice(head * each + rows.start, head * each + rows.stop),),
+            place=(local,),
+        )
+        for local, head in enumerate(heads)
+    )
+    return Parameter(name=name, shape=(len(heads), len(rows), latent.kv_rank), pieces=pieces, role=Role.HEADS)
+
+
 def _times(part: range, size: int) -> range:
     return range(part.start * size, part.stop * size)
 
@@ -244,11 +300,23 @@ def _moe(
         names = ("gate_proj", "up_proj", "down_proj")
         pieces = _single_experts(f"{disk}.mlp.experts", names, size, hidden, experts, part)
     gate_up, down = (len(experts), 2 * len(part), hidden), (len(experts), hidden, len(part))
+    scores = _whole(f"{name}.router.weight", router, mlp.num_experts, hidden, role=Role.ROUTER)
     return [
-        _whole(f"{name}.router.weight", router, mlp.num_experts, hidden, role=Role.ROUTER),
+        replace(scores, is_wide=mlp.router.is_wide),
         Parameter(name=f"{name}.gate_up", shape=gate_up, pieces=pieces[0], role=Role.EXPERTS),
         Parameter(name=f"{name}.down", shape=down, pieces=pieces[1], role=Role.SUMMED_EXPERTS),
     ]
+
+
+def _beside_experts(spec: ModelSpec, shard: Shard, mlp: MoeSpec, name: str, disk: str) -> list[Parameter]:
+    """Return what corrects the choice of experts, and the MLP that every token goes through, where there are any."""
+    parameters = []
+    if mlp.router.corrected:
+        correction = _whole(f"{name}.correction", f"{disk}.gate.e_score_correction_bias", mlp.num_experts)
+        parameters.append(replace(correction, is_wide=True))
+    if mlp.shared is not None:
+        parameters += _dense_mlp(spec, shard, mlp.shared, f"{name}.shared", f"{disk}.shared_experts")
+    return parameters
 
 
 _Pieces = tuple[tuple[Piece, ...], tuple[Piece, ...]]

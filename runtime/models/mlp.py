@@ -18,14 +18,14 @@ from ...kernels.activation import silu_and_mul_quantized
 from ...kernels.gate import SILU, Gate
 from ...kernels.gated import gate_and_mul
 from ...kernels.moe_combine import weighted_sum
-from ...kernels.moe_route import Routing, choose_experts
+from ...kernels.moe_route import Routing, Score, choose_experts
 from ...kernels.moe_sort import sort_by_expert, unsort
 from ...kernels.quantize_rows import ByteRows
 from .expert_ranks import ExpertRanks
 from .experts import Experts
 from .linear import Linear
 from .model_spec import DenseMlpSpec, MoeSpec
-from .parallel import Output
+from .parallel import Output, summed
 from .parameters import Parameters
 from .sharding import Shard
 
@@ -60,15 +60,19 @@ class MoeMlp:
 
     ``experts`` are all experts, of which ``tp`` ranks have the other columns; or those of this rank and how the others
     are reached. ``sums_rows``: the columns' sum is taken row by row, before experts' results are weighted, so that it
-    has the bits of whole experts.
+    has the bits of whole experts. ``shared``: what every token goes through besides.
+
+    Shapes: correction_E [experts] float32, added to scores for the choice; None without
     """
 
     router: Linear
+    is_wide_router: bool
+    correction_E: Tensor | None
     experts: Experts | ExpertRanks
-    top_k: int
-    normalize_top_k: bool
+    routing: Routing
     tp: Collectives | None
     sums_rows: bool
+    shared: DenseMlp | None
 
     @property
     def takes(self) -> torch.dtype | None:
@@ -78,6 +82,16 @@ class MoeMlp:
     def parts(self, x_TH: Tensor | ByteRows) -> Steps[Output]:
         """Return [tokens, hidden size]; of columns over ``tp``, to be summed."""
         assert isinstance(x_TH, Tensor), "it takes no 8-bit numbers"
+        routed = yield from self._routed(x_TH)
+        if self.shared is None:
+            return routed
+        shared = yield from self.shared.parts(x_TH)
+        if routed.group is shared.group:
+            return Output(routed.x_TH.add_(shared.x_TH), routed.group)
+        shared_TH = yield from summed(shared.x_TH, shared.group)
+        return Output(routed.x_TH.add_(shared_TH))
+
+    def _routed(self, x_TH: Tensor) -> Steps[Output]:
         if isinstance(self.experts, ExpertRanks):
             return Output((yield from self.experts.mix(x_TH, self._choose)))
         weights_TA, experts_TA = self._choose(x_TH)
@@ -91,7 +105,8 @@ class MoeMlp:
 
     def _choose(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of each token's experts, and these."""
-        return choose_experts(self.router(x_TH), Routing(top_k=self.top_k, normalize=self.normalize_top_k))
+        scored_TH = x_TH.float() if self.is_wide_router else x_TH
+        return choose_experts(self.router(scored_TH), self.routing, self.correction_E)
 
 
 Mlp = DenseMlp | MoeMlp
@@ -108,8 +123,7 @@ def take_mlp(
 ) -> Mlp:
     """Return the MLP called ``name``. ``sums``: the tp ranks, as they add up what each has a part of."""
     if isinstance(spec, DenseMlpSpec):
-        gate_up, down = parameters.linear(f"{name}.gate_up"), parameters.linear(f"{name}.down")
-        return DenseMlp(gate_up=gate_up, down=down, gate=spec.gate, tp=sums)
+        return _take_dense(spec, parameters, name, sums)
     slots = tuple(zip(parameters.experts(f"{name}.gate_up"), parameters.experts(f"{name}.down"), strict=True))
     over_experts = groups.tp if shard.experts_over_tp else groups.ep
     experts: Experts | ExpertRanks
@@ -131,9 +145,28 @@ def take_mlp(
         )
     return MoeMlp(
         router=parameters.linear(f"{name}.router"),
+        is_wide_router=spec.router.is_wide,
+        correction_E=parameters.tensor(f"{name}.correction") if spec.router.corrected else None,
         experts=experts,
-        top_k=spec.top_k,
-        normalize_top_k=spec.normalize_top_k,
+        routing=_routing(spec),
         tp=sums,
         sums_rows=shard.fixed_order,
+        shared=None if spec.shared is None else _take_dense(spec.shared, parameters, f"{name}.shared", sums),
+    )
+
+
+def _take_dense(spec: DenseMlpSpec, parameters: Parameters, name: str, sums: Collectives | None) -> DenseMlp:
+    gate_up, down = parameters.linear(f"{name}.gate_up"), parameters.linear(f"{name}.down")
+    return DenseMlp(gate_up=gate_up, down=down, gate=spec.gate, tp=sums)
+
+
+def _routing(spec: MoeSpec) -> Routing:
+    return Routing(
+        top_k=spec.top_k,
+        normalize=spec.normalize_top_k,
+        score=Score.SIGMOID if spec.router.sigmoid else Score.SOFTMAX,
+        groups=spec.router.groups,
+        top_groups=spec.router.top_groups,
+        sums_two=spec.router.sums_two,
+        scaling=spec.router.scaling,
     )

@@ -12,6 +12,9 @@ from ...kernels.gate import SILU, Gate
 from ...placement.model_facts import ModelFacts
 from ..config import prefix_cache_key
 
+MAX_EXPERTS = 10_000
+"""Of a layer; a file that names more is wrong."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
@@ -87,8 +90,26 @@ class DenseMlpSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """How experts are chosen, besides how many: as ``kernels.moe_route.Routing`` has it.
+
+    - ``sigmoid``: each expert has a score of its own, in place of a share of a softmax.
+    - ``corrected``: a stored bias is added to scores for the choice alone.
+    - ``is_wide``: scores are computed in float32, whatever the model's type.
+    """
+
+    sigmoid: bool = False
+    corrected: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    sums_two: bool = False
+    scaling: float = 1.0
+    is_wide: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
-    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts.
+    """A mixture of gated MLPs; each token goes to its ``top_k`` most likely experts, and to ``shared``.
 
     ``has_biases``: of the router, and of both products of an expert.
     """
@@ -99,6 +120,40 @@ class MoeSpec:
     normalize_top_k: bool
     gate: Gate = SILU
     has_biases: bool = False
+    router: RouterSpec = RouterSpec()
+    shared: DenseMlpSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Attention to a latent, of which the keys and values of all heads are linear functions.
+
+    - ``query_rank``: the size of a latent that queries are made of; None: they are made of the hidden state.
+    - ``kv_rank``: the size of the latent that is cached, and beside it the rotated part of keys, ``rotary_dim``.
+    - ``plain_dim``: of a query and a key, what is not rotated; ``value_dim``: of a value.
+    - ``scale``: of scores. ``interleaved``: pairs that are rotated stand side by side, not half a head apart.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    scale: float
+    interleaved: bool
+    norm_epsilon: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        """The numbers of a position in the cache of a layer."""
+        return self.kv_rank + self.rotary_dim
+
+    @property
+    def query_dim(self) -> int:
+        """The numbers of a head's query."""
+        return self.plain_dim + self.rotary_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +220,8 @@ class ModelSpec:
     ``dtype`` is the name the checkpoint gives ("float32", "bfloat16", "float16"), None when it gives none.
     ``stored_as`` says how linear layers are stored, None plainly. ``ladder_follows``: of a stage that is not the last,
     whether the next one begins with a ladder layer. ``embedding_scale``: what embeddings are multiplied by.
-    ``logit_soft_cap``: as that of attention, of the logits.
+    ``logit_soft_cap``: as that of attention, of the logits. With ``latent``, attention has one KV head, as large as
+    what is cached of a position, whatever the number of query heads.
     """
 
     architecture: str
@@ -193,6 +249,7 @@ class ModelSpec:
     scores: ScoreSpec = PLAIN_SCORES
     embedding_scale: float = 1.0
     logit_soft_cap: float | None = None
+    latent: LatentSpec | None = None
 
     @property
     def score_scale(self) -> float:
@@ -236,21 +293,37 @@ class ModelSpec:
             parameters=total,
             active_parameters=active,
             windows=tuple(layer.window for layer in self.layers),
+            cached_numbers=None if self.latent is None else self.latent.width,
         )
 
     def _attention_parameters(self) -> int:
+        if self.latent is not None:
+            return self._latent_parameters(self.latent)
         q_size = self.num_heads * self.head_dim
         qkv_size = q_size + 2 * self.num_kv_heads * self.head_dim
         biases = qkv_size * self.qkv_bias + self.hidden_size * self.o_bias
         sinks = self.num_heads * self.scores.has_sinks
         return self.hidden_size * (qkv_size + q_size) + biases + sinks + 2 * self.head_dim * self.qk_norm
 
+    def _latent_parameters(self, latent: LatentSpec) -> int:
+        q_size, out_size = self.num_heads * latent.query_dim, self.num_heads * latent.value_dim
+        queries = self.hidden_size * q_size
+        down = latent.width
+        if latent.query_rank is not None:
+            queries = latent.query_rank * (q_size + 1)
+            down += latent.query_rank
+        up = latent.kv_rank * (self.num_heads * (latent.plain_dim + latent.value_dim) + 1)
+        biases = down * self.qkv_bias + self.hidden_size * self.o_bias
+        return queries + self.hidden_size * (down + out_size) + up + biases
+
 
 def _mlp_parameters(spec: ModelSpec, mlp: DenseMlpSpec | MoeSpec, *, active: bool) -> int:
+    """Count an MLP's numbers; the bias of a choice is none of its weights."""
     size = mlp.intermediate_size
     one = 3 * spec.hidden_size * size
     if isinstance(mlp, DenseMlpSpec):
         return one + (2 * size + spec.hidden_size) * spec.mlp_bias
     experts = mlp.top_k if active else mlp.num_experts
     one += (2 * size + spec.hidden_size) * mlp.has_biases
-    return one * experts + (spec.hidden_size + mlp.has_biases) * mlp.num_experts
+    shared = 0 if mlp.shared is None else _mlp_parameters(spec, mlp.shared, active=active)
+    return one * experts + (spec.hidden_size + mlp.has_biases) * mlp.num_experts + shared

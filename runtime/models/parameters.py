@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .formats import Formats
+from .head_products import HeadProducts, head_products
 from .layout import Role
 from .linear import Biased, Linear
 from .linear_format import Product
@@ -31,7 +32,7 @@ class Parameters:
             self._products[name] = tuple(self._formats.prepare_codes(role, codes) for codes in tensor)
             return
         match role:
-            case Role.TENSOR:
+            case Role.TENSOR | Role.HEADS:
                 self._tensors[name] = tensor
             case Role.LINEAR | Role.SUMMED | Role.ROUTER:
                 self._products[name] = (self._formats.of(role).prepare(tensor),)
@@ -48,6 +49,14 @@ class Parameters:
         """Return the linear layer called ``name``; it has a bias if there is one."""
         (product,) = self._products[f"{name}.weight"]
         return Linear(product=product, bias_O=self._tensors.get(f"{name}.bias"))
+
+    def heads(self, name: str, *, transposed: bool = False) -> HeadProducts:
+        """Return the products with each head's matrix, inputs first; ``transposed``: they are stored outputs first.
+
+        The numbers are given up: they may be kept in another layout.
+        """
+        weight = self._tensors.pop(name)
+        return head_products(weight.transpose(1, 2) if transposed else weight, self._formats.of(Role.HEADS))
 
     def experts(self, name: str) -> tuple[Product, ...]:
         """Return the weights of all experts of a layer; each adds its bias if there are any."""

@@ -23,12 +23,22 @@ from .alternating import (
     gpt_oss_windows,
 )
 from .config_fields import ConfigFields, read_json
-from .model_spec import PLAIN_NORMS, DenseMlpSpec, LayerSpec, ModelSpec, MoeSpec, NormSpec, ScoreSpec
+from .deepseek_config import v2_latent, v2_mlps, v3_latent, v3_mlps
+from .model_spec import (
+    MAX_EXPERTS,
+    PLAIN_NORMS,
+    DenseMlpSpec,
+    LatentSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+    ScoreSpec,
+)
 from .rope_config import read_rope
 from .stored_config import read_stored_as
 
 MAX_LAYERS = 10_000
-MAX_EXPERTS = 10_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,7 +56,7 @@ class Family:
 
     ``kv_heads`` None means as many as query heads; ``head_dim`` None means hidden_size over heads. ``rope`` is what
     holds where config.json says nothing of rotary positions, None for plain ones; ``dtype`` where it names none.
-    ``scales_embeddings``: by the root of the hidden size.
+    ``scales_embeddings``: by the root of the hidden size. With ``latent`` neither heads nor their size count.
     """
 
     kv_heads: int | None
@@ -69,6 +79,7 @@ class Family:
     logit_soft_cap: Callable[[ConfigFields], float | None] = _no_cap
     windows: Callable[[ConfigFields, int], tuple[int | None, ...]]
     mlps: Callable[[ConfigFields, int], tuple[DenseMlpSpec | MoeSpec, ...]]
+    latent: Callable[[ConfigFields], LatentSpec] | None = None
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
@@ -93,8 +104,12 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
     if num_layers > MAX_LAYERS:
         raise fields.problem("num_hidden_layers", f"{num_layers} is more than the {MAX_LAYERS} we allow")
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    num_kv_heads = _kv_heads(family, fields, num_heads)
-    head_dim = _head_dim(family, fields, num_heads)
+    latent = None if family.latent is None else family.latent(fields)
+    if latent is None:
+        num_kv_heads, head_dim = _kv_heads(family, fields, num_heads), _head_dim(family, fields, num_heads)
+        rotary_dim = head_dim
+    else:
+        num_kv_heads, head_dim, rotary_dim = 1, latent.width, latent.rotary_dim
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
     windows, mlps = family.windows(fields, num_layers), family.mlps(fields, num_layers)
     ladders = _ladder_layers(architecture, fields, num_layers)
@@ -115,7 +130,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         qk_norm=family.qk_norm,
         rope=read_rope(
             fields,
-            head_dim=head_dim,
+            head_dim=rotary_dim,
             max_positions=max_positions,
             default_theta=family.rope_theta,
             default_table=family.rope,
@@ -133,6 +148,7 @@ def _describe(architecture: str, family: Family, fields: ConfigFields) -> ModelS
         scores=family.scores(fields),
         embedding_scale=sqrt(hidden_size) if family.scales_embeddings else 1.0,
         logit_soft_cap=family.logit_soft_cap(fields),
+        latent=latent,
     )
 
 
@@ -382,6 +398,30 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=_never,
         windows=_mixtral_windows,
         mlps=_mixtral_mlps,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        kv_heads=None,
+        max_positions=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_llama_mlp_bias,
+        windows=_no_windows,
+        mlps=v2_mlps,
+        latent=v2_latent,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        kv_heads=None,
+        max_positions=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=_never,
+        windows=_no_windows,
+        mlps=v3_mlps,
+        latent=v3_latent,
     ),
     "Qwen3MoeForCausalLM": Family(
         kv_heads=4,

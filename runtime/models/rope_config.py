@@ -54,6 +54,13 @@ def read_rope(
     raise rope.problem("rope_type", f"{kind!r} is not supported; known are {', '.join(KNOWN_KINDS)}")
 
 
+def score_magnitude(fields: ConfigFields) -> float:
+    """Return what a query and a key are multiplied with each where scaled positions say so (``mscale_all_dim``)."""
+    rope = _rope_table(fields)
+    kind, scale = rope.text("rope_type", rope.text("type", "default")), _number_or_zero(rope, "mscale_all_dim")
+    return 1.0 if kind == "default" or not scale else _yarn_magnitude(rope.number("factor"), scale)
+
+
 def _rope_table(fields: ConfigFields) -> ConfigFields:
     rope = fields.table("rope_scaling")
     if not rope.values:

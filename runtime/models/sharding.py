@@ -102,8 +102,11 @@ class Shard:
         )
 
     def _local_layer(self, layer: LayerSpec) -> LayerSpec:
-        mlp = replace(layer.mlp, intermediate_size=len(self.mlp_columns(layer.mlp)))
-        return replace(layer, mlp=mlp)
+        own = len(self.mlp_columns(layer.mlp))
+        if isinstance(layer.mlp, DenseMlpSpec) or layer.mlp.shared is None:
+            return replace(layer, mlp=replace(layer.mlp, intermediate_size=own))
+        shared = replace(layer.mlp.shared, intermediate_size=len(self.mlp_columns(layer.mlp.shared)))
+        return replace(layer, mlp=replace(layer.mlp, intermediate_size=own, shared=shared))
 
 
 WHOLE = Shard(place=MeshShape().place(0))
@@ -121,9 +124,15 @@ def check_degrees(spec: ModelSpec, shape: MeshShape, *, experts_over_tp: bool = 
         raise ConfigError(
             "tensor_parallel_size", f"{tp} neither divides the model's {kv_heads} KV heads nor is a multiple of them"
         )
-    smallest = min((spec.vocab_size, *(layer.mlp.intermediate_size for layer in spec.layers)))
+    mlps = [layer.mlp for layer in spec.layers]
+    shared = [mlp.shared for mlp in mlps if isinstance(mlp, MoeSpec) and mlp.shared is not None]
+    smallest = min(spec.vocab_size, *(mlp.intermediate_size for mlp in (*mlps, *shared)))
     if smallest < tp:
         raise ConfigError("tensor_parallel_size", f"{tp} is more than the {smallest} columns of a layer")
+    if shape.sp > 1 and spec.latent is not None:
+        raise ConfigError(
+            "sequence_parallel_size", f"{shape.sp} ranks cannot share prompts of {spec.architecture}: use 1"
+        )
     if shape.pp > spec.num_layers:
         raise ConfigError("pipeline_parallel_size", f"{shape.pp} is more than the model's {spec.num_layers} layers")
     experts = [layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoeSpec)]

@@ -19,10 +19,17 @@ def cache_dtype(option: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if option == "fp8" else dtype
 
 
-def check_cache_dtype(option: str, dtype: torch.dtype, device: torch.device, mesh: MeshShape) -> None:
-    """Refuse a cache that cannot be read, by a model of type ``dtype`` on a device. Raises: ConfigError"""
+def check_cache_dtype(
+    option: str, dtype: torch.dtype, device: torch.device, mesh: MeshShape, *, latent: bool = False
+) -> None:
+    """Refuse a cache that cannot be read, by a model of type ``dtype`` on a device; ``latent``: of latents.
+
+    Raises: ConfigError
+    """
     if option == "auto":
         return
+    if latent:
+        raise ConfigError("kv_cache_dtype", f"{option!r} is not for models that cache latents: use auto")
     by_torch = [name for name in CACHE_OPERATIONS if not uses_triton_on(name, device)]
     if by_torch:
         raise ConfigError(

@@ -51,8 +51,12 @@ def check_fixed_order(
 
 def _sums(spec: ModelSpec, *, experts_over_tp: bool) -> dict[str, int]:
     """Return the sizes of sums that tensor-parallel ranks share, by what is summed."""
-    sums = {"values of all attention heads": spec.num_heads * spec.head_dim}
+    value_size = spec.head_dim if spec.latent is None else spec.latent.value_dim
+    sums = {"values of all attention heads": spec.num_heads * value_size}
     for layer in spec.layers:
+        if isinstance(layer.mlp, MoeSpec) and layer.mlp.shared is not None:
+            shared = layer.mlp.shared.intermediate_size
+            sums[f"intermediate values of experts that all tokens share, {shared} wide"] = shared
         if not (experts_over_tp and isinstance(layer.mlp, MoeSpec)):
             sums[f"intermediate values of an {layer.mlp.intermediate_size} wide MLP"] = layer.mlp.intermediate_size
     return sums

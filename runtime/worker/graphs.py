@@ -95,7 +95,8 @@ class DecodeGraphs:
         most_columns: int,
     ) -> DecodeGraphs | None:
         """Return graphs for a model; None where the device has none, or where steps are not of one shape."""
-        if backend is None or not uses_triton_on("attention", batches.model.device):
+        operation = "attention" if batches.model.spec.latent is None else "mla"
+        if backend is None or not uses_triton_on(operation, batches.model.device):
             return None
         return cls(batches, backend, scratch_block=scratch_block, most_rows=most_rows, most_columns=most_columns)
 

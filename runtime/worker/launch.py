@@ -93,10 +93,10 @@ def launch_engine(
     device = choose_device(options.device)
     check_devices(device, mesh, placed=ranks_on_host is not None)
     if kv is not None:
-        _check_kv(kv, mesh)
+        _check_kv(kv, mesh, spec)
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
-    check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh)
+    check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh, latent=spec.latent is not None)
     if options.deterministic:
         check_fixed_order(spec, mesh, device=device, dtype=dtype, experts_over_tp=options.enable_expert_parallel)
     config = _scheduler_config(options, spec, mesh, device=device, dtype=dtype, ranks_on_host=ranks_on_host)
@@ -125,10 +125,12 @@ def launch_engine(
     )
 
 
-def _check_kv(kv: KvSettings, mesh: MeshShape) -> None:
+def _check_kv(kv: KvSettings, mesh: MeshShape, spec: ModelSpec) -> None:
     """Refuse what KV cannot be moved with. Raises: ConfigError naming the option"""
     if mesh.sp > 1:
         raise ConfigError("sequence_parallel_size", f"{mesh.sp} ranks share prompts: their KV cannot be moved yet")
+    if spec.latent is not None:
+        raise ConfigError("role", f"KV of {spec.architecture} cannot be moved yet: serve it by replicas that do both")
     try:
         check_kinds(kv.kinds, kv.address, across_hosts=kv.across_hosts)
     except CommMisuse as error:

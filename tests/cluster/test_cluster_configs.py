@@ -100,6 +100,18 @@ def test_sizes_outside_the_registry_are_read_like_those_inside(tmp_path: Path) -
         assert read_model_sizes(there).kv_bytes_per_token() == ours.kv_bytes_per_token()
 
 
+def test_sizes_of_latent_attention_are_the_same_from_the_registry(tmp_path: Path) -> None:
+    values = json.loads((CONFIGS / "models" / "deepseek-v3" / "config.json").read_text(encoding="utf-8"))
+    del values["quantization_config"]
+    found = []
+    for architecture in ("DeepseekV3ForCausalLM", "Other"):
+        there = tmp_path / architecture / "deepseek-v3"
+        there.mkdir(parents=True)
+        (there / "config.json").write_text(json.dumps({**values, "architectures": [architecture]}), encoding="utf-8")
+        found.append(read_model_sizes(there))
+    assert found[0] == found[1]
+
+
 def test_the_command_prints_a_list_reasons_and_a_chart() -> None:
     text, found = plan_command(CONFIGS / "one-host-8-gpus.yaml", topology=None)
     assert found

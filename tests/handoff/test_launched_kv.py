@@ -194,3 +194,10 @@ def test_what_cannot_be_is_refused(model: Path, changes: dict[str, object], kv: 
     with pytest.raises(ConfigError) as found:
         launch()
     assert found.value.field == field
+
+
+def test_latents_are_not_moved(tmp_path: Path) -> None:
+    latents = options(make_checkpoint("deepseek_v3", tmp_path / "deepseek"))
+    with pytest.raises(ConfigError, match="KV of DeepseekV3ForCausalLM cannot be moved yet") as found:
+        launch_engine(latents, clock=monotonic_clock, kv=settings("decode-0"))
+    assert found.value.field == "role"

@@ -14,8 +14,8 @@ from slipstream.kernels.rope_kv import kv_write_rows, read_kv, write_kv
 BLOCKS, HEADS, SIZE, HEAD_SIZE = 7, 3, 4, 5
 
 
-def cache() -> torch.Tensor:
-    shape = (2, BLOCKS, HEADS, SIZE, HEAD_SIZE)
+def cache(parts: int = 2) -> torch.Tensor:
+    shape = (parts, BLOCKS, HEADS, SIZE, HEAD_SIZE)
     return torch.arange(prod(shape), dtype=torch.float32).view(shape)
 
 
@@ -34,15 +34,28 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(seed: int) -> None:
     assert torch.equal(read_kv(rows, layer), kv)
 
 
+def test_keys_that_are_values_too_go_to_one_place(seed: int) -> None:
+    layer = cache(1)
+    expected = layer.clone()
+    slots = np.random.default_rng(seed).permutation(BLOCKS * SIZE)[:9]
+    keys = torch.randn(9, HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(seed))
+    for token, slot in enumerate(slots):
+        expected[0, slot // SIZE, :, slot % SIZE] = keys[token]
+    rows = kv_write_rows(torch.from_numpy(slots), num_blocks=BLOCKS, kv_heads=HEADS, block_size=SIZE, parts=1)
+    write_kv(keys, rows, layer)
+    assert torch.equal(layer, expected)
+
+
 @pytest.mark.parametrize("slot", [-1, BLOCKS * SIZE])
 def test_a_slot_that_is_not_there_is_refused(slot: int) -> None:
     with pytest.raises(IndexError, match=f"of a cache of {BLOCKS} blocks of {SIZE}"):
         kv_write_rows(torch.tensor([3, slot]), num_blocks=BLOCKS, kv_heads=HEADS, block_size=SIZE)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cleared_blocks_are_zero_even_if_they_were_not_numbers(dtype: torch.dtype) -> None:
-    layers = [cache().to(dtype) + index for index in range(3)]
+def test_cleared_blocks_are_zero_even_if_they_were_not_numbers(dtype: torch.dtype, parts: int) -> None:
+    layers = [cache(parts).to(dtype) + index for index in range(3)]
     expected = [layer.clone() for layer in layers]
     for layer, cleared in zip(layers, expected, strict=True):
         layer[:, 2] = float("nan")
@@ -81,11 +94,12 @@ def test_copies_have_the_effect_of_one_after_the_other(sources: list[int], targe
     assert all(torch.equal(found, wanted) for found, wanted in zip(layers, expected, strict=True))
 
 
-def test_random_copies_have_the_effect_of_one_after_the_other(seed: int) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_random_copies_have_the_effect_of_one_after_the_other(parts: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     for _ in range(50):
         sources, targets = random.integers(0, BLOCKS, (2, 12), dtype=np.int32)
-        layer, expected = cache(), cache()
+        layer, expected = cache(parts), cache(parts)
         for source, target in zip(sources, targets, strict=True):
             expected[:, target] = expected[:, source]
         copy_blocks([layer], sources, targets)

@@ -25,7 +25,7 @@ def _choice_ends_with_the_test() -> Iterator[None]:
     backends.use("auto")
 
 
-def generate(path: Path, **options: object) -> list[list[int]]:
+def generate(path: Path, operation: str, **options: object) -> list[list[int]]:
     with LLM(
         str(path),
         dtype="float32",
@@ -36,25 +36,26 @@ def generate(path: Path, **options: object) -> list[list[int]]:
         block_size=8,
         max_num_seqs=2,
         max_num_batched_tokens=16,
-        kernels="torch,attention=triton",
+        kernels=f"torch,{operation}=triton",
         **options,
     ) as llm:
         return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS)]
 
 
+@pytest.mark.parametrize(("name", "operation"), [("llama_biases", "attention"), ("deepseek_v3", "mla")])
 def test_the_same_tokens_by_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, backend = make_checkpoint("llama_biases", tmp_path), ReplayedGraphs()
-    as_ever = generate(path)
+    path, backend = make_checkpoint(name, tmp_path), ReplayedGraphs()
+    as_ever = generate(path, operation)
     monkeypatch.setattr("slipstream.runtime.worker.rank.graph_backend", lambda device: backend)
     caplog.set_level("INFO", logger="slipstream.runtime.worker.warm_up")
-    assert generate(path) == as_ever
+    assert generate(path, operation) == as_ever
     assert backend.captures == 2, "one for each number of sequences"
     assert "2 graphs" in caplog.text and "warm-up took" in caplog.text
     warming, backend.replays = backend.replays, 0
     assert warming > 4
-    assert generate(path, enforce_eager=True) == as_ever
+    assert generate(path, operation, enforce_eager=True) == as_ever
     assert not backend.replays, "launched one by one"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import DeepseekV3Config, Gemma2Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from slipstream import LLM, ConfigError, RequestOutput, SamplingParams
 from slipstream.kernels import backends
@@ -80,8 +80,28 @@ MODELS = {
             },
         },
     ),
+    "latents": Case(
+        config_class=DeepseekV3Config,
+        fields={
+            **SIZES,
+            "num_key_value_heads": 2,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
 }
-"""With norms of heads and biases: one with a window in the first of its layers, one with experts; caps and sinks."""
+"""With norms of heads and biases: one with a window in the first of its layers, one with experts. Then one with caps,
+one with sinks, one with latents.
+"""
 
 IN_CHUNKS: dict[str, Any] = {"long_prefill_token_threshold": 11}
 
@@ -161,14 +181,15 @@ def test_the_same_tokens_drawn_with_filters(checkpoint: Callable[[str], Path]) -
     assert drawn[0] == drawn[1]
 
 
-def test_deterministic_gives_the_same_bits(checkpoint: Callable[[str], Path], seed: int) -> None:
+@pytest.mark.parametrize("name", ["dense", "latents"])
+def test_deterministic_gives_the_same_bits(name: str, checkpoint: Callable[[str], Path], seed: int) -> None:
     """Alone and at once, or in chunks beside others and behind a cached prefix."""
     draw = random.Random(seed)
     shared = [draw.randrange(3, VOCABULARY) for _ in range(9)]
     given, how = [[*shared, 5], [*shared, 7, 9]], {"kernels": "triton", "deterministic": True}
     params = replace(GREEDY, max_tokens=2)
-    alone = generate(checkpoint("dense"), params, given, max_num_seqs=1, enable_prefix_caching=False, **how)
-    among = generate(checkpoint("dense"), params, given, long_prefill_token_threshold=4, **how)
+    alone = generate(checkpoint(name), params, given, max_num_seqs=1, enable_prefix_caching=False, **how)
+    among = generate(checkpoint(name), params, given, long_prefill_token_threshold=4, **how)
     assert sum(output.num_cached_tokens or 0 for output in among) >= 8
     assert [bits(output) for output in among] == [bits(output) for output in alone]
 
@@ -254,6 +275,14 @@ def test_norms_and_activations_give_8_bits_at_once(
         assert at_once == (dict.fromkeys(expected, 0) if takes is None else expected)
         found.append([bits(output) for output in outputs])
     assert found[0] == found[1]
+
+
+def test_latents_are_attended_to_by_their_own_kernels(checkpoint: Callable[[str], Path]) -> None:
+    with counted() as launches:
+        generate(checkpoint("latents"), GREEDY, [[3, 4, 5]], kernels="triton")
+    assert launches["_mla_prefill_kernel"] > 0
+    assert launches["_mla_decode_kernel"] > 0
+    assert not any(name.startswith(("_attention_prefill", "_attention_decode")) for name in launches)
 
 
 def test_a_choice_for_one_operation(checkpoint: Callable[[str], Path]) -> None:

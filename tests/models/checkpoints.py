@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -76,6 +78,18 @@ _GPT_OSS: Config = {
     },
 }
 """A limit that many gates reach."""
+_LATENT: Config = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +230,37 @@ CASES: dict[str, Case] = {
         use_sliding_window=True,
         sliding_window=30,
     ),
+    "deepseek_v2": _case(DeepseekV2Config, **_LATENT, q_lora_rank=None, n_shared_experts=1, routed_scaling_factor=1.5),
+    "deepseek_v2_groups": _case(
+        DeepseekV2Config,
+        **{**_LATENT, "kv_lora_rank": 24, "qk_rope_head_dim": 8},
+        q_lora_rank=28,
+        n_shared_experts=2,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=_rope(
+            "yarn", factor=8.0, original_max_position_embeddings=SHORT, mscale=0.7, mscale_all_dim=0.9
+        ),
+    ),
+    "deepseek_v3": _case(DeepseekV3Config, **_LATENT, q_lora_rank=28, n_group=4, topk_group=2, shard_size="100KB"),
+    "deepseek_v3_old_style": _case(
+        DeepseekV3Config,
+        **{**_LATENT, "num_attention_heads": 8, "num_key_value_heads": 8},
+        old_style=True,
+        q_lora_rank=None,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_interleave=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=_rope(
+            "yarn", factor=4.0, original_max_position_embeddings=SHORT, mscale=1.0, mscale_all_dim=1.0
+        ),
+    ),
     "parallel_experts": _case(
         Qwen3MoeConfig, **_QWEN_EXPERTS, num_hidden_layers=3, norm_topk_prob=True, mlp_only_layers=[1]
     ),
@@ -272,6 +317,9 @@ def random_model(case: Case) -> PreTrainedModel:
                 parameter.copy_(0.25 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

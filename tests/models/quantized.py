@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp8_whole": {"quant_method": "fp8", "activation_scheme": "static"},
     "fp8_blocks": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, GROUP]},
 }
-_LINEAR = re.compile(r"model\.layers\..*(proj|experts\.\d+\.w[123])\.weight")
+_LINEAR = re.compile(r"model\.layers\..*(proj|proj_with_mqa|experts\.\d+\.w[123])\.weight")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Tensors = dict[str, Tensor]

@@ -109,7 +109,7 @@ def test_logprobs_equal_those_of_transformers(name: str, load: Callable[[str], L
         assert_close(run(loaded.decoder, chunks, block_size), loaded.expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_mixed_layers", "llama_dynamic"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_mixed_layers", "llama_dynamic", "deepseek_v3"])
 @pytest.mark.parametrize(("chunks", "block_size"), ALL_WAYS)
 def test_every_chunk_size_with_every_block_size(
     name: str, chunks: tuple[int, ...], block_size: int, load: Callable[[str], Loaded]
@@ -119,7 +119,8 @@ def test_every_chunk_size_with_every_block_size(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_dynamic", "mistral_window", "qwen3_mixed_layers", "qwen3_moe", "gemma2", "gpt_oss"]
+    "name",
+    ["llama_dynamic", "mistral_window", "qwen3_mixed_layers", "qwen3_moe", "gemma2", "gpt_oss", "deepseek_v3"],
 )
 @pytest.mark.parametrize("prompt_length", [5, SHORT + 9])
 def test_greedy_tokens_equal_those_of_generate(name: str, prompt_length: int, load: Callable[[str], Loaded]) -> None:
@@ -140,7 +141,8 @@ def test_greedy_tokens_equal_those_of_generate(name: str, prompt_length: int, lo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "name", ["llama_wide_heads", "llama_yarn", "qwen2", "qwen3_mixed_layers", "mixtral", "gemma2", "gpt_oss"]
+    "name",
+    ["llama_wide_heads", "llama_yarn", "qwen2", "qwen3_mixed_layers", "mixtral", "gemma2", "gpt_oss", "deepseek_v3"],
 )
 def test_half_precision_is_as_close_to_float32_as_transformers(
     name: str, dtype: torch.dtype, load: Callable[[str], Loaded]

@@ -31,10 +31,12 @@ KINDS = list(CONFIGS)
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("originals")
-    for name in ("llama_biases", "mixtral"):
+    more = {"deepseek_v3": {"moe_intermediate_size": 64, "v_head_dim": 16}}
+    for name in ("llama_biases", "mixtral", "deepseek_v3"):
         case = CASES[name]
         # Columns that can be cut at groups.
-        model = random_model(replace(case, fields={**case.fields, "intermediate_size": 128})).float()
+        fields = {**case.fields, "intermediate_size": 128, **more.get(name, {})}
+        model = random_model(replace(case, fields=fields)).float()
         model.config.dtype = torch.float32
         model.save_pretrained(directory / name)
     return directory
@@ -81,6 +83,16 @@ def test_parameters_are_what_the_codes_stand_for(
 def test_every_rank_reads_its_part(originals: Path, tmp_path: Path, name: str, kind: str, seed: int) -> None:
     quantized, plain = twins(originals, tmp_path, name, kind, seed)
     shape = MeshShape(tp=2, pp=2)
+    for rank in range(shape.size):
+        shard = Shard(place=shape.place(rank))
+        check_same(parameters(quantized, shard), parameters(plain, shard))
+
+
+def test_parts_of_heads_are_read_out_of_blocks(originals: Path, tmp_path: Path, seed: int) -> None:
+    """What makes keys and values of a latent is one weight on disk, and is cut head by head; on every rank."""
+    quantized, plain = twins(originals, tmp_path, "deepseek_v3", "fp8_blocks", seed)
+    check_same(parameters(quantized), parameters(plain))
+    shape = MeshShape(tp=2)
     for rank in range(shape.size):
         shard = Shard(place=shape.place(rank))
         check_same(parameters(quantized, shard), parameters(plain, shard))

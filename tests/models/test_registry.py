@@ -91,6 +91,9 @@ def test_every_family_is_covered_by_the_defaults_above() -> None:
         "Qwen3MoeForCausalLM",
         "Gemma2ForCausalLM",
         "GptOssForCausalLM",
+        # test_deepseek_config
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
     }
 
 

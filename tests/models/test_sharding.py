@@ -24,7 +24,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    names = ("parallel_dense", "parallel_experts", "mixtral")
+    names = ("parallel_dense", "parallel_experts", "mixtral", "deepseek_v2_groups", "deepseek_v3")
     return {
         name: read_model_spec(make_checkpoint(name, tmp_path_factory.mktemp("checkpoints") / name)) for name in names
     }
@@ -38,7 +38,13 @@ def shards(mesh: MeshShape) -> list[Shard]:
     ("name", "mesh"),
     [
         (name, mesh)
-        for name, layers in (("parallel_dense", 5), ("parallel_experts", 3), ("mixtral", 2))
+        for name, layers in (
+            ("parallel_dense", 5),
+            ("parallel_experts", 3),
+            ("mixtral", 2),
+            ("deepseek_v2_groups", 3),
+            ("deepseek_v3", 3),
+        )
         for mesh in MESHES
         if mesh.pp <= layers and (mesh.ep == 1 or name != "parallel_dense")
     ],

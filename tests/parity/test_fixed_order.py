@@ -82,6 +82,9 @@ def test_experts(
         ("llama_mqa", {"tensor_parallel_size": 8}),
         ("gemma2", {"tensor_parallel_size": 2, "sharded_norm": True}),
         ("gpt_oss", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+        ("deepseek_v3", {"tensor_parallel_size": 2}),
+        ("deepseek_v3", {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "sharded_norm": True}),
+        ("deepseek_v3", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
     ],
     ids=str,
 )

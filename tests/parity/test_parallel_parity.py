@@ -125,6 +125,11 @@ def test_experts_give_the_same_on_every_mesh(
         ("gpt_oss", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
         ("gpt_oss", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
         ("gpt_oss", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ("deepseek_v3", {"tensor_parallel_size": 4}),
+        ("deepseek_v3", {"tensor_parallel_size": 2, "expert_parallel_size": 2, "pipeline_parallel_size": 2}),
+        ("deepseek_v3", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ("deepseek_v3", {"tensor_parallel_size": 2, "sharded_norm": True}),
+        ("deepseek_v2_groups", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
     ],
     ids=str,
 )
@@ -314,6 +319,12 @@ def test_degrees_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError, match=problem) as refused:
         LLM(str(reference("parallel_dense").path), **OPTIONS, **options)
     assert refused.value.field == field
+
+
+def test_prompts_over_latents_are_not_shared(reference: Callable[[str], Reference]) -> None:
+    with pytest.raises(ConfigError, match="2 ranks cannot share prompts of DeepseekV3ForCausalLM: use 1") as refused:
+        LLM(str(reference("deepseek_v3").path), **OPTIONS, sequence_parallel_size=2)
+    assert refused.value.field == "sequence_parallel_size"
 
 
 def test_experts_that_cannot_be_read_stay_where_they_are(

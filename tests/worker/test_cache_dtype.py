@@ -31,6 +31,22 @@ def test_as_much_memory_holds_twice_as_many_tokens(tmp_path_factory: pytest.Temp
     assert blocks["fp8"] in (2 * blocks["auto"], 2 * blocks["auto"] + 1)
 
 
+def test_a_latent_takes_one_row_of_a_layer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = make_checkpoint("deepseek_v3", tmp_path_factory.mktemp("deepseek"))
+    spec, options = read_model_spec(path), EngineOptions(model=str(path), kv_cache_memory_bytes=200_000)
+    _, size = size_engine(options, spec, CPU, torch.float32)
+    assert size.block_bytes == 3 * 16 * (32 + 16) * 4
+    cache = KvCache.allocate(spec, num_blocks=size.num_blocks, block_size=16, dtype=torch.float32, device=CPU)
+    assert cache.bytes == size.num_blocks * size.block_bytes
+    assert (cache.num_blocks, cache.block_size, cache.parts) == (size.num_blocks, 16, 1)
+
+
+def test_a_cache_of_latents_is_not_in_8_bits() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype: 'fp8' is not for models that cache latents: use auto"):
+        check_cache_dtype("fp8", torch.bfloat16, CPU, MeshShape(), latent=True)
+    check_cache_dtype("auto", torch.bfloat16, CPU, MeshShape(), latent=True)
+
+
 @pytest.mark.parametrize(
     ("capability", "hip", "fits"), [((9, 0), None, True), ((8, 0), None, False), ((9, 4), "6.2", False)]
 )

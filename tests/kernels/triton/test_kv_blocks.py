@@ -13,21 +13,22 @@ BLOCKS = 7
 SHAPES = [(3, 4, 8), (1, 1, 1), (3, 5, 7), (2, 16, 80)]
 
 
-def caches(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+def caches(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, *, parts: int = 2) -> list[torch.Tensor]:
     torch.manual_seed(seed)
-    return [torch.randn(2, BLOCKS, *shape).to(dtype) for _ in range(3)]
+    return [torch.randn(parts, BLOCKS, *shape).to(dtype) for _ in range(3)]
 
 
 def bytes_of(layers: list[torch.Tensor]) -> list[torch.Tensor]:
     return [layer.view(torch.uint8).clone() for layer in layers]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_copies_and_cleared_blocks_are_those_of_the_reference(
-    shape: tuple[int, int, int], dtype: torch.dtype, seed: int, launches: list[str]
+    shape: tuple[int, int, int], dtype: torch.dtype, parts: int, seed: int, launches: list[str]
 ) -> None:
-    layers = caches(shape, dtype, seed)
+    layers = caches(shape, dtype, seed, parts=parts)
     layers[1].view(torch.uint8).fill_(0x7F)
     expected = [layer.clone() for layer in layers]
     sources, targets = np.array([1, 4], dtype=np.int32), np.array([2, 0], dtype=np.int32)
