@@ -12,6 +12,7 @@ from slipstream.kernels.attention import paged_attention, prepare_attention
 from slipstream.kernels.attention_plan import build_attention_plan
 from slipstream.kernels.cpu.attention_paged import PagedRows
 from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
+from slipstream.tests.kernels.rounding import worst_error
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -88,7 +89,7 @@ class Batch:
         every = list(range(len(self.positions)))
         found = self.attend(window, every)
         for row in every:
-            error = np.abs(found[row].double().numpy() - self.expected(row, window)).max()
+            error = worst_error(found[row], self.expected(row, window))
             assert error <= BOUNDS[self.cache.dtype], (self.positions[row], window, error)
         for rows in ([0], [3], [len(every) - 1], every[4:9], every[::-1]):
             assert torch.equal(self.attend(window, rows), found[rows]), rows

@@ -20,6 +20,7 @@ from slipstream.kernels.cpu.attention_paged import PagedRows
 from slipstream.kernels.cpu.attention_paged_prefill import PagedRuns, attend_paged_runs, prepare_paged_runs
 from slipstream.kernels.cpu.attention_workspace import AttentionWorkspace
 from slipstream.tests.kernels.native_ways import compiled_or_skip, compiled_without
+from slipstream.tests.kernels.rounding import worst_error
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -119,7 +120,7 @@ class Runs:
 
     def check(self, window: int | None) -> None:
         for row, found in enumerate(self.attend(self.whole(), window)):
-            error = np.abs(found.double().numpy() - self.expected(row, window)).max()
+            error = worst_error(found, self.expected(row, window))
             assert error <= BOUNDS[self.cache.dtype], (self.rows[row], window, error)
 
 
@@ -214,7 +215,7 @@ def test_only_its_rows_are_written(seed: int, dtype: torch.dtype) -> None:
         if count == 1:
             assert (own == 7.5).all()
         else:
-            assert np.abs(own.double().numpy() - runs.expected(row, None)).max() <= BOUNDS[dtype]
+            assert worst_error(own, runs.expected(row, None)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
@@ -247,7 +248,7 @@ def test_scores_far_apart(seed: int, dtype: torch.dtype) -> None:
         kept = runs.cache[0, block, 0, place % 16].clone()
         runs.cache[0, block, 0, place % 16] *= size
         (found,) = runs.attend(runs.whole(), None)
-        assert np.abs(found.double().numpy() - runs.expected(0, None)).max() <= max(BOUNDS[dtype], 1e-3), (place, size)
+        assert worst_error(found, runs.expected(0, None)) <= max(BOUNDS[dtype], 1e-3), (place, size)
         runs.cache[0, block, 0, place % 16] = kept
 
 
