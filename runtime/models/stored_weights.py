@@ -1,8 +1,7 @@
 """Weights of quantized checkpoints: which tensors one consists of, and how a rank's part of it is read.
 
 Owns the names and shapes on disk; what the numbers mean is said by ``kernels.int4_codes`` and its like. MXFP4 always
-becomes plain numbers. A
-weight that a quantized checkpoint has as plain numbers is read like any other.
+becomes plain numbers. A weight that a quantized checkpoint has as plain numbers is read like any other.
 
 Shapes: O outputs, I inputs, G groups of inputs.
 """
