@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -64,11 +64,22 @@ def compile_case(case: CompileCase, target: str) -> Resources:
     }
     try:
         compiled = triton.compile(source, target=gpu, options=options)
+        refuse_traps(compiled.asm)
         registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(compiled.asm["cubin"])
     except Exception as error:  # whatever the compiler cannot do is a finding
         text = f"{type(error).__name__}: {error}".strip()
         return Resources(**about, registers=0, spilled=0, shared=0, error=text[-2000:])
     return Resources(**about, registers=registers, spilled=spilled, shared=compiled.metadata.shared)
+
+
+def refuse_traps(asm: Mapping[str, str | bytes]) -> None:
+    """Refuse a kernel that the compiler has turned into one that stops: what it calls undefined may end so, silently.
+
+    Raises: ValueError
+    """
+    for kind, pattern in (("ptx", r"^\s*trap;"), ("amdgcn", r"^\s*s_trap\b")):
+        if kind in asm and re.search(pattern, str(asm[kind]), re.MULTILINE):
+            raise ValueError("the compiler made a trap of it")
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:

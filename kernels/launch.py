@@ -24,9 +24,12 @@ HAS_TRITON = find_spec("triton") is not None
 if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     jit: Callable[[Callable[..., None]], Any] = triton.jit
+    _DOES_NOT_FIT: tuple[type[Exception], ...] = (OutOfResources, PTXASError)
 else:
+    _DOES_NOT_FIT = ()
 
     class _NoLanguage:
         """Lets modules with kernels be imported where there is no Triton."""
@@ -70,7 +73,7 @@ _observers: list[Observer] = []
 def launch(kernel: Any, grid: tuple[int, ...], config: KernelConfig, **arguments: Any) -> None:
     """Run a kernel over a grid of programs; every argument by its name, constants too. An empty grid is no launch.
 
-    Raises: RuntimeError where there is no Triton
+    Raises: RuntimeError where there is no Triton, or where the device has no room for such tiles
     """
     if not HAS_TRITON:
         raise RuntimeError(f"{kernel.__name__} needs Triton: install it, or choose the torch backend")
@@ -78,13 +81,16 @@ def launch(kernel: Any, grid: tuple[int, ...], config: KernelConfig, **arguments
         return
     for observer in _observers:
         observer(kernel, config, arguments)
-    kernel[grid](
-        **arguments,
-        **config.tiles,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-    )
+    try:
+        kernel[grid](
+            **arguments,
+            **config.tiles,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=False,
+        )
+    except _DOES_NOT_FIT as error:
+        raise RuntimeError(f"{kernel.__name__} with {config} does not fit this device: {error}") from error
 
 
 @contextmanager

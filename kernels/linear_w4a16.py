@@ -3,7 +3,8 @@
 With few rows a product waits for its weights, so they are laid out to be read in one stream and to be unpacked in
 registers, in few instructions: a word has numbers of eight *planes*, each 32 inputs long, so that shifting and masking
 a tile of words gives two planes at a time, in the layout that tensor cores take. Weights are the products' left side:
-tensor cores then have as many columns as there are rows, rounded up to 16.
+tensor cores then have as many columns as there are rows, rounded up to 16. With many rows a product waits for tensor
+cores, and what counts is how many rows each unpacked weight serves: tiles are larger, and weights scaled before.
 
 Shapes: T tokens, I inputs, O outputs, S spans of inputs, G groups of inputs.
 """
@@ -18,11 +19,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .backends import uses_triton
-from .compile_case import CompileCase, pointer
+from .compile_case import ALL_TARGETS, CompileCase, pointer
 from .int4_codes import GROUPS, Int4Codes, in_kernel_groups
-from .launch import INTERPRETED, KernelConfig, jit, launch, tl
+from .launch import INTERPRETED, KernelConfig, jit, next_power_of_2, tl
 from .split_sums import empty_outputs, split_count, split_sums_
 from .tiles import dot, rounded
+from .tuning import launch_tuned
 
 SPAN = 256
 """Inputs that a row of 32 words has: eight planes of 32."""
@@ -151,15 +153,18 @@ def _w4a16_kernel(
     x_stride_8,
     biases,
     GROUP: tl.constexpr,
+    SCALES_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program multiplies a tile of rows and outputs over one split of the spans.
 
-    Every group is summed by itself, and then scaled. With several splits ``out_ptr`` is float32, [splits, rows,
-    outputs], and there is no bias. ``biases``: how many there are, all or none. Units say what sizes are multiples of:
-    only then are loads known to be aligned.
+    Every group is summed by itself, and then scaled; with ``SCALES_WEIGHTS`` weights are scaled, and rounded to x's
+    type, before they are multiplied, which takes registers for one sum instead of two.
+
+    With several splits ``out_ptr`` is float32, [splits, rows, outputs], and there is no bias. ``biases``: how many
+    there are, all or none. Units say what sizes are multiples of: only then are loads known to be aligned.
     """
     outputs, filled_up = outputs_16 * 16, output_units * _OUTPUTS
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -181,11 +186,14 @@ def _w4a16_kernel(
             meta = tl.load(meta_at + group * filled_up)
             scale = (meta & -256).to(tl.float32, bitcast=True)
             zero_bits = ((meta & 255) | MAGIC).to(tl.int16)
-            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            part = acc if SCALES_WEIGHTS else tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(group * (GROUP // _PLANE_SIZE), (group + 1) * (GROUP // _PLANE_SIZE)):
                 x = tl.load(x_at + plane * _PLANE_SIZE)
-                part = dot(_difference(_plane(words, plane, MAGIC), zero_bits[:, None], TYPE), x, part)
-            acc += part * scale[:, None]
+                weight = _difference(_plane(words, plane, MAGIC), zero_bits[:, None], TYPE)
+                if SCALES_WEIGHTS:
+                    weight = rounded(weight.to(tl.float32) * scale[:, None], TYPE)
+                part = dot(weight, x, part)
+            acc = part if SCALES_WEIGHTS else acc + part * scale[:, None]
         words_at += filled_up * _PLANE_SIZE
         meta_at += GROUPS_ * filled_up
         x_at += _SPAN_SIZE
@@ -195,26 +203,35 @@ def _w4a16_kernel(
     tl.store(out_ptr + place[None, :] + n[:, None], rounded(acc, out_ptr.dtype.element_ty), mask=is_there)
 
 
-W4A16_CONFIGS: Sequence[KernelConfig] = (
-    KernelConfig(tiles={"BLOCK_M": 16, "BLOCK_N": 64, "STAGES": 3}, num_warps=4, num_stages=3),
-    KernelConfig(tiles={"BLOCK_M": 32, "BLOCK_N": 64, "STAGES": 3}, num_warps=4, num_stages=3),
-)
-"""For 1 to 16 rows, and for more. Deterministic products of any number of rows take the first."""
+def _config(rows: int, outputs: int, *, warps: int, stages: int) -> KernelConfig:
+    tiles = {"BLOCK_M": rows, "BLOCK_N": outputs, "STAGES": stages}
+    return KernelConfig(tiles=tiles, num_warps=warps, num_stages=stages)
+
+
+_FEW, _SOME = _config(16, 64, warps=4, stages=3), _config(32, 64, warps=4, stages=3)
+_MANY = (_config(64, 128, warps=8, stages=2), _config(128, 128, warps=8, stages=2))
+"""The second, which tuning may choose, needs more shared memory than AMD's GPUs have."""
 _MOST_SPLIT_ROWS = 64
-"""With more rows there are enough tiles."""
+"""With more rows there are enough tiles, and what counts is how fast they are multiplied."""
 
 
-def w4a16_config(rows: int, *, one_way: bool = False) -> KernelConfig:
-    """Return how so many rows are multiplied."""
-    return W4A16_CONFIGS[0 if one_way or rows <= 16 else 1]
+def w4a16_configs(rows: int, *, one_way: bool = False, wide: bool = False) -> Sequence[KernelConfig]:
+    """Return the ways to multiply so many rows; the first unless tuning has found another.
+
+    ``one_way``: the same for any number of rows. ``wide``: results are float32, as sums that are added up later are;
+    weights are not rounded for them.
+    """
+    if one_way or rows <= 16:
+        return (_FEW,)
+    return (_SOME,) if wide or rows <= _MOST_SPLIT_ROWS else _MANY
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Return what ``linear_w4a16`` launches."""
     for dtype in (torch.bfloat16, torch.float16):
         for group in GROUPS:
-            for config in W4A16_CONFIGS:
-                for out in (dtype, torch.float32):
+            for config in (_FEW, _SOME, *_MANY):
+                for out in (dtype,) if config in _MANY else (dtype, torch.float32):
                     yield CompileCase(
                         kernel=_w4a16_kernel,
                         name=f"{pointer(dtype)[1:]} groups of {group}{' wide' if out != dtype else ''}",
@@ -226,7 +243,8 @@ def compile_cases() -> Iterator[CompileCase]:
                             **dict.fromkeys(("rows", "outputs_16", "output_units", "spans", "spans_each"), "i32"),
                             **dict.fromkeys(("x_stride_8", "biases"), "i32"),
                         },
-                        constants={"GROUP": group},
+                        constants={"GROUP": group, "SCALES_WEIGHTS": config in _MANY},
+                        targets=tuple(target for target in ALL_TARGETS if target != "gfx942" or config != _MANY[1]),
                     )
 
 
@@ -253,29 +271,32 @@ def linear_w4a16(
     if bias_O is not None:
         bias_O = bias_O.to(dtype).contiguous()
     out_TO = empty_outputs(x_TI, matrix.outputs, dtype)
-    config = w4a16_config(x_TI.shape[0], one_way=one_way)
+    configs = w4a16_configs(x_TI.shape[0], one_way=one_way, wide=wide)
     spans, filled_up, _ = matrix.words_SOW.shape
     is_split = one_way or x_TI.shape[0] <= _MOST_SPLIT_ROWS
-    splits = split_count(filled_up // config.tiles["BLOCK_N"], spans, one_way=one_way) if is_split else 1
+    splits = split_count(filled_up // configs[0].tiles["BLOCK_N"], spans, one_way=one_way) if is_split else 1
     if splits == 1:
-        _multiply(x_TI, matrix, bias_O, out_TO.unsqueeze(0), config)
+        _multiply(x_TI, matrix, bias_O, out_TO.unsqueeze(0), configs)
         return out_TO[:, : matrix.outputs].contiguous()
     for first in range(0, x_TI.shape[0], _ROWS_AT_ONCE):
         some = slice(first, first + _ROWS_AT_ONCE)
         parts_STO = torch.empty(splits, *out_TO[some].shape, dtype=torch.float32, device=x_TI.device)
-        _multiply(x_TI[some], matrix, None, parts_STO, config)
+        _multiply(x_TI[some], matrix, None, parts_STO, configs)
         split_sums_(out_TO[some], parts_STO, bias_O=bias_O)
     return out_TO[:, : matrix.outputs].contiguous()
 
 
-def _multiply(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None, parts_STO: Tensor, config: KernelConfig) -> None:
+def _multiply(
+    x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None, parts_STO: Tensor, configs: Sequence[KernelConfig]
+) -> None:
     """Multiply into ``parts_STO`` [splits, rows, outputs], these filled up to a multiple of 16."""
     spans, filled_up, _ = matrix.words_SOW.shape
     splits, rows, outputs = parts_STO.shape
-    launch(
+    launch_tuned(
         _w4a16_kernel,
-        (filled_up // config.tiles["BLOCK_N"], -(-rows // config.tiles["BLOCK_M"]), splits),
-        config,
+        lambda config: (filled_up // config.tiles["BLOCK_N"], -(-rows // config.tiles["BLOCK_M"]), splits),
+        configs,
+        (x_TI.dtype, matrix.group, matrix.outputs, matrix.inputs, next_power_of_2(rows)),
         x_ptr=x_TI,
         words_ptr=matrix.words_SOW,
         meta_ptr=matrix.meta_GO,
@@ -289,4 +310,5 @@ def _multiply(x_TI: Tensor, matrix: Int4Matrix, bias_O: Tensor | None, parts_STO
         x_stride_8=x_TI.stride(0) // _ALIGNED,
         biases=0 if bias_O is None else matrix.outputs,
         GROUP=matrix.group,
+        SCALES_WEIGHTS=configs is _MANY,
     )

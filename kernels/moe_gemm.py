@@ -286,6 +286,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     signature={**pointers, **tables, "blocks": "i32", **sizes},
                     constants=constants,
                     targets=tuple(SHARED_BYTES)[config not in everywhere :],
+                    spill_bytes=8 if has_biases else 0,
                 )
         if dtype.itemsize == 2:
             yield CompileCase(

@@ -13,7 +13,7 @@ from slipstream.kernels.launch import HAS_TRITON
 from slipstream.tests.kernels.compiling_ahead import CompilingAhead
 
 if HAS_TRITON:
-    from slipstream.kernels.compile_ahead import compile_case
+    from slipstream.kernels.compile_ahead import compile_case, refuse_traps
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: pip install triton")
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
@@ -70,6 +70,15 @@ def test_document_names_every_kernel() -> None:
 def test_what_is_bad(changed: dict[str, int | str], is_good: bool) -> None:
     values = {name: getattr(FINE, name) for name in Resources.__slots__}
     assert Resources(**{**values, **changed}).is_good is is_good
+
+
+@needs_triton
+def test_a_kernel_that_the_compiler_has_made_a_trap_of_is_bad() -> None:
+    refuse_traps({"ptx": ".visible .entry x()\n{\n\tret;\n}", "cubin": b"trap;"})
+    refuse_traps({"amdgcn": "x:\n\ts_endpgm\n; s_trap"})
+    for traps in ({"ptx": "{\n\ttrap;\n}"}, {"amdgcn": "x:\n\ts_trap 2\n"}):
+        with pytest.raises(ValueError, match="trap"):
+            refuse_traps(traps)
 
 
 def test_the_table_takes_the_most_of_all_cases(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from slipstream.kernels.activation import silu_and_mul
 from slipstream.kernels.gate import Gate, GateKind
-from slipstream.kernels.gated import gate_and_mul
+from slipstream.kernels.gated import gate_and_mul, gate_and_mul_reference
 from slipstream.kernels.norm import add_rms_norm, rms_norm
 from slipstream.kernels.rope_kv import kv_write_rows, rotate_and_write_
 from slipstream.kernels.sample import draw_best
@@ -114,8 +114,8 @@ def test_other_activations(seed: int, size: int, dtype: torch.dtype, gate: Gate)
     for rows in (0, 1, 3, 50):
         x = random(seed, rows, 2 * size, dtype=dtype) * 5
         found = gate_and_mul(x, gate)
-        with torch_alone():
-            assert_near(found, gate_and_mul(x, gate))
+        # In float64: torch's GELU adds one to a tanh that is nearly minus one, which leaves few digits in float32.
+        assert_near(found, gate_and_mul_reference(x.double(), gate).to(dtype))
         for row in range(rows):
             assert torch.equal(gate_and_mul(x[row : row + 1], gate), found[row : row + 1])
 

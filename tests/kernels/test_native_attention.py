@@ -90,7 +90,9 @@ class Batch:
         found = self.attend(window, every)
         for row in every:
             error = worst_error(found[row], self.expected(row, window))
-            assert error <= BOUNDS[self.cache.dtype], (self.positions[row], window, error)
+            # Scores, which are not divided by more for larger heads, have as large errors as they are.
+            bound = BOUNDS[self.cache.dtype] * max(1.0, self.queries.shape[-1] / 64)
+            assert error <= bound, (self.positions[row], window, error)
         for rows in ([0], [3], [len(every) - 1], every[4:9], every[::-1]):
             assert torch.equal(self.attend(window, rows), found[rows]), rows
 

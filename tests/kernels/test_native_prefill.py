@@ -121,7 +121,9 @@ class Runs:
     def check(self, window: int | None) -> None:
         for row, found in enumerate(self.attend(self.whole(), window)):
             error = worst_error(found, self.expected(row, window))
-            assert error <= BOUNDS[self.cache.dtype], (self.rows[row], window, error)
+            # Scores, which are not divided by more for larger heads, have as large errors as they are.
+            bound = BOUNDS[self.cache.dtype] * max(1.0, self.queries.shape[-1] / 64)
+            assert error <= bound, (self.rows[row], window, error)
 
 
 @pytest.mark.usefixtures("threads")

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from slipstream.kernels import tuning
-from slipstream.kernels.launch import KernelConfig
+from slipstream.kernels.launch import HAS_TRITON, KernelConfig, launch
 from slipstream.kernels.tuning import Run, Tuning, kernel_version, tuning_path, use_tuning
+
+if HAS_TRITON:
+    from triton.runtime.errors import OutOfResources
 
 FIRST, SECOND, THIRD = (KernelConfig(tiles={"BLOCK": block}) for block in (32, 64, 128))
 CONFIGS = (FIRST, SECOND, THIRD)
 
 
 def some_kernel() -> None: ...
+
+
+class TooLarge:
+    """A kernel that no device has room for, as Triton says it."""
+
+    __name__ = "too_large"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def refuse(**_: object) -> None:
+            raise OutOfResources(1 << 20, 1 << 16, "shared memory")
+
+        return refuse
 
 
 def other_kernel() -> None: ...
@@ -33,7 +48,7 @@ class Bench:
     def attempt(self, config: KernelConfig) -> None:
         self.tried.append(config.tiles["BLOCK"])
         if config.tiles["BLOCK"] not in self.seconds:
-            raise RuntimeError("out of resource: shared memory")
+            launch(TooLarge(), (1,), config)
 
     def time(self, run: Run) -> float:
         run()
@@ -68,6 +83,7 @@ def test_the_fastest_is_found_while_warming_up_and_known_ever_after(tmp_path: Pa
     assert not bench.tried
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: pip install triton")
 def test_what_does_not_fit_the_device_is_not_chosen(tmp_path: Path) -> None:
     bench = Bench({32: 3.0, 128: 2.0})
     known = bench.tuning(tmp_path / "gpu.json")

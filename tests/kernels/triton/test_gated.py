@@ -11,7 +11,8 @@ from slipstream.kernels import backends
 from slipstream.kernels.gate import SILU, Gate, GateKind
 from slipstream.kernels.gated import gate_and_mul, gate_and_mul_reference
 
-CLOSE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Torch's GELU adds one to a tanh that is nearly minus one: what is left has few digits, and a large up shows it.
+CLOSE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 GELU = Gate(kind=GateKind.GELU_TANH)
 CLAMPED = Gate(kind=GateKind.CLAMPED, alpha=1.702, limit=2.5)
 KERNELS = {GELU: "_gate_and_mul_kernel", CLAMPED: "_gate_and_mul_kernel", SILU: "_silu_and_mul_kernel"}
@@ -46,7 +47,7 @@ def test_references_are_the_formulas(seed: int) -> None:
         (CLAMPED, low_TI / (1 + torch.exp(-1.702 * low_TI)) * (both_TI + 1)),
     ):
         found = gate_and_mul_reference(gate_up_TI.float(), gate).double()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from slipstream.kernels import backends
+from slipstream.kernels import linear_w4a16 as linear_w4a16_module
 from slipstream.kernels.int4_codes import Int4Codes, quantize_int4
 from slipstream.kernels.linear_w4a16 import (
-    W4A16_CONFIGS,
     linear_w4a16,
     linear_w4a16_reference,
     pack_int4_matrix,
     unpack_int4_matrix,
-    w4a16_config,
+    w4a16_configs,
 )
 from slipstream.kernels.split_sums import split_count
 
@@ -37,7 +37,15 @@ def random_codes(seed: int, outputs: int, inputs: int, group: int) -> Int4Codes:
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(
     ("outputs", "inputs", "group", "rows"),
-    [(70, 320, 32, 3), (64, 512, 64, 17), (130, 2304, 128, 1), (16, 256, 128, 33), (1, 32, 32, 2), (40, 128, 64, 0)],
+    [
+        (70, 320, 32, 3),
+        (64, 512, 64, 17),
+        (130, 2304, 128, 1),
+        (16, 256, 128, 33),
+        (1, 32, 32, 2),
+        (40, 128, 64, 0),
+        (140, 288, 32, 70),
+    ],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_kernel_is_the_reference(
@@ -135,8 +143,20 @@ def test_what_is_not_multiplied_by_the_kernel(seed: int, launches: list[str]) ->
 
 
 def test_configurations_are_chosen_by_rows() -> None:
-    assert [w4a16_config(rows) for rows in (1, 16, 17, 4096)] == [W4A16_CONFIGS[index] for index in (0, 0, 1, 1)]
-    assert all(w4a16_config(rows, one_way=True) == W4A16_CONFIGS[0] for rows in (1, 16, 17, 4096))
+    tile_rows = [[config.tiles["BLOCK_M"] for config in w4a16_configs(rows)] for rows in (1, 16, 17, 64, 65, 4096)]
+    assert tile_rows == [[16], [16], [32], [32], [64, 128], [64, 128]]
+    assert all(w4a16_configs(rows, one_way=True) == w4a16_configs(1) for rows in (1, 16, 17, 4096))
+    assert w4a16_configs(4096, wide=True) == w4a16_configs(64)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_tiles_for_many_rows_that_tuning_may_choose(group: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are in one order in both: also the last bit is the same."""
+    matrix = pack_int4_matrix(random_codes(seed, 140, 512, group))
+    x = random(seed + 1, 131, 512).bfloat16()
+    found = linear_w4a16(x, matrix)
+    monkeypatch.setattr(linear_w4a16_module, "_MANY", linear_w4a16_module._MANY[::-1])
+    assert torch.equal(linear_w4a16(x, matrix), found)
 
 
 @pytest.mark.parametrize(
