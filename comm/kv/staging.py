@@ -204,7 +204,7 @@ class Buffers:
 class StagedStore:
     """The KV of a rank that is on a device: a ``KvStore``.
 
-    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous, of one type and on one device
+    Shapes: layers [parts, num_blocks, heads, block_size, head_dim] each, contiguous, of one type and on one device
     """
 
     def __init__(

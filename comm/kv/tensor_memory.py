@@ -16,7 +16,7 @@ from .staging import CudaCopier, OnDevice, StagedStore
 def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_device: bool = False) -> KvStore:
     """Return a rank's cache for its transports; ``on_device``: for one that moves a GPU's memory as it is.
 
-    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous
+    Shapes: layers [parts, num_blocks, heads, block_size, head_dim] each, contiguous
     ``first_layer`` and ``heads``: which of the model's these are
 
     Raises: CommMisuse
@@ -42,7 +42,7 @@ def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> Kv
 def _shape_of(layers: Sequence[Tensor], first_layer: int, heads: range) -> KvShape:
     if not layers:
         raise CommMisuse("a KV cache has at least one layer")
-    _, num_blocks, num_heads, block_size, head_dim = layers[0].shape
+    parts, num_blocks, num_heads, block_size, head_dim = layers[0].shape
     if num_heads != len(heads):
         raise CommMisuse(f"a cache of {num_heads} heads was named heads {heads.start} to {heads.stop - 1}")
     for layer in layers:
@@ -54,4 +54,5 @@ def _shape_of(layers: Sequence[Tensor], first_layer: int, heads: range) -> KvSha
         num_blocks=num_blocks,
         block_size=block_size,
         row_bytes=head_dim * layers[0].element_size(),
+        parts=parts,
     )

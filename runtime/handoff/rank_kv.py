@@ -50,7 +50,7 @@ class RankKv:
     ) -> None:
         """Listen, and let other replicas in.
 
-        Shapes: cache [2, num_blocks, heads, block_size, head_dim] a layer of this rank
+        Shapes: cache [parts, num_blocks, heads, block_size, head_dim] a layer of this rank
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
@@ -63,10 +63,11 @@ class RankKv:
             model=share.model,
             dtype=str(cache[0].dtype).removeprefix("torch."),
             head_dim=cache[0].shape[-1],
+            parts=cache[0].shape[0],
             checksum="xxh3" if share.limits.checksums else "none",
         )
         shape = memory.shape
-        self._gate = _CountingGate(self.offer, num_blocks=shape.num_blocks, row_bytes=shape.row_bytes)
+        self._gate = _CountingGate(self.offer, num_blocks=shape.num_blocks, entry_bytes=shape.entry_bytes)
         self._events = Events()
         wake = self._events.wake
         limits = share.limits
@@ -94,7 +95,7 @@ class RankKv:
         self._sending = RankSending(
             PeerRank(self._me, rank),
             layout,
-            row_bytes=shape.row_bytes,
+            entry_bytes=shape.entry_bytes,
             max_frame_bytes=limits.max_frame_bytes,
             transports=self._transports,
             meetings=self._meetings,
@@ -226,18 +227,18 @@ class RankKv:
 class _CountingGate(LockedGate):
     """The rank's gate; counts what is written through it, by transfer."""
 
-    def __init__(self, offer: KvOffer, *, num_blocks: int, row_bytes: int) -> None:
+    def __init__(self, offer: KvOffer, *, num_blocks: int, entry_bytes: int) -> None:
         super().__init__(
             Incoming(
                 rank=offer.rank,
                 incarnation=offer.incarnation,
                 layout=offer.layout,
                 num_blocks=num_blocks,
-                row_bytes=row_bytes,
+                entry_bytes=entry_bytes,
             )
         )
         self._rank = offer.rank
-        self._row_bytes = row_bytes
+        self._entry_bytes = entry_bytes
         self._counted: Counter[TransferId] = Counter()
 
     def finish(self, write: Write, outcome: Outcome) -> None:
@@ -245,7 +246,7 @@ class _CountingGate(LockedGate):
         with self.lock:
             self.incoming.finish(write, outcome)
             if outcome is Outcome.APPLIED:
-                self._counted[write.frame.transfer] += write.frame.payload_bytes(self._row_bytes)
+                self._counted[write.frame.transfer] += write.frame.payload_bytes(self._entry_bytes)
 
     def take_words(self) -> list[RankWord]:
         """Return what the driver has to know, and before each end of a transfer what was written of it."""

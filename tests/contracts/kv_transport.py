@@ -78,7 +78,7 @@ def end_of(
     offer = KvOffer(
         replica=replica, incarnation=3, rank=rank, layout=layout, model="m", dtype="uint8", head_dim=row_bytes
     )
-    incoming = Incoming(rank=rank, incarnation=3, layout=layout, num_blocks=num_blocks, row_bytes=row_bytes)
+    incoming = Incoming(rank=rank, incarnation=3, layout=layout, num_blocks=num_blocks, entry_bytes=2 * row_bytes)
     kv = RankKv(layout, rank, num_blocks=num_blocks, row_bytes=row_bytes)
     return End(kv, LockedGate(incoming), offer, PeerRank(peer, rank))
 
@@ -109,7 +109,7 @@ class Bed:
         outgoing = Outgoing(
             rank=self.source.me.rank,
             layout=self.source.offer.layout,
-            row_bytes=self.source.kv.memory.shape.row_bytes,
+            entry_bytes=self.source.kv.memory.shape.entry_bytes,
             max_frame_bytes=600,
         )
         outgoing.track(transfer)

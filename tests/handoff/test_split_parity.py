@@ -135,6 +135,8 @@ COVERING = [
     ("parallel_dense", Degrees(tp=2, pp=2), Degrees(tp=4), "shm"),
     ("parallel_experts", Degrees(tp=2, chunk=16), Degrees(), "shm"),
     ("parallel_experts", Degrees(), Degrees(tp=2, chunk=16), "tcp"),
+    ("deepseek_v3", Degrees(tp=2), Degrees(pp=2, chunk=16, block_size=16), "tcp"),
+    ("deepseek_v3", Degrees(pp=2, chunk=16, block_size=16), Degrees(tp=4), "shm"),
 ]
 
 
