@@ -22,8 +22,8 @@ _MAX_NUMBER = 1 << 63
 class KvOffer:
     """One rank's side.
 
-    ``model``: a fingerprint of weights and configuration; ``dtype``: as torch names it; ``parts``: 2 for keys and
-    values, 1 for latents; ``checksum``: "xxh3" or "none".
+    ``model``: a fingerprint of weights and configuration; ``dtype``: on the wire, as torch names it; ``parts``: 2 for
+    keys and values, 1 for latents; ``checksum``: "xxh3" or "none".
     """
 
     replica: str

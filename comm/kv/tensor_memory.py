@@ -1,4 +1,4 @@
-"""A KV cache's tensors as what transports read and write: views where they are on a CPU, staged where they are not."""
+"""A KV cache's tensors as what transports read and write: views on a CPU, staged elsewhere or as another type."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from torch import Tensor
 from ..errors import CommMisuse
 from .memory import KvMemory, KvStore
 from .runs import KvShape
-from .staging import CudaCopier, OnDevice, StagedStore
+from .staging import CudaCopier, HostCopier, OnDevice, StagedStore
 
 
-def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_device: bool = False) -> KvStore:
-    """Return a rank's cache for its transports; ``on_device``: for one that moves a GPU's memory as it is.
+def store_of(
+    layers: Sequence[Tensor],
+    *,
+    first_layer: int,
+    heads: range,
+    on_device: bool = False,
+    wire: torch.dtype | None = None,
+) -> KvStore:
+    """Return a rank's cache for its transports.
+
+    ``on_device``: for one that moves a GPU's memory as it is; ``wire``: the type of numbers on their way, None as in
+    the cache.
 
     Shapes: layers [parts, num_blocks, heads, block_size, head_dim] each, contiguous
     ``first_layer`` and ``heads``: which of the model's these are
@@ -24,11 +34,13 @@ def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_dev
     shape = _shape_of(layers, first_layer, heads)
     device = layers[0].device
     if device.type == "cpu":
+        if wire not in (None, layers[0].dtype):
+            return StagedStore(shape, layers, HostCopier(), wire=wire)
         return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])
     if device.type != "cuda":
         raise CommMisuse(f"KV moves from and to CPUs and GPUs of CUDA or ROCm, not {device.type}")
     copier = CudaCopier(device)
-    return StagedStore(shape, layers, OnDevice(copier, device) if on_device else copier)
+    return StagedStore(shape, layers, OnDevice(copier, device) if on_device else copier, wire=wire)
 
 
 def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:

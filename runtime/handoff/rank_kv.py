@@ -12,6 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ...comm.errors import CommMisuse
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WordListener = Callable[[RankWord], None]
 
+_WIRE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
+
 _IDLE_S = 3600.0
 """How long one wait for something to do lasts; whoever has something wakes the thread."""
 
@@ -54,14 +57,17 @@ class RankKv:
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
-        memory = self._memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        wire = _WIRE_DTYPES[share.wire_dtype] or cache[0].dtype
+        memory = self._memory = store_of(
+            cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank), wire=wire
+        )
         self.offer = KvOffer(
             replica=share.replica,
             incarnation=share.incarnation,
             rank=rank,
             layout=layout,
             model=share.model,
-            dtype=str(cache[0].dtype).removeprefix("torch."),
+            dtype=str(wire).removeprefix("torch."),
             head_dim=cache[0].shape[-1],
             parts=cache[0].shape[0],
             checksum="xxh3" if share.limits.checksums else "none",

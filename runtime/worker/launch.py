@@ -96,7 +96,7 @@ def launch_engine(
     device = choose_device(options.device)
     check_devices(device, mesh, placed=ranks_on_host is not None)
     if kv is not None:
-        _check_kv(kv, mesh)
+        _check_kv(kv, mesh, deterministic=options.deterministic)
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh, latent=spec.latent is not None)
@@ -131,10 +131,14 @@ def launch_engine(
     )
 
 
-def _check_kv(kv: KvSettings, mesh: MeshShape) -> None:
+def _check_kv(kv: KvSettings, mesh: MeshShape, *, deterministic: bool) -> None:
     """Refuse what KV cannot be moved with. Raises: ConfigError naming the option"""
     if mesh.sp > 1:
         raise ConfigError("sequence_parallel_size", f"{mesh.sp} ranks share prompts: their KV cannot be moved yet")
+    if deterministic and kv.wire_dtype != "auto":
+        raise ConfigError(
+            "kv_transfer_dtype", f"{kv.wire_dtype!r} rounds what one replica computed and another reads: use auto"
+        )
     try:
         check_kinds(kv.kinds, kv.address, across_hosts=kv.across_hosts)
     except CommMisuse as error:
@@ -148,6 +152,7 @@ def _kv_share(kv: KvSettings, model: str) -> KvShare:
         model=model,
         kinds=kv.kinds,
         across_hosts=kv.across_hosts,
+        wire_dtype=kv.wire_dtype,
         limits=kv.limits,
     )
 

@@ -43,8 +43,18 @@ ROW_BYTES = 8
 LIMITS = KvLimits(serial_below_tokens=0, max_frame_bytes=300)
 
 
-def share_of(replica: str, incarnation: int, kinds: tuple[str, ...], limits: KvLimits = LIMITS) -> KvShare:
-    return KvShare(replica=replica, incarnation=incarnation, model="m", kinds=kinds, across_hosts=False, limits=limits)
+def share_of(
+    replica: str, incarnation: int, kinds: tuple[str, ...], limits: KvLimits = LIMITS, *, wire_dtype: str = "auto"
+) -> KvShare:
+    return KvShare(
+        replica=replica,
+        incarnation=incarnation,
+        model="m",
+        kinds=kinds,
+        across_hosts=False,
+        wire_dtype=wire_dtype,
+        limits=limits,
+    )
 
 
 @dataclass
@@ -103,6 +113,8 @@ class Replica:
         join: Callable[[list[RankKv]], KvRanks] = LocalKvRanks,
         row_bytes: int = ROW_BYTES,
         parts: int = 2,
+        dtype: torch.dtype = torch.uint8,
+        wire_dtype: str = "auto",
     ) -> None:
         self.me = Peer(replica, incarnation)
         self.layout = layout
@@ -110,11 +122,11 @@ class Replica:
         self.caches = [Cache.blank(layout, rank, row_bytes=row_bytes, parts=parts) for rank in range(layout.ranks)]
         self.kv = [
             RankKv(
-                share_of(replica, incarnation, kinds, limits),
+                share_of(replica, incarnation, kinds, limits, wire_dtype=wire_dtype),
                 KvSeat(address="127.0.0.1", secret=SECRET),
                 rank=rank,
                 layout=layout,
-                cache=cache.layers,
+                cache=[layer.view(dtype) for layer in cache.layers],
                 clock=monotonic_clock,
             )
             for rank, cache in enumerate(self.caches)

@@ -183,6 +183,7 @@ def test_processes_as_ranks_and_one_that_is_killed(model: Path) -> None:
     ("changes", "kv", "field"),
     [
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size"),
+        ({"deterministic": True}, {"wire_dtype": "fp8"}, "kv_transfer_dtype"),
         ({}, {"kinds": ("pigeon",)}, "kv_address"),
         ({}, {"kinds": ()}, "kv_address"),
         ({}, {"address": "0.0.0.0"}, "kv_address"),
