@@ -50,8 +50,7 @@ def _as_bytes(x: Tensor) -> Tensor:
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
-    values = x.float()
-    return (values.clamp(-_LARGEST, _LARGEST) if dtype == _FLOAT8 else values).to(dtype)
+    return (x.clamp(-_LARGEST, _LARGEST) if dtype == _FLOAT8 else x).to(dtype)
 
 
 @jit

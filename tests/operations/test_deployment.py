@@ -270,7 +270,7 @@ def test_another_transport_replaces_replicas_of_a_split_and_no_others(change: st
     [
         (SPLIT + "kv_transport: {kind: nixl}\n", r"kv_transport\.kind: nixl can be planned with .* auto, tcp, shm"),
         (
-            SPLIT + "engine: {deterministic: true}\nkv_transport: {dtype: fp8}\n",
+            SPLIT.replace("max_num_seqs: 8}", "deterministic: true}") + "kv_transport: {dtype: fp8}\n",
             r"kv_transport\.dtype: fp8 rounds, which deterministic engines do not: use auto",
         ),
         (

@@ -32,7 +32,12 @@ def test_staged_runs_are_those_of_memory(parts: int, seed: int) -> None:
     end = end_of("decode-0", LAYOUT, 0, parts=parts)
     end.kv.array[:] = draw.integers(0, 256, end.kv.array.shape, dtype=np.uint8)
     store, memory = staged(end), end.kv.memory
-    for first, stop, other, heads in [(0, 16, 4, range(4)), (3, 17, 4, range(1, 3)), (0, 12, 3, range(3, 4))]:
+    for first, stop, other, heads in [
+        (0, 16, 4, range(4)),
+        (3, 17, 4, range(1, 3)),
+        (0, 12, 3, range(3, 4)),
+        (0, 12, 4, range(4)),
+    ]:
         for blocks in ([5, 6, 7, 9, 1], [0, 1, 2, 9, 4], draw.permutation(NUM_BLOCKS)[:5].tolist()):
             cuts = token_cuts(range(first, stop), (4, other))
             passage = store.outward(1, heads, cuts, blocks)
@@ -59,12 +64,12 @@ def test_numbers_of_8_bits_cross_and_are_rounded_once(dtype: torch.dtype, parts:
     """What is sent is what a cache of 8 bits sends as it is, and a cache of either kind takes it."""
     wide = caches(dtype, parts, seed)
     rounded = [layer.float().clamp(-448, 448).to(FLOAT8) for layer in wide]
-    given = {"first_layer": 5, "heads": range(3)}
-    sender, small = store_of(wide, wire=FLOAT8, **given), store_of(rounded, wire=FLOAT8, **given)
+    other = [torch.zeros_like(layer) for layer in wide]
+    sender, small, receiver = (
+        store_of(layers, first_layer=5, heads=range(3), wire=FLOAT8) for layers in (wide, rounded, other)
+    )
     assert isinstance(sender, StagedStore) and isinstance(small, KvMemory)
     assert sender.shape == small.shape and sender.shape.entry_bytes == parts * 8
-    other = [torch.zeros_like(layer) for layer in wide]
-    receiver = store_of(other, wire=FLOAT8, **given)
     for first, stop, heads in ((0, 12, range(3)), (3, 18, range(1, 3)), (1, 2, range(1))):
         cuts, blocks = token_cuts(range(first, stop), (4, 3)), [2, 3, 4, 6, 1]
         out, inward = sender.outward(6, heads, cuts, blocks), receiver.inward(6, heads, cuts, blocks)
