@@ -72,6 +72,7 @@ class ModelSizes:
     ``linear_dtype``: what linear layers are multiplied in; ``dtype``: of activations, the cache and what else there is.
 
     Units: weight_bytes, of one number of a linear layer; cache_number_bytes, of one in the cache, None as of any other;
+    moved_number_bytes, of one on its way to another replica's cache, None as in this one;
     number_bytes, of one other number
     Raises: ValueError for a model without layers or numbers
     """
@@ -86,6 +87,7 @@ class ModelSizes:
     dtype: str = "bfloat16"
     number_bytes: int = 2
     cache_number_bytes: int | None = None
+    moved_number_bytes: int | None = None
     linear_dtype: str = "bfloat16"
     weight_bytes: float = 2.0
 
@@ -111,3 +113,8 @@ class ModelSizes:
             case LatentAttention(kv_rank=kv_rank, rotary_dim=rotary_dim):
                 numbers = kv_rank + rotary_dim
         return numbers * self.cached_bytes * len(self.layers)
+
+    def moved_bytes_per_token(self) -> int:
+        """Return the bytes of one position that go from a replica that computed it to another."""
+        moved = self.cached_bytes if self.moved_number_bytes is None else self.moved_number_bytes
+        return self.kv_bytes_per_token() // self.cached_bytes * moved

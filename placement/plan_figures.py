@@ -179,7 +179,7 @@ def _capacities(groups: Sequence[Group], kv_link: Link | None, workload: Workloa
 def _kv_bytes(rates: ReplicaRates, workload: Workload) -> float:
     """Return the bytes of KV that a request moves, on average."""
     tokens = sum(share * length for length, share in workload.prompts)
-    return rates.cost.cut.model.kv_bytes_per_token() * tokens
+    return rates.cost.cut.model.moved_bytes_per_token() * tokens
 
 
 def _pairs(groups: Sequence[Group], own: Group) -> int:

@@ -71,6 +71,10 @@ LengthOption = Annotated[int | None, typer.Option(help="tokens of prompt and out
 ServedNamesOption = Annotated[
     list[str] | None, typer.Option(help="what clients call the model; may be repeated. Default: the folder's name")
 ]
+TransferDtypeOption = Annotated[
+    str,
+    typer.Option(help="numbers from one to the other: auto; fp8: half the bytes of bfloat16, tokens may differ"),
+]
 ExpertBalanceOption = Annotated[bool, typer.Option(help="move experts between ranks so that all have as much to do")]
 ExpertPolicyOption = Annotated[str, typer.Option(help="balance, or affinity: together what the same tokens choose")]
 ExpertExchangeOption = Annotated[
@@ -212,6 +216,7 @@ def serve(
     prefill: Annotated[int, typer.Option(help="replicas that only compute prompts; goes with --decode")] = 0,
     decode: Annotated[int, typer.Option(help="replicas that go on with them; goes with --prefill")] = 0,
     kv_transport: Annotated[str, typer.Option(help="from one to the other: auto, tcp or shm")] = "auto",
+    kv_transfer_dtype: TransferDtypeOption = "auto",
     split_from_tokens: Annotated[int | None, typer.Option(help="shorter prompts stay where they are decoded")] = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs; a second one stops at once.
@@ -245,7 +250,7 @@ def _serve_options(given: dict[str, Any]) -> ServeOptions:
     )
     split = None
     if given["prefill"] or given["decode"]:
-        names = ("prefill", "decode", "kv_transport", "split_from_tokens")
+        names = ("prefill", "decode", "kv_transport", "kv_transfer_dtype", "split_from_tokens")
         split = LocalSplit(**{name: given[name] for name in names if given[name] is not None})
     others = {
         name: given[name] for name in ("host", "port", "grpc_port", "start_timeout_s", "drain_timeout_s", "log_level")

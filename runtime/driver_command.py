@@ -16,6 +16,9 @@ DRIVER_MODULE = "slipstream.runtime.worker.main"
 KV_TRANSPORTS = ("auto", "tcp", "shm")
 """Ways from a prefill to a decode replica that a driver can be told to use."""
 
+KV_TRANSFER_DTYPES = ("auto", "fp8")
+"""Numbers on that way: as they are in the cache, or of 8 bits."""
+
 _NOT_FOR_A_DRIVER = ("model", "skip_tokenizer_init")
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 
@@ -35,15 +38,21 @@ def engine_arguments(options: EngineOptions) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def role_arguments(role: Role, *, kv_transport: str, kv_address: str, across_hosts: bool) -> tuple[str, ...]:
+def role_arguments(
+    role: Role, *, kv_transport: str, kv_address: str, across_hosts: bool, transfer_dtype: str = "auto"
+) -> tuple[str, ...]:
     """Return the arguments for what a replica does with a request; none for one that does all of it.
 
     ``kv_address``: where its ranks can be reached with KV; ``across_hosts``: from other hosts too.
     """
     if role is Role.MIXED:
         return ()
-    own = ("--role", role.value, "--kv-transport", kv_transport, "--kv-address", kv_address)
-    return (*own, "--kv-across-hosts") if across_hosts else own
+    arguments = ["--role", role.value, "--kv-transport", kv_transport, "--kv-address", kv_address]
+    if transfer_dtype != "auto":
+        arguments += ["--kv-transfer-dtype", transfer_dtype]
+    if across_hosts:
+        arguments.append("--kv-across-hosts")
+    return tuple(arguments)
 
 
 def driver_environment(environment: Mapping[str, str]) -> dict[str, str]:

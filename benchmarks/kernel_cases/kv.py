@@ -9,7 +9,12 @@ import numpy as np
 import torch
 
 from slipstream.kernels.kv_blocks import clear_blocks, clear_blocks_reference, copy_blocks
-from slipstream.kernels.kv_pack import pack_kv, pack_kv_reference, unpack_kv_, unpack_kv_reference_
+from slipstream.kernels.kv_pack import (
+    gather_rows,
+    gather_rows_reference,
+    scatter_rows,
+    scatter_rows_reference_,
+)
 
 from .case import KernelCase, by_torch
 
@@ -46,28 +51,36 @@ def cases(device: torch.device) -> Iterator[KernelCase]:
         baselines={"eager": partial(clear_blocks_reference, blocks_B, caches)},
         wanted=wanted,
     )
-    for heads, dtype in ((range(8), _DTYPE), (range(2), _DTYPE), (range(8), _FLOAT8)):
-        packed = pack_kv(caches, blocks_B, heads, dtype)
-        what = f"{shape}, {len(heads)} of 8 heads"
-        read = moved_bytes * len(heads) // 8
-        yield KernelCase(
-            operation="pack_kv",
-            shape=what,
-            dtype=dtype,
-            run=partial(pack_kv, caches, blocks_B, heads, dtype),
-            bytes=read + packed.nbytes,
-            baselines=by_torch(device, pack_kv_reference, caches, blocks_B, heads, dtype),
-            wanted=wanted,
-        )
-        yield KernelCase(
-            operation="unpack_kv",
-            shape=what,
-            dtype=dtype,
-            run=partial(unpack_kv_, packed, caches, blocks_B, heads),
-            bytes=read + packed.nbytes,
-            baselines=by_torch(device, unpack_kv_reference_, packed, caches, blocks_B, heads),
-            wanted=wanted,
-        )
+    yield from _moved_rows(device, caches[0], blocks_B, wanted)
+
+
+def _moved_rows(
+    device: torch.device, cache: torch.Tensor, blocks_B: torch.Tensor, wanted: float | None
+) -> Iterator[KernelCase]:
+    """Yield a layer's part of a transfer: whole blocks, some heads of them, and as numbers of 8 bits."""
+    blocks, kv_heads = cache.shape[1:3]
+    for heads, dtype in ((8, _DTYPE), (2, _DTYPE), (8, _FLOAT8)):
+        # Of all heads a block is one row; of some each head is.
+        of_block = kv_heads // heads
+        rows = cache.view(2 * blocks * (1 if of_block == 1 else kv_heads), -1)
+        places = torch.stack((blocks_B, blocks_B + blocks)).view(-1, 1)
+        index = places if of_block == 1 else places * kv_heads + torch.arange(heads, device=device)
+        index = index.reshape(-1)
+        packed = torch.empty(len(index), rows.shape[1], dtype=dtype, device=device)
+        gather_rows(rows, index, packed)
+        for operation, run, reference in (
+            ("gather_rows", gather_rows, gather_rows_reference),
+            ("scatter_rows", scatter_rows, scatter_rows_reference_),
+        ):
+            yield KernelCase(
+                operation=operation,
+                shape=f"{len(blocks_B)} blocks, {heads} of {kv_heads} heads",
+                dtype=dtype,
+                run=partial(run, rows, index, packed),
+                bytes=packed.numel() * rows.element_size() + packed.nbytes,
+                baselines=by_torch(device, reference, rows, index, packed),
+                wanted=wanted,
+            )
 
 
 def _copy_by_index(caches: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -109,7 +109,7 @@ def end(
             incarnation=1,
             layout=whole,
             num_blocks=kv.shape.num_blocks,
-            row_bytes=kv.shape.row_bytes,
+            entry_bytes=kv.shape.entry_bytes,
         )
     )
     transport = StreamTransport(
@@ -138,7 +138,7 @@ class Sender:
     def send(self, number: int, num_tokens: int, frame_bytes: int) -> None:
         """Send a prompt's KV, all of it computed."""
         outgoing = Outgoing(
-            rank=0, layout=self.offer.layout, row_bytes=self._kv.shape.row_bytes, max_frame_bytes=frame_bytes
+            rank=0, layout=self.offer.layout, entry_bytes=self._kv.shape.entry_bytes, max_frame_bytes=frame_bytes
         )
         transfer = TransferId("prefill", 1, number)
         outgoing.track(transfer)

@@ -150,7 +150,7 @@ def receive(host: str) -> None:
         while not _is_done(gate.incoming, gate):
             for event in transport.poll(PATIENCE_S):
                 if isinstance(event, Written):
-                    written.append((time.monotonic(), event.frame.payload_bytes(kv.shape.row_bytes)))
+                    written.append((time.monotonic(), event.frame.payload_bytes(kv.shape.entry_bytes)))
         with gate.lock:
             gate.incoming.close(transfer, 1)
             gate.incoming.take_reports()
@@ -170,7 +170,7 @@ def send(host: str, address: str) -> None:
     to = transport.connect(address, "decode", timeout_s=PATIENCE_S)
     for number, line in enumerate(sys.stdin):
         asked = json.loads(line)
-        outgoing = Outgoing(rank=0, layout=offer.layout, row_bytes=kv.shape.row_bytes, max_frame_bytes=FRAME_BYTES)
+        outgoing = Outgoing(rank=0, layout=offer.layout, entry_bytes=kv.shape.entry_bytes, max_frame_bytes=FRAME_BYTES)
         transfer = TransferId("prefill", 1, number)
         outgoing.track(transfer)
         outgoing.add_blocks(transfer, blocks_of(TOKENS, TOKENS))

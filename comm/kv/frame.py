@@ -1,8 +1,8 @@
 """One frame: some tokens of some heads of one layer, and the header that names them. Pure: values to bytes and back.
 
-Bytes after the header come in one order that both ends know without asking: keys, then values; of each the pieces that
-``token_cuts`` makes of the tokens, in order; of a piece, head by head, its tokens. So each end finds them in its own
-blocks, whatever the sizes of blocks are there.
+Bytes after the header come in one order that both ends know without asking: keys, then values, or latents
+alone; of each the pieces that ``token_cuts`` makes of the tokens, in order; of a piece, head by head, its tokens. So
+each end finds them in its own blocks, whatever the sizes of blocks are there.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class KvFrame:
         """The token positions."""
         return range(self.first_token, self.first_token + self.num_tokens)
 
-    def payload_bytes(self, row_bytes: int) -> int:
-        """Return the bytes after the header, with so many for one head of one token."""
-        return 2 * self.num_heads * self.num_tokens * row_bytes
+    def payload_bytes(self, entry_bytes: int) -> int:
+        """Return the bytes after the header, with so many for one head of one token, all parts."""
+        return self.num_heads * self.num_tokens * entry_bytes
 
     def names(self) -> bytes:
         """Return the part of the header that says what this is; a checksum begins with it."""
@@ -108,7 +108,7 @@ def unpack_header(data: bytes | bytearray | memoryview, replica: str, *, max_pay
 def token_runs(tokens: range, *, token_bytes: int, block_size: int, max_bytes: int) -> Iterator[range]:
     """Cut tokens into runs of at most ``max_bytes``, at the target's blocks where a block fits.
 
-    Units: token_bytes, of all heads of one token, keys and values
+    Units: token_bytes, of all heads of one token, all parts
     """
     most = max(max_bytes // token_bytes, 1)
     if most >= block_size:

@@ -65,15 +65,15 @@ class _Grant:
 class Incoming:
     """The transfers to one rank of one life of a replica.
 
-    Units: row_bytes, of one head of one token, keys alone
+    Units: entry_bytes, of one head of one token, all parts
     """
 
-    def __init__(self, *, rank: int, incarnation: int, layout: KvLayout, num_blocks: int, row_bytes: int) -> None:
+    def __init__(self, *, rank: int, incarnation: int, layout: KvLayout, num_blocks: int, entry_bytes: int) -> None:
         self._rank = rank
         self._incarnation = incarnation
         self._layout = layout
         self._num_blocks = num_blocks
-        self._row_bytes = row_bytes
+        self._entry_bytes = entry_bytes
         self._grants: dict[TransferId, _Grant] = {}
         self._over: OrderedDict[TransferId, int] = OrderedDict()
         self._reports: list[Report] = []
@@ -159,7 +159,7 @@ class Incoming:
         if one.closing or one.broken:
             return Drop.LATE
         part = Part(frame.layer, frame.first_head, frame.num_heads, peer.rank)
-        if header.payload_bytes != frame.payload_bytes(self._row_bytes):
+        if header.payload_bytes != frame.payload_bytes(self._entry_bytes):
             self._break(one, Ending.BAD_FRAME)
             return Drop.BAD
         match one.coverage.claim(part, frame.first_token, frame.first_token + frame.num_tokens):

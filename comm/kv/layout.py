@@ -13,7 +13,7 @@ from typing import Any
 from ...placement.kv_routes import KvLayout
 from ..errors import BadFrame, KvMismatch
 
-KV_PROTOCOL = 1
+KV_PROTOCOL = 2
 MAX_OFFER_BYTES = 4096
 _MAX_NUMBER = 1 << 63
 
@@ -22,7 +22,8 @@ _MAX_NUMBER = 1 << 63
 class KvOffer:
     """One rank's side.
 
-    ``model``: a fingerprint of weights and configuration; ``dtype``: as torch names it; ``checksum``: "xxh3" or "none".
+    ``model``: a fingerprint of weights and configuration; ``dtype``: on the wire, as torch names it; ``parts``: 2 for
+    keys and values, 1 for latents; ``checksum``: "xxh3" or "none".
     """
 
     replica: str
@@ -32,6 +33,7 @@ class KvOffer:
     model: str
     dtype: str
     head_dim: int
+    parts: int = 2
     checksum: str = "xxh3"
     protocol: int = KV_PROTOCOL
 
@@ -66,7 +68,7 @@ def check_fit(ours: KvOffer, theirs: KvOffer) -> None:
     """
     facts = [
         (name, getattr(ours, name), getattr(theirs, name))
-        for name in ("protocol", "model", "dtype", "head_dim", "checksum")
+        for name in ("protocol", "model", "dtype", "head_dim", "parts", "checksum")
     ]
     facts += [(name, getattr(ours.layout, name), getattr(theirs.layout, name)) for name in ("layers", "kv_heads")]
     wrong = [f"{name} is {own!r} here and {other!r} there" for name, own, other in facts if own != other]

@@ -187,10 +187,10 @@ class Line:
         runs = flight.passage.runs
         # Here and not when it was posted: the thread that posts has a model to run.
         checksum = frame_checksum(frame, runs) if self._checksums else 0
-        channel.send(pack_header(frame, frame.payload_bytes(self._memory.shape.row_bytes), checksum), runs)
+        channel.send(pack_header(frame, frame.payload_bytes(self._memory.shape.entry_bytes), checksum), runs)
 
     def _release(self, posts: Sequence[Post], *, sent: bool = False) -> None:
-        row_bytes = self._memory.shape.row_bytes
+        entry_bytes = self._memory.shape.entry_bytes
         for post in posts:
-            self._budget.give(post.frame.payload_bytes(row_bytes))
+            self._budget.give(post.frame.payload_bytes(entry_bytes))
         self._events.add(*(Released(post.frame, sent) for post in posts))

@@ -1,7 +1,7 @@
 """A rank's KV as bytes: where the tokens of a frame are read, and where they are stored. Views of memory, no copies.
 
 ``KvStore`` is what transports know of a cache. Where it is memory of this process, ``KvMemory``, they read and write it
-in place; where it is a device's, something stands between (``staging``).
+in place; where it is a device's, or crosses as another type, something stands between (``staging``).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class KvStore(Protocol):
 
     @property
     def shape(self) -> KvShape:
-        """What it holds."""
+        """What it holds, in the bytes that cross."""
         ...
 
     def mark(self) -> None:

@@ -84,7 +84,9 @@ class Nixl:
     def register(self, memory: KvStore) -> None:
         """Let the network's adapter reach the memory."""
         if not isinstance(memory, KvMemory):
-            raise CommMisuse("KV by NIXL needs a cache in the host's memory; use nccl or tcp for a GPU's")
+            raise CommMisuse(
+                "KV by NIXL needs a cache in the host's memory, of the type that crosses; use nccl or tcp for others"
+            )
         regions = [(address, count, 0, "") for address, count in memory.regions]
         with self._lock:
             self._registered = self._agent.register_memory(regions, mem_type="DRAM")

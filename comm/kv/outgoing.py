@@ -58,15 +58,15 @@ class _Tracked:
 class Outgoing:
     """The transfers from one rank. For one thread at a time: whoever shares it holds a lock.
 
-    Units: row_bytes, of one head of one token, keys alone; max_frame_bytes, of a frame unless one token has more
+    Units: entry_bytes, of one head of one token, all parts; max_frame_bytes, of a frame unless one token has more
     """
 
     def __init__(
-        self, *, rank: int, layout: KvLayout, row_bytes: int, max_frame_bytes: int = DEFAULT_FRAME_BYTES
+        self, *, rank: int, layout: KvLayout, entry_bytes: int, max_frame_bytes: int = DEFAULT_FRAME_BYTES
     ) -> None:
         self._rank = rank
         self._layout = layout
-        self._row_bytes = row_bytes
+        self._entry_bytes = entry_bytes
         self._max_frame_bytes = max_frame_bytes
         self._tracked: dict[TransferId, _Tracked] = {}
         self._pending: deque[Post] = deque()
@@ -182,7 +182,7 @@ class Outgoing:
             to = PeerRank(grant.to, route.target)
             for tokens in token_runs(
                 range(first, stop),
-                token_bytes=2 * len(route.heads) * self._row_bytes,
+                token_bytes=len(route.heads) * self._entry_bytes,
                 block_size=opened.target.block_size,
                 max_bytes=self._max_frame_bytes,
             ):

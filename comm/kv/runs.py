@@ -1,7 +1,8 @@
 """Where the bytes of a frame lie in a layer's memory, as numbers. Pure.
 
 Owns the order of a frame's bytes: keys, then values; piece by piece of its tokens; of a piece, head by head. Neighbours
-are one run. A layer is [2, num_blocks, heads, block_size, row_bytes], contiguous.
+are one run. A layer is [parts, num_blocks, heads, block_size, row_bytes], contiguous; the parts are keys and values, or
+latents alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Numbers = NDArray[np.int64]
 class KvShape:
     """Which part of a model a rank holds, and in what blocks. Layers and heads are the model's.
 
-    Units: row_bytes, of one head of one token, keys alone
+    ``parts``: 2 where there are keys and values, 1 where latents stand for both.
+    Units: row_bytes, of one head of one token, one part
     """
 
     layers: range
@@ -27,11 +29,17 @@ class KvShape:
     num_blocks: int
     block_size: int
     row_bytes: int
+    parts: int = 2
+
+    @property
+    def entry_bytes(self) -> int:
+        """The bytes of one head of one token, all parts."""
+        return self.parts * self.row_bytes
 
     @property
     def layer_bytes(self) -> int:
         """The bytes of one layer."""
-        return 2 * self.num_blocks * len(self.heads) * self.block_size * self.row_bytes
+        return self.num_blocks * len(self.heads) * self.block_size * self.entry_bytes
 
     def places(self, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> tuple[Numbers, Numbers]:
         """Return where each run of some heads begins in a layer, and how long it is, in bytes.
@@ -59,8 +67,8 @@ class KvShape:
             lengths = lengths * len(heads)
         starts, lengths = _joined(starts, lengths)
         # Values lie as keys do, behind them.
-        behind = self.num_blocks * block_bytes
-        return np.concatenate((starts, starts + behind)), np.concatenate((lengths, lengths))
+        parts = np.arange(self.parts)[:, None] * (self.num_blocks * block_bytes)
+        return (starts + parts).ravel(), np.tile(lengths, self.parts)
 
 
 def _joined(starts: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:

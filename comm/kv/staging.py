@@ -1,7 +1,8 @@
 """A device's KV for transports: frames pass through buffers, in and out, on the host or on the device itself.
 
 A frame's bytes lie in one piece in a buffer, so a device's copy and a socket's call are one each. What comes in goes to
-the cache only when it is whole and checked. Buffers are few: who finds none waits for one, for a bounded time; those
+the cache only when it is whole and checked. On the wire numbers may be of another type than in the cache: they change
+on the way to a buffer and out of it. Buffers are few: who finds none waits for one, for a bounded time; those
 out and those in are apart, so that two ends that send to one another cannot wait for each other's. On a GPU copies run
 on streams of their own, beside the model's.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, Protocol
 
@@ -54,11 +55,14 @@ class Copier(Protocol):
         ...
 
     def fetch(self, rows: Tensor, index: Tensor, out: Tensor) -> None:
-        """Copy some rows of a device's into a buffer. Shapes: rows [all, row]; index [some]; out [some, row]"""
+        """Copy some rows of a device's into a buffer, as numbers of its type.
+
+        Shapes: rows [all, row]; index [some]; out [some, row]
+        """
         ...
 
     def put(self, rows: Tensor, index: Tensor, source: Tensor) -> None:
-        """Copy a buffer into some rows of a device's. Shapes: as of ``fetch``"""
+        """Copy a buffer into some rows of a device's, as numbers of their type. Shapes: as of ``fetch``"""
         ...
 
 
@@ -202,18 +206,30 @@ class Buffers:
 
 
 class StagedStore:
-    """The KV of a rank that is on a device: a ``KvStore``.
+    """The KV of a rank that is on a device, or of another type than on the wire: a ``KvStore``.
 
-    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous, of one type and on one device
+    ``shape``: the cache's; the store's own is that of what crosses, of which all frames are. ``wire``: the type of
+    numbers there, None as in the cache.
+    Shapes: layers [parts, num_blocks, heads, block_size, head_dim] each, contiguous, of one type and on one device
     """
 
     def __init__(
-        self, shape: KvShape, layers: Sequence[Tensor], copier: Copier, limits: StagingLimits | None = None
+        self,
+        shape: KvShape,
+        layers: Sequence[Tensor],
+        copier: Copier,
+        limits: StagingLimits | None = None,
+        *,
+        wire: torch.dtype | None = None,
     ) -> None:
         if len(layers) != len(shape.layers) or any(layer.nbytes != shape.layer_bytes for layer in layers):
             raise CommMisuse(f"{len(layers)} layers of a device's KV are not what its shape says: {shape}")
-        self.shape = shape
-        self._bytes = [layer.view(-1).view(torch.uint8) for layer in layers]
+        self._cached = self.shape = shape
+        self._layers = [layer.view(-1) for layer in layers]
+        kept = layers[0].dtype
+        self._wire = None if wire in (None, kept) else wire
+        if self._wire is not None:
+            self.shape = replace(shape, row_bytes=shape.row_bytes // kept.itemsize * self._wire.itemsize)
         self._copier = copier
         limits = limits or StagingLimits()
         self._out, self._in = Buffers(copier, limits), Buffers(copier, limits)
@@ -242,31 +258,42 @@ class StagedStore:
         return self._staged(self._in, layer, heads, cuts, blocks)
 
     def _staged(self, buffers: Buffers, layer: int, heads: range, cuts: Sequence[int], blocks: Sequence[int]) -> Staged:
-        starts, lengths = self.shape.places(heads, cuts, blocks)
-        buffer = buffers.take(int(lengths.sum()))
-        return Staged(self._copier, buffers, buffer, self._bytes[layer - self.shape.layers.start], starts, lengths)
+        starts, lengths = self._cached.places(heads, cuts, blocks)
+        count = int(lengths.sum()) // self._cached.row_bytes * self.shape.row_bytes
+        numbers = self._layers[layer - self.shape.layers.start]
+        return Staged(self._copier, buffers, count, numbers, starts, lengths, self._wire)
 
 
 class Staged:
-    """A frame in a buffer: a ``Passage``. ``rows``, ``index``: where it is in the cache; ``piece``: in the buffer."""
+    """A frame of so many bytes in a buffer: a ``Passage``.
+
+    ``rows``, ``index``: where it is in the cache; ``piece``: in the buffer.
+    """
 
     def __init__(
-        self, copier: Copier, buffers: Buffers, buffer: Tensor, layer: Tensor, starts: Numbers, lengths: Numbers
+        self,
+        copier: Copier,
+        buffers: Buffers,
+        count: int,
+        layer: Tensor,
+        starts: Numbers,
+        lengths: Numbers,
+        wire: torch.dtype | None,
     ) -> None:
         self._copier = copier
         self._buffers = buffers
-        self._buffer: Tensor | None = buffer
-        # The longest rows of which all runs consist.
-        row = gcd(int(np.gcd.reduce(starts)), int(np.gcd.reduce(lengths)))
+        # The longest rows of which all runs consist, and the layer too.
+        row = gcd(int(np.gcd.reduce(starts)), int(np.gcd.reduce(lengths)), layer.nbytes)
         counts = lengths // row
         first = np.cumsum(counts) - counts
         index = np.arange(counts.sum()) + np.repeat(starts // row - first, counts)
-        count = int(lengths.sum())
-        # Moved in words where rows consist of words.
-        unit = torch.int64 if row % 8 == 0 else torch.uint8
-        self.rows = layer.view(-1, row).view(unit)
+        # What stays as it is moves in words where rows consist of words.
+        kept = layer.dtype if wire is not None else torch.int64 if row % 8 == 0 else torch.uint8
+        self.rows = layer.view(kept).view(-1, row // kept.itemsize)
         self.index = torch.from_numpy(index)
-        self.piece = buffer[:count].view(-1, row).view(unit)
+        buffer = buffers.take(count)
+        self._buffer: Tensor | None = buffer
+        self.piece = buffer[:count].view(wire or kept).view(-1, self.rows.shape[1])
         self.runs = copier.runs(buffer, count)
 
     def store(self) -> None:

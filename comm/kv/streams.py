@@ -130,7 +130,7 @@ class StreamTransport:
 
     def post(self, post: Post) -> bool:
         """Take a frame to send."""
-        count = post.frame.payload_bytes(need(self._memory).shape.row_bytes)
+        count = post.frame.payload_bytes(need(self._memory).shape.entry_bytes)
         if count > self._limits.max_frame_bytes:
             limit = self._limits.max_frame_bytes
             raise CommMisuse(

@@ -1,4 +1,4 @@
-"""A KV cache's tensors as what transports read and write: views where they are on a CPU, staged where they are not."""
+"""A KV cache's tensors as what transports read and write: views on a CPU, staged elsewhere or as another type."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from torch import Tensor
 from ..errors import CommMisuse
 from .memory import KvMemory, KvStore
 from .runs import KvShape
-from .staging import CudaCopier, OnDevice, StagedStore
+from .staging import CudaCopier, HostCopier, OnDevice, StagedStore
 
 
-def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_device: bool = False) -> KvStore:
-    """Return a rank's cache for its transports; ``on_device``: for one that moves a GPU's memory as it is.
+def store_of(
+    layers: Sequence[Tensor],
+    *,
+    first_layer: int,
+    heads: range,
+    on_device: bool = False,
+    wire: torch.dtype | None = None,
+) -> KvStore:
+    """Return a rank's cache for its transports.
 
-    Shapes: layers [2, num_blocks, heads, block_size, head_dim] each, contiguous
+    ``on_device``: for one that moves a GPU's memory as it is; ``wire``: the type of numbers on their way, None as in
+    the cache.
+
+    Shapes: layers [parts, num_blocks, heads, block_size, head_dim] each, contiguous
     ``first_layer`` and ``heads``: which of the model's these are
 
     Raises: CommMisuse
@@ -24,11 +34,13 @@ def store_of(layers: Sequence[Tensor], *, first_layer: int, heads: range, on_dev
     shape = _shape_of(layers, first_layer, heads)
     device = layers[0].device
     if device.type == "cpu":
+        if wire not in (None, layers[0].dtype):
+            return StagedStore(shape, layers, HostCopier(), wire=wire)
         return KvMemory(shape, [layer.view(-1).view(torch.uint8).numpy().data for layer in layers])
     if device.type != "cuda":
         raise CommMisuse(f"KV moves from and to CPUs and GPUs of CUDA or ROCm, not {device.type}")
     copier = CudaCopier(device)
-    return StagedStore(shape, layers, OnDevice(copier, device) if on_device else copier)
+    return StagedStore(shape, layers, OnDevice(copier, device) if on_device else copier, wire=wire)
 
 
 def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> KvMemory:
@@ -42,7 +54,7 @@ def memory_of(layers: Sequence[Tensor], *, first_layer: int, heads: range) -> Kv
 def _shape_of(layers: Sequence[Tensor], first_layer: int, heads: range) -> KvShape:
     if not layers:
         raise CommMisuse("a KV cache has at least one layer")
-    _, num_blocks, num_heads, block_size, head_dim = layers[0].shape
+    parts, num_blocks, num_heads, block_size, head_dim = layers[0].shape
     if num_heads != len(heads):
         raise CommMisuse(f"a cache of {num_heads} heads was named heads {heads.start} to {heads.stop - 1}")
     for layer in layers:
@@ -54,4 +66,5 @@ def _shape_of(layers: Sequence[Tensor], first_layer: int, heads: range) -> KvSha
         num_blocks=num_blocks,
         block_size=block_size,
         row_bytes=head_dim * layers[0].element_size(),
+        parts=parts,
     )

@@ -28,7 +28,12 @@ _QUANTIZED = {"int8": ("int8", 1.0), "int4": ("bfloat16", 0.5625), "fp8": ("floa
 
 
 def read_model_sizes(
-    path: str | Path, *, dtype: str = "auto", quantization: str = "none", kv_cache_dtype: str = "auto"
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    quantization: str = "none",
+    kv_cache_dtype: str = "auto",
+    kv_transfer_dtype: str = "auto",
 ) -> ModelSizes:
     """Read the sizes of the model in a directory, or of the config.json that ``path`` is.
 
@@ -48,6 +53,8 @@ def read_model_sizes(
         sizes = _of_fields(fields, name, dtype)
     if kv_cache_dtype == "fp8":
         sizes = replace(sizes, cache_number_bytes=1)
+    if kv_transfer_dtype == "fp8":
+        sizes = replace(sizes, moved_number_bytes=1)
     if quantization in _QUANTIZED:
         linear_dtype, weight_bytes = _QUANTIZED[quantization]
         sizes = replace(sizes, linear_dtype=linear_dtype, weight_bytes=weight_bytes)

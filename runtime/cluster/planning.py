@@ -51,6 +51,7 @@ def question_of(
         dtype=engine.dtype,
         quantization=engine.quantization,
         kv_cache_dtype=engine.kv_cache_dtype,
+        kv_transfer_dtype=file.kv_transport.dtype,
     )
     _check_names(file, topology)
     cpus = [name for name in topology.device_types if name.startswith(CPU_TYPES)]

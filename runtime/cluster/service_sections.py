@@ -103,6 +103,8 @@ class ObjectivesSection(Section):
 class KvTransportSection(Section):
     """How KV goes from prefill to decode replicas. ``auto``: the fastest that both ends have.
 
+    - ``dtype``: of numbers on their way, as they are in the cache or of 8 bits (e4m3): half the bytes of bfloat16, and
+      rounded, so that tokens may differ from those of replicas that do all of a request.
     - ``split_from_tokens``: prompts of which fewer tokens are to be computed stay at the decode replica; left out, as
       many as gateways take to be worth it.
     - ``serial_below_tokens``: shorter prompts are sent when they are computed, longer ones layer by layer; left out, as
@@ -110,6 +112,7 @@ class KvTransportSection(Section):
     """
 
     kind: Literal["auto", "tcp", "shm", "nccl", "nixl"] = "auto"
+    dtype: Literal["auto", "fp8"] = "auto"
     transfer_timeout_s: Positive = 30.0
     max_parked_bytes: Annotated[int, Field(ge=0)] = 2 << 30
     split_from_tokens: Annotated[int, Field(ge=1)] | None = None

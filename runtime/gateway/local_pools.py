@@ -16,7 +16,7 @@ from ...placement.plan import Degrees, Role
 from ...sdk.errors import ConfigError, SlipstreamError
 from ..clock import Clock
 from ..config import EngineOptions, require_positive
-from ..driver_command import KV_TRANSPORTS
+from ..driver_command import KV_TRANSFER_DTYPES, KV_TRANSPORTS
 from ..reconcile.desired import Generation
 from ..reconcile.observed import ReplicaId
 from ..reconcile.views import PoolView, ReplicaView, View
@@ -38,6 +38,7 @@ LaunchReplica = Callable[[str, Role], Awaitable[Driver]]
 class LocalSplit:
     """How many replicas compute prompts, how many go on with them, and how keys and values get there.
 
+    ``kv_transfer_dtype``: numbers on their way, "auto" as they are in the cache, or "fp8".
     ``split_from_tokens``: prompts of which fewer tokens are to be computed stay where they are decoded.
     Raises: ConfigError naming the option
     """
@@ -45,6 +46,7 @@ class LocalSplit:
     prefill: int
     decode: int
     kv_transport: str = "auto"
+    kv_transfer_dtype: str = "auto"
     split_from_tokens: int = SPLIT_FROM_TOKENS
 
     def __post_init__(self) -> None:
@@ -55,8 +57,9 @@ class LocalSplit:
         if self.replicas > MAX_REPLICAS:
             raise ConfigError("prefill", f"with decode, {MAX_REPLICAS} replicas are the most, got {self.replicas}")
         require_positive("split_from_tokens", self.split_from_tokens)
-        if self.kv_transport not in KV_TRANSPORTS:
-            raise ConfigError("kv_transport", f"must be one of {', '.join(KV_TRANSPORTS)}, got {self.kv_transport!r}")
+        for name, words in (("kv_transport", KV_TRANSPORTS), ("kv_transfer_dtype", KV_TRANSFER_DTYPES)):
+            if getattr(self, name) not in words:
+                raise ConfigError(name, f"must be one of {', '.join(words)}, got {getattr(self, name)!r}")
 
     @property
     def replicas(self) -> int:

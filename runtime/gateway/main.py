@@ -181,7 +181,13 @@ class _Launcher:
         """Start the driver of one replica of several."""
         split = self._options.split
         assert split is not None
-        arguments = role_arguments(role, kv_transport=split.kv_transport, kv_address=_LOOPBACK, across_hosts=False)
+        arguments = role_arguments(
+            role,
+            kv_transport=split.kv_transport,
+            kv_address=_LOOPBACK,
+            across_hosts=False,
+            transfer_dtype=split.kv_transfer_dtype,
+        )
         environment = {SECRET_VARIABLE: self._secret}
         if _THREADS_VARIABLE not in os.environ:
             # Otherwise each would compute with a thread for every core, and wait for those of the others.

@@ -12,6 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ...comm.errors import CommMisuse
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WordListener = Callable[[RankWord], None]
 
+_WIRE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
+
 _IDLE_S = 3600.0
 """How long one wait for something to do lasts; whoever has something wakes the thread."""
 
@@ -50,23 +53,27 @@ class RankKv:
     ) -> None:
         """Listen, and let other replicas in.
 
-        Shapes: cache [2, num_blocks, heads, block_size, head_dim] a layer of this rank
+        Shapes: cache [parts, num_blocks, heads, block_size, head_dim] a layer of this rank
         """
         self.rank = rank
         self._me = Peer(share.replica, share.incarnation)
-        memory = self._memory = store_of(cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank))
+        wire = _WIRE_DTYPES[share.wire_dtype] or cache[0].dtype
+        memory = self._memory = store_of(
+            cache, first_layer=layout.layers_of(rank).start, heads=layout.heads_of(rank), wire=wire
+        )
         self.offer = KvOffer(
             replica=share.replica,
             incarnation=share.incarnation,
             rank=rank,
             layout=layout,
             model=share.model,
-            dtype=str(cache[0].dtype).removeprefix("torch."),
+            dtype=str(wire).removeprefix("torch."),
             head_dim=cache[0].shape[-1],
+            parts=cache[0].shape[0],
             checksum="xxh3" if share.limits.checksums else "none",
         )
         shape = memory.shape
-        self._gate = _CountingGate(self.offer, num_blocks=shape.num_blocks, row_bytes=shape.row_bytes)
+        self._gate = _CountingGate(self.offer, num_blocks=shape.num_blocks, entry_bytes=shape.entry_bytes)
         self._events = Events()
         wake = self._events.wake
         limits = share.limits
@@ -94,7 +101,7 @@ class RankKv:
         self._sending = RankSending(
             PeerRank(self._me, rank),
             layout,
-            row_bytes=shape.row_bytes,
+            entry_bytes=shape.entry_bytes,
             max_frame_bytes=limits.max_frame_bytes,
             transports=self._transports,
             meetings=self._meetings,
@@ -226,18 +233,18 @@ class RankKv:
 class _CountingGate(LockedGate):
     """The rank's gate; counts what is written through it, by transfer."""
 
-    def __init__(self, offer: KvOffer, *, num_blocks: int, row_bytes: int) -> None:
+    def __init__(self, offer: KvOffer, *, num_blocks: int, entry_bytes: int) -> None:
         super().__init__(
             Incoming(
                 rank=offer.rank,
                 incarnation=offer.incarnation,
                 layout=offer.layout,
                 num_blocks=num_blocks,
-                row_bytes=row_bytes,
+                entry_bytes=entry_bytes,
             )
         )
         self._rank = offer.rank
-        self._row_bytes = row_bytes
+        self._entry_bytes = entry_bytes
         self._counted: Counter[TransferId] = Counter()
 
     def finish(self, write: Write, outcome: Outcome) -> None:
@@ -245,7 +252,7 @@ class _CountingGate(LockedGate):
         with self.lock:
             self.incoming.finish(write, outcome)
             if outcome is Outcome.APPLIED:
-                self._counted[write.frame.transfer] += write.frame.payload_bytes(self._row_bytes)
+                self._counted[write.frame.transfer] += write.frame.payload_bytes(self._entry_bytes)
 
     def take_words(self) -> list[RankWord]:
         """Return what the driver has to know, and before each end of a transfer what was written of it."""

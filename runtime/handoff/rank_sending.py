@@ -39,7 +39,7 @@ class _Opening:
 class RankSending:
     """All transfers from one rank.
 
-    Units: row_bytes, of one head of one token, keys alone
+    Units: entry_bytes, of one head of one token, all parts
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RankSending:
         me: PeerRank,
         layout: KvLayout,
         *,
-        row_bytes: int,
+        entry_bytes: int,
         max_frame_bytes: int,
         transports: Mapping[str, StreamTransport],
         meetings: Meetings,
@@ -55,11 +55,11 @@ class RankSending:
     ) -> None:
         self._me = me
         self._layout = layout
-        self._row_bytes = row_bytes
+        self._entry_bytes = entry_bytes
         self._transports = transports
         self._meetings = meetings
         self._clock = clock
-        self._outgoing = Outgoing(rank=me.rank, layout=layout, row_bytes=row_bytes, max_frame_bytes=max_frame_bytes)
+        self._outgoing = Outgoing(rank=me.rank, layout=layout, entry_bytes=entry_bytes, max_frame_bytes=max_frame_bytes)
         self._opening: dict[TransferId, _Opening] = {}
         self._lines: dict[PeerRank, StreamTransport] = {}
         self._blocks_known: dict[TransferId, int] = {}
@@ -160,7 +160,7 @@ class RankSending:
 
     def released(self, frame: KvFrame, *, sent: bool) -> None:
         """Note that a frame is no longer read."""
-        count = frame.payload_bytes(self._row_bytes)
+        count = frame.payload_bytes(self._entry_bytes)
         self._times.released(self._clock(), frame.transfer, count if sent else 0)
         self._outgoing.released(frame, sent=sent)
         if not sent and (to := self._targets.get(frame.transfer)) is not None:

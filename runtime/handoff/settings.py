@@ -48,7 +48,8 @@ class KvSettings:
 
     ``incarnation``: larger than that of any earlier life of the replica. ``secret``: of the cluster. ``address``: a
     host, where the ranks on the driver's host are reached by other replicas. ``kinds``: of transports, the one that is
-    preferred first. ``across_hosts``: whether other replicas may be on other hosts.
+    preferred first. ``across_hosts``: whether other replicas may be on other hosts. ``wire_dtype``: of numbers on their
+    way, "auto" as in the cache, or "fp8".
     """
 
     replica: str
@@ -57,6 +58,7 @@ class KvSettings:
     address: str = "127.0.0.1"
     kinds: tuple[str, ...] = KINDS
     across_hosts: bool = False
+    wire_dtype: str = "auto"
     limits: KvLimits = KvLimits()
 
 
@@ -69,6 +71,7 @@ class KvShare:
     model: str
     kinds: tuple[str, ...]
     across_hosts: bool
+    wire_dtype: str
     limits: KvLimits
 
 

@@ -88,6 +88,11 @@ def check_can_run(file: ClusterFile) -> None:
             "kv_transport.kind",
             f"{file.kv_transport.kind} can be planned with and not be run yet: give one of {', '.join(KV_TRANSPORTS)}",
         )
+    split = (file.engine,) if file.pools is None else (file.engine_of(p) for p in pools if p.kind is not Role.MIXED)
+    if file.kv_transport.dtype != "auto" and any(engine.deterministic for engine in split):
+        raise ConfigError(
+            "kv_transport.dtype", f"{file.kv_transport.dtype} rounds, which deterministic engines do not: use auto"
+        )
     decoding = {_of_the_model(file.engine_of(pool)) for pool in pools if pool.kind is Role.DECODE}
     for index, pool in enumerate(pools):
         if pool.kind is Role.PREFILL and _of_the_model(file.engine_of(pool)) not in decoding:
@@ -234,9 +239,13 @@ def _arguments(file: ClusterFile, role: Role, options: EngineOptions, *, hosts: 
     """Return what each rank of a pool is started with."""
     kind = file.kv_transport.kind
     shares = role_arguments(
+        role,
+        kv_transport=kind,
+        kv_address="{address}",
         # Shared memory is of one host; whoever asks for it by name is not to be told that it is of several.
-        role, kv_transport=kind, kv_address="{address}", across_hosts=hosts > 1 and kind != "shm"
-    )  # fmt: skip
+        across_hosts=hosts > 1 and kind != "shm",
+        transfer_dtype=file.kv_transport.dtype,
+    )
     if shares:
         section = file.kv_transport
         timeout = ("--kv-transfer-timeout", str(section.transfer_timeout_s))
@@ -263,6 +272,8 @@ def _record(file: ClusterFile, pool: Chosen, options: EngineOptions) -> PoolReco
     if pool.role is not Role.MIXED:
         section = file.kv_transport
         others["kv_transport"] = section.kind
+        if section.dtype != "auto":
+            others["kv_transfer_dtype"] = section.dtype
         others |= {name: getattr(section, name) for name in _OF_TRANSFERS}
     others |= {f"label {label}": value for label, value in constraint.labels.items()}
     for name, several in (("device types", constraint.device_types), ("nodes", constraint.nodes)):

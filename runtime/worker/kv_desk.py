@@ -57,13 +57,3 @@ def open_desk(
     )
     engine.scheduler.attach(desk)
     return OpenDesk(desk=desk, lines=lines)
-
-
-def block_bytes(ranks: KvRanks) -> int:
-    """Return what a block takes at all ranks together."""
-    offer = ranks.offer
-    layout, item_bytes = offer.layout, _ITEM_BYTES.get(offer.dtype, 4)
-    return 2 * layout.layers * layout.kv_heads * offer.head_dim * layout.block_size * item_bytes
-
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}

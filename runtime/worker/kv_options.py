@@ -14,6 +14,7 @@ from ...comm.handshake import SECRET_VARIABLE, secret_from
 from ...comm.kv.transfer import TransferLimits
 from ...sdk.errors import ConfigError
 from ..clock import wall_clock
+from ..driver_command import KV_TRANSFER_DTYPES
 from ..handoff.settings import KINDS, KvLimits, KvSettings
 
 ROLES = ("prefill", "decode", "mixed")
@@ -32,6 +33,13 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         help="how KV moves; auto is shm within a host, else tcp (default: none, with --role prefill or decode auto)",
     )
     group.add_argument("--kv-address", metavar="HOST", help="where other replicas reach this host (default: --address)")
+    group.add_argument(
+        "--kv-transfer-dtype",
+        choices=KV_TRANSFER_DTYPES,
+        default="auto",
+        help="numbers on their way: auto is as in the cache; fp8 (e4m3) takes half the bytes of bfloat16 and rounds: "
+        "tokens may differ from those of one engine (default: auto)",
+    )
     group.add_argument("--kv-across-hosts", action="store_true", help="other replicas may be on other hosts")
     group.add_argument(
         "--kv-transfer-timeout",
@@ -96,6 +104,7 @@ def kv_settings(options: argparse.Namespace, environment: Mapping[str, str] = os
         address=options.kv_address or options.address or "127.0.0.1",
         kinds=KINDS if transport == "auto" else (transport,),
         across_hosts=options.kv_across_hosts,
+        wire_dtype=options.kv_transfer_dtype,
         limits=KvLimits(serial_below_tokens=options.kv_serial_below_tokens),
     )
 

@@ -16,6 +16,7 @@ import torch
 from ...comm.errors import CommError, CommMisuse
 from ...comm.groups import ALONE
 from ...comm.mesh import MeshShape
+from ...placement.memory import kv_block_bytes
 from ...sdk.errors import CheckpointError, ConfigError, EngineError
 from ..clock import Clock
 from ..config import EngineOptions, SchedulerConfig
@@ -50,6 +51,7 @@ class LaunchedEngine:
     compiled before a request that has it is submitted. ``check``: raises EngineError when another rank was lost; for
     whoever has nothing to run. ``kv``: the ranks' ends of KV that is moved, to be closed before the engine; None where
     none is.
+    Units: block_bytes, of a KV block over all layers and heads
     """
 
     engine: Engine
@@ -61,6 +63,7 @@ class LaunchedEngine:
     eos_token_ids: tuple[int, ...]
     grammars: GrammarCompiler
     check: Callable[[], None]
+    block_bytes: int
     kv: KvRanks | None = None
 
 
@@ -93,7 +96,7 @@ def launch_engine(
     device = choose_device(options.device)
     check_devices(device, mesh, placed=ranks_on_host is not None)
     if kv is not None:
-        _check_kv(kv, mesh, spec)
+        _check_kv(kv, mesh, deterministic=options.deterministic)
     choose_kernels(options.kernels)
     dtype = _DTYPES[spec.dtype or "float32" if options.dtype == "auto" else options.dtype]
     check_cache_dtype(options.kv_cache_dtype, dtype, device, mesh, latent=spec.latent is not None)
@@ -121,16 +124,21 @@ def launch_engine(
         eos_token_ids=eos_token_ids,
         grammars=built.rank.grammars,
         check=built.check,
+        block_bytes=kv_block_bytes(
+            spec.facts(), options.block_size, cache_dtype(options.kv_cache_dtype, dtype).itemsize
+        ),
         kv=built.kv,
     )
 
 
-def _check_kv(kv: KvSettings, mesh: MeshShape, spec: ModelSpec) -> None:
+def _check_kv(kv: KvSettings, mesh: MeshShape, *, deterministic: bool) -> None:
     """Refuse what KV cannot be moved with. Raises: ConfigError naming the option"""
     if mesh.sp > 1:
         raise ConfigError("sequence_parallel_size", f"{mesh.sp} ranks share prompts: their KV cannot be moved yet")
-    if spec.latent is not None:
-        raise ConfigError("role", f"KV of {spec.architecture} cannot be moved yet: serve it by replicas that do both")
+    if deterministic and kv.wire_dtype != "auto":
+        raise ConfigError(
+            "kv_transfer_dtype", f"{kv.wire_dtype!r} rounds what one replica computed and another reads: use auto"
+        )
     try:
         check_kinds(kv.kinds, kv.address, across_hosts=kv.across_hosts)
     except CommMisuse as error:
@@ -144,6 +152,7 @@ def _kv_share(kv: KvSettings, model: str) -> KvShare:
         model=model,
         kinds=kv.kinds,
         across_hosts=kv.across_hosts,
+        wire_dtype=kv.wire_dtype,
         limits=kv.limits,
     )
 

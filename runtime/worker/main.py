@@ -38,7 +38,7 @@ from ..rpc.tls import tls_from
 from .driver import DriverLimits, EngineLoop
 from .exit_status import EXIT_DRAINED, EXIT_ENGINE_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from .keeper_pipe import KeeperPipe
-from .kv_desk import block_bytes, open_desk
+from .kv_desk import open_desk
 from .kv_options import add_kv_options, check_kv_options, kv_settings, kv_transport, transfer_limits
 from .null_engine import NullEngineOptions, launch_null_engine
 
@@ -171,7 +171,7 @@ def _launch(options: argparse.Namespace, event_loop: asyncio.AbstractEventLoop) 
             GrpcKvTalker(event_loop, secret=secret_from(os.environ), tls=tls_from(os.environ)),
             vocab_size=launched.spec.vocab_size,
             clock=monotonic_clock,
-            limits=transfer_limits(options, block_bytes=block_bytes(ranks)),
+            limits=transfer_limits(options, block_bytes=launched.block_bytes),
         )
     role = options.role or "mixed"
     facts = EngineFacts(

@@ -180,6 +180,13 @@ def test_a_topology_says_links_racks_and_what_is_taken(tmp_path: Path) -> None:
     assert topology.nodes[0].device_link.bytes_per_s == 32e9
 
 
+def test_numbers_of_8_bits_are_half_of_what_moves() -> None:
+    path = CONFIGS / "models" / sorted(each.name for each in (CONFIGS / "models").iterdir() if each.is_dir())[0]
+    as_stored, small = (read_model_sizes(path, kv_transfer_dtype=dtype) for dtype in ("auto", "fp8"))
+    assert as_stored.moved_bytes_per_token() == as_stored.kv_bytes_per_token() == small.kv_bytes_per_token()
+    assert small.moved_bytes_per_token() * as_stored.number_bytes == as_stored.kv_bytes_per_token()
+
+
 def test_a_cache_of_8_bits_is_half_as_large() -> None:
     path = CONFIGS / "models" / sorted(each.name for each in (CONFIGS / "models").iterdir() if each.is_dir())[0]
     as_stored = read_model_sizes(path)

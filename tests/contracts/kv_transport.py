@@ -71,15 +71,28 @@ class End:
 
 
 def end_of(
-    replica: str, layout: KvLayout, rank: int, *, row_bytes: int = ROW_BYTES, num_blocks: int = NUM_BLOCKS
+    replica: str,
+    layout: KvLayout,
+    rank: int,
+    *,
+    row_bytes: int = ROW_BYTES,
+    num_blocks: int = NUM_BLOCKS,
+    parts: int = 2,
 ) -> End:
     """Return a rank without a transport."""
     peer = Peer(replica, 3)
     offer = KvOffer(
-        replica=replica, incarnation=3, rank=rank, layout=layout, model="m", dtype="uint8", head_dim=row_bytes
+        replica=replica,
+        incarnation=3,
+        rank=rank,
+        layout=layout,
+        model="m",
+        dtype="uint8",
+        head_dim=row_bytes,
+        parts=parts,
     )
-    incoming = Incoming(rank=rank, incarnation=3, layout=layout, num_blocks=num_blocks, row_bytes=row_bytes)
-    kv = RankKv(layout, rank, num_blocks=num_blocks, row_bytes=row_bytes)
+    incoming = Incoming(rank=rank, incarnation=3, layout=layout, num_blocks=num_blocks, entry_bytes=parts * row_bytes)
+    kv = RankKv(layout, rank, num_blocks=num_blocks, row_bytes=row_bytes, parts=parts)
     return End(kv, LockedGate(incoming), offer, PeerRank(peer, rank))
 
 
@@ -109,7 +122,7 @@ class Bed:
         outgoing = Outgoing(
             rank=self.source.me.rank,
             layout=self.source.offer.layout,
-            row_bytes=self.source.kv.memory.shape.row_bytes,
+            entry_bytes=self.source.kv.memory.shape.entry_bytes,
             max_frame_bytes=600,
         )
         outgoing.track(transfer)

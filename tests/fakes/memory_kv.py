@@ -103,7 +103,7 @@ class MemoryTransport:
         return to
 
     def post(self, post: Post) -> bool:
-        size = post.frame.payload_bytes(need(self._memory).shape.row_bytes)
+        size = post.frame.payload_bytes(need(self._memory).shape.entry_bytes)
         if self._queued_bytes and self._queued_bytes + size > self._max_queued_bytes:
             return False
         self._queued_bytes += size
@@ -213,5 +213,5 @@ class MemoryTransport:
             self._release(post, sent=False)
 
     def _release(self, post: Post, *, sent: bool) -> None:
-        self._queued_bytes -= post.frame.payload_bytes(need(self._memory).shape.row_bytes)
+        self._queued_bytes -= post.frame.payload_bytes(need(self._memory).shape.entry_bytes)
         self._events.append(Released(post.frame, sent))

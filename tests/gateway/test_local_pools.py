@@ -110,6 +110,7 @@ async def test_a_first_start_that_fails_is_the_end_of_all() -> None:
         ({"prefill": -1, "decode": 1}, "prefill"),
         ({"prefill": MAX_REPLICAS, "decode": 1}, "replicas are the most"),
         ({"prefill": 1, "decode": 1, "kv_transport": "carrier pigeon"}, "kv_transport"),
+        ({"prefill": 1, "decode": 1, "kv_transfer_dtype": "int8"}, "kv_transfer_dtype: must be one of auto, fp8, got"),
         ({"prefill": 1, "decode": 1, "split_from_tokens": 0}, "split_from_tokens"),
     ],
 )
@@ -124,3 +125,5 @@ def test_only_who_shares_the_work_is_told_how() -> None:
     assert told == ("--role", "decode", "--kv-transport", "shm", "--kv-address", "h")
     far = role_arguments(Role.PREFILL, kv_transport="tcp", kv_address="h", across_hosts=True)
     assert far[:2] == ("--role", "prefill") and far[-1] == "--kv-across-hosts"
+    small = role_arguments(Role.DECODE, kv_transport="shm", kv_address="h", across_hosts=False, transfer_dtype="fp8")
+    assert small == (*told, "--kv-transfer-dtype", "fp8")

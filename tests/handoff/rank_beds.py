@@ -43,8 +43,18 @@ ROW_BYTES = 8
 LIMITS = KvLimits(serial_below_tokens=0, max_frame_bytes=300)
 
 
-def share_of(replica: str, incarnation: int, kinds: tuple[str, ...], limits: KvLimits = LIMITS) -> KvShare:
-    return KvShare(replica=replica, incarnation=incarnation, model="m", kinds=kinds, across_hosts=False, limits=limits)
+def share_of(
+    replica: str, incarnation: int, kinds: tuple[str, ...], limits: KvLimits = LIMITS, *, wire_dtype: str = "auto"
+) -> KvShare:
+    return KvShare(
+        replica=replica,
+        incarnation=incarnation,
+        model="m",
+        kinds=kinds,
+        across_hosts=False,
+        wire_dtype=wire_dtype,
+        limits=limits,
+    )
 
 
 @dataclass
@@ -56,13 +66,16 @@ class Cache:
     layers: list[torch.Tensor]
 
     @classmethod
-    def blank(cls, layout: KvLayout, rank: int, *, row_bytes: int = ROW_BYTES) -> Cache:
-        shape = (2, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, row_bytes)
+    def blank(cls, layout: KvLayout, rank: int, *, row_bytes: int = ROW_BYTES, parts: int = 2) -> Cache:
+        shape = (parts, NUM_BLOCKS, len(layout.heads_of(rank)), layout.block_size, row_bytes)
         own = layout.layers_of(rank)
         return cls(layout, rank, [torch.full(shape, UNTOUCHED, dtype=torch.uint8) for _ in own])
 
     def at(self, layer: int, tokens: range, blocks: Sequence[int]) -> NDArray[np.uint8]:
-        """Return a copy of what the blocks of some tokens hold. Shapes: layer as the rank counts; [2, heads, tokens]"""
+        """Return a copy of what the blocks of some tokens hold; a layer as the rank counts.
+
+        Shapes: [parts, heads, tokens, row_bytes]
+        """
         positions = np.arange(tokens.start, tokens.stop)
         block = np.asarray(blocks)[positions // self.layout.block_size]
         found: NDArray[np.uint8] = self.layers[layer].numpy()[:, block, :, positions % self.layout.block_size]
@@ -99,17 +112,21 @@ class Replica:
         limits: KvLimits = LIMITS,
         join: Callable[[list[RankKv]], KvRanks] = LocalKvRanks,
         row_bytes: int = ROW_BYTES,
+        parts: int = 2,
+        dtype: torch.dtype = torch.uint8,
+        wire_dtype: str = "auto",
     ) -> None:
         self.me = Peer(replica, incarnation)
         self.layout = layout
-        self.caches = [Cache.blank(layout, rank, row_bytes=row_bytes) for rank in range(layout.ranks)]
+        self.parts = parts
+        self.caches = [Cache.blank(layout, rank, row_bytes=row_bytes, parts=parts) for rank in range(layout.ranks)]
         self.kv = [
             RankKv(
-                share_of(replica, incarnation, kinds, limits),
+                share_of(replica, incarnation, kinds, limits, wire_dtype=wire_dtype),
                 KvSeat(address="127.0.0.1", secret=SECRET),
                 rank=rank,
                 layout=layout,
-                cache=cache.layers,
+                cache=[layer.view(dtype) for layer in cache.layers],
                 clock=monotonic_clock,
             )
             for rank, cache in enumerate(self.caches)
@@ -206,12 +223,13 @@ def pair(
     *,
     kinds: tuple[str, ...] = ("tcp",),
     limits: KvLimits = LIMITS,
+    parts: int = 2,
 ) -> Iterator[tuple[Replica, Replica]]:
     """Yield a replica that sends and one that receives."""
     plain = KvLayout(layers=3, kv_heads=4, block_size=4)
     with ExitStack() as stack:
         prefill, decode = (
-            Replica(name, layout or plain, kinds=kinds, limits=limits)
+            Replica(name, layout or plain, kinds=kinds, limits=limits, parts=parts)
             for name, layout in (("prefill-0", source), ("decode-0", target))
         )
         for replica in (prefill, decode):
@@ -223,8 +241,8 @@ def layout_with(**what: int) -> KvLayout:
     return replace(KvLayout(layers=3, kv_heads=4, block_size=4), **what)
 
 
-def prompt(layout: KvLayout, tokens: int, seed: int) -> NDArray[np.uint8]:
-    return truth(layout, tokens, ROW_BYTES, seed)
+def prompt(layout: KvLayout, tokens: int, seed: int, *, parts: int = 2) -> NDArray[np.uint8]:
+    return truth(layout, tokens, ROW_BYTES, seed, parts=parts)
 
 
 def wait_until(check: Callable[[], bool]) -> None:

@@ -139,7 +139,8 @@ def move(prefill: LaunchedEngine, decode: LaunchedEngine) -> None:
         ranks.check()
     layout, kv = decode.kv.offer.layout, decode.kv.offer
     copies = max(layout.tp // layout.kv_heads, 1)
-    size = 2 * layout.layers * layout.kv_heads * copies * TOKENS * kv.head_dim * decode.dtype.itemsize
+    size = kv.parts * layout.layers * layout.kv_heads * copies * TOKENS * kv.head_dim * decode.dtype.itemsize
+    assert size * BLOCK_SIZE == decode.block_bytes * copies * TOKENS
     wait_until(lambda: decode.kv is not None and decode.kv.moved().bytes_in == size)
 
 
@@ -182,6 +183,7 @@ def test_processes_as_ranks_and_one_that_is_killed(model: Path) -> None:
     ("changes", "kv", "field"),
     [
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size"),
+        ({"deterministic": True}, {"wire_dtype": "fp8"}, "kv_transfer_dtype"),
         ({}, {"kinds": ("pigeon",)}, "kv_address"),
         ({}, {"kinds": ()}, "kv_address"),
         ({}, {"address": "0.0.0.0"}, "kv_address"),
@@ -194,10 +196,3 @@ def test_what_cannot_be_is_refused(model: Path, changes: dict[str, object], kv: 
     with pytest.raises(ConfigError) as found:
         launch()
     assert found.value.field == field
-
-
-def test_latents_are_not_moved(tmp_path: Path) -> None:
-    latents = options(make_checkpoint("deepseek_v3", tmp_path / "deepseek"))
-    with pytest.raises(ConfigError, match="KV of DeepseekV3ForCausalLM cannot be moved yet") as found:
-        launch_engine(latents, clock=monotonic_clock, kv=settings("decode-0"))
-    assert found.value.field == "role"

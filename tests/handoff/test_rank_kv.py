@@ -71,7 +71,7 @@ def send_all(
     pool: range = range(NUM_BLOCKS),
 ) -> None:
     """Move a prompt that is computed in chunks, and hold every byte of it against what it should be."""
-    what = prompt(source.layout, TOKENS, seed + number)
+    what = prompt(source.layout, TOKENS, seed + number, parts=source.parts)
     transfer = source.transfer(number)
     ours, theirs = blocks_for(source.layout, seed), blocks_for(target.layout, seed + 1, pool)
     tokens = range(first, TOKENS)
@@ -107,6 +107,15 @@ def test_a_prompt_comes_to_its_place(kind: str, source: dict[str, int], target: 
         send_all(prefill, decode, seed)
         # Whose grant comes when all is computed, and whose first tokens are there already.
         send_all(prefill, decode, seed, number=2, first=9, late=True)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shm"])
+def test_latents_come_to_all_ranks(kind: str, seed: int) -> None:
+    """One part and one head, which every tensor-parallel rank holds."""
+    ours, theirs = layout_with(kv_heads=1, tp=2), layout_with(kv_heads=1, tp=4, block_size=3)
+    with pair(ours, theirs, kinds=(kind,), parts=1) as (prefill, decode):
+        send_all(prefill, decode, seed)
+        assert decode.ranks.moved().bytes_in == 4 * ours.layers * TOKENS * 8
 
 
 def test_what_was_moved_is_counted(seed: int) -> None:
@@ -359,7 +368,7 @@ def by_hand(transfer: TransferId, layer: int) -> tuple[bytes, bytes]:
         num_tokens=4,
     )
     payload = bytes(range(100, 228)) * 2
-    assert len(payload) == frame.payload_bytes(ROW_BYTES)
+    assert len(payload) == frame.payload_bytes(2 * ROW_BYTES)
     return pack_header(frame, len(payload), 0), payload
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -135,6 +136,8 @@ COVERING = [
     ("parallel_dense", Degrees(tp=2, pp=2), Degrees(tp=4), "shm"),
     ("parallel_experts", Degrees(tp=2, chunk=16), Degrees(), "shm"),
     ("parallel_experts", Degrees(), Degrees(tp=2, chunk=16), "tcp"),
+    ("deepseek_v3", Degrees(tp=2), Degrees(pp=2, chunk=16, block_size=16), "tcp"),
+    ("deepseek_v3", Degrees(pp=2, chunk=16, block_size=16), Degrees(tp=4), "shm"),
 ]
 
 
@@ -143,6 +146,31 @@ def test_split_requests_give_the_tokens_of_one_engine(
     name: str, prefill: Degrees, decode: Degrees, kind: str, start: Start, checkpoint: Checkpoint
 ) -> None:
     check_pair(start, checkpoint(name), prefill, decode, kind)
+
+
+def test_numbers_of_8_bits_on_the_wire_are_half_the_bytes(start: Start, checkpoint: Checkpoint) -> None:
+    """What follows may differ from one engine's tokens; the first is drawn before anything is rounded."""
+    path = checkpoint("parallel_dense")
+    small = Degrees(dtype="bfloat16", wire_dtype="fp8")
+    p, d = start(path, small, "tcp"), start(path, replace(small, tp=2, block_size=16), "tcp")
+    requests = asks("small")
+
+    async def run() -> None:
+        prefill, decode = await connected(p), await connected(d)
+        ways = await asyncio.gather(*(split(p, prefill, d, decode, each) for each in requests))
+        alone = await whole(prefill, asks("alone"))
+        for way, other in zip(ways, alone, strict=True):
+            assert way.tokens[0] == other.tokens[0][0] and len(way.tokens) == 9 and way.answer.reasons == other.reasons
+        await asyncio.gather(all_free(prefill), all_free(decode))
+        for client in (prefill, decode):
+            await client.close()
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
+    assert p.launched.kv is not None and d.launched.kv is not None
+    offer, tokens = p.launched.kv.offer, sum(len(each.prompt_token_ids) for each in requests)
+    assert offer.dtype == "float8_e4m3fn"
+    moved = 2 * offer.layout.layers * offer.layout.kv_heads * offer.head_dim * tokens
+    assert (p.launched.kv.moved().bytes_out, d.launched.kv.moved().bytes_in) == (moved, moved)
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])

@@ -31,15 +31,17 @@ class _Peers(ThreadPeers):
 
 @dataclass(frozen=True)
 class Degrees:
-    """How a replica is cut, and in what blocks and chunks it works."""
+    """How a replica is cut, in what blocks and chunks it works, and of what its numbers are."""
 
     tp: int = 1
     pp: int = 1
     block_size: int = 8
     chunk: int = 48
+    dtype: str = "float32"
+    wire_dtype: str = "auto"
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}b{self.block_size}c{self.chunk}"
+        return f"tp{self.tp}pp{self.pp}b{self.block_size}c{self.chunk}{self.dtype}{self.wire_dtype}"
 
 
 @dataclass
@@ -62,7 +64,7 @@ class ThreadReplica:
 def _options(model: Path, degrees: Degrees) -> EngineOptions:
     return EngineOptions(
         model=str(model),
-        dtype="float32",
+        dtype=degrees.dtype,
         max_model_len=160,
         num_gpu_blocks_override=80 * 8 // degrees.block_size,
         block_size=degrees.block_size,
@@ -82,7 +84,9 @@ def thread_replica(talker: InProcessKvTalker, model: Path, degrees: Degrees, kin
     name = f"{degrees}-{life}"
     # Layer by layer, however short a prompt is.
     limits = KvLimits(serial_below_tokens=1, streams=1)
-    settings = KvSettings(replica=name, incarnation=life, secret=SECRET, kinds=(kind,), limits=limits)
+    settings = KvSettings(
+        replica=name, incarnation=life, secret=SECRET, kinds=(kind,), wire_dtype=degrees.wire_dtype, limits=limits
+    )
     options: dict[str, Any] = {"clock": monotonic_clock, "start_peers": _Peers, "kv": settings}
     launched = launch_engine(_options(model, degrees), **options)
     assert launched.kv is not None
@@ -95,7 +99,7 @@ def thread_replica(talker: InProcessKvTalker, model: Path, degrees: Degrees, kin
         max_model_len=launched.config.max_model_len,
         max_num_seqs=launched.config.max_num_seqs,
         eos_token_ids=launched.eos_token_ids,
-        dtype="float32",
+        dtype=degrees.dtype,
         device="cpu",
         replica=name,
         sends_kv=True,

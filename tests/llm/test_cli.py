@@ -71,7 +71,7 @@ OPTIONS = {
         # tried at the start; forced where it is to be compared
         "expert_exchange",
         # several replicas, each with a part to do
-        *("prefill", "decode", "kv_transport", "split_from_tokens"),
+        *("prefill", "decode", "kv_transport", "kv_transfer_dtype", "split_from_tokens"),
     },
     # where it would run, what has been measured there, how it is told
     "plan": {"topology", "address", "profile", "as_json"},

@@ -251,9 +251,17 @@ def test_replicas_of_a_split_are_told_their_part(kind: str, nodes: tuple[str, ..
     assert {pool.name: pool.role for pool in wanted.desired.pools} == {"one": Role.PREFILL, "two": Role.DECODE}
 
 
-def test_another_transport_replaces_replicas_of_a_split_and_no_others() -> None:
+def test_numbers_on_their_way_are_told_to_both_sides() -> None:
+    wanted = make(SPLIT + "kv_transport: {dtype: fp8}\n")
+    for name in ("one", "two"):
+        assert " --kv-transfer-dtype fp8 " in " ".join(wanted.launches[name].arguments)
+        assert "--kv-transfer-dtype" not in " ".join(make(SPLIT).launches[name].arguments)
+
+
+@pytest.mark.parametrize("change", ["kind: tcp", "dtype: fp8"])
+def test_another_transport_replaces_replicas_of_a_split_and_no_others(change: str) -> None:
     for text, expected in ((SPLIT, "1.2"), (BASE, "1.1")):
-        after = make(text + "kv_transport: {kind: tcp}\n", make(text))
+        after = make(text + f"kv_transport: {{{change}}}\n", make(text))
         assert generations(after) == {"one": expected, "two": expected}
 
 
@@ -261,6 +269,10 @@ def test_another_transport_replaces_replicas_of_a_split_and_no_others() -> None:
     ("text", "what"),
     [
         (SPLIT + "kv_transport: {kind: nixl}\n", r"kv_transport\.kind: nixl can be planned with .* auto, tcp, shm"),
+        (
+            SPLIT.replace("max_num_seqs: 8}", "deterministic: true}") + "kv_transport: {dtype: fp8}\n",
+            r"kv_transport\.dtype: fp8 rounds, which deterministic engines do not: use auto",
+        ),
         (
             SPLIT.replace("replicas: 2}", "replicas: 2, engine: {quantization: int8}}"),
             r"pools\[0\]\.engine: pool 'one' has nobody to hand its prompts to",

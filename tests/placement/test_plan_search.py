@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 from time import process_time
 
@@ -124,6 +125,18 @@ def test_llama_70b_is_cut_no_further_than_it_has_to_be_for_throughput() -> None:
     first = search(question(ONE_HOST, llama_3_70b())).plans[0]
     assert sum(pool.degrees.ranks * len(pool.replicas) for pool in first.pools) == 8
     assert all(pool.degrees.tp * pool.degrees.pp >= 2 for pool in first.pools)
+
+
+def test_what_moves_in_8_bits_takes_half_the_time_on_the_wire() -> None:
+    pools = tuple(PoolRequest(name=role.value, role=role, degrees=Degrees(tp=2), least=1, most=1) for role in FOR_SPLIT)
+    full, small = (
+        search(Question(topology=TWO_A100, model=model, alternatives=(pools,), workload=CHAT, objectives=Objectives()))
+        .plans[0]
+        .figures.transfer_s
+        for model in (llama_3_8b(), replace(llama_3_8b(), moved_number_bytes=1))
+    )
+    # Its latency stays as it is.
+    assert small < full < 2 * small < full + 0.01
 
 
 def test_labels_are_kept() -> None:

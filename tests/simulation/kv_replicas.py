@@ -209,12 +209,16 @@ class Prefill(Life):
         self.target = target
         self.sender = KvSender(peer, ranks=layout.ranks, release=self._release, limits=world.limits)
         self.outgoing = [
-            Outgoing(rank=rank, layout=layout, row_bytes=ROW_BYTES, max_frame_bytes=world.draw.choice([6, 24, 100]))
+            Outgoing(
+                rank=rank, layout=layout, entry_bytes=2 * ROW_BYTES, max_frame_bytes=world.draw.choice([6, 24, 100])
+            )
             for rank in range(layout.ranks)
         ]
         self.prompts: dict[TransferId, Prompt] = {}
         for rank, kv in enumerate(self.kv):
-            nothing = Incoming(rank=rank, incarnation=0, layout=layout, num_blocks=num_blocks, row_bytes=ROW_BYTES)
+            nothing = Incoming(
+                rank=rank, incarnation=0, layout=layout, num_blocks=num_blocks, entry_bytes=2 * ROW_BYTES
+            )
             transport = MemoryTransport(
                 world.network, PeerRank(peer, rank), WatchedGate(nothing, self.pool, 1), max_queued_bytes=150
             )
@@ -360,7 +364,9 @@ class Decode(Life):
         self.running: set[TransferId] = set()
         self.committed: set[TransferId] = set()
         self.incoming = [
-            Incoming(rank=rank, incarnation=peer.incarnation, layout=layout, num_blocks=num_blocks, row_bytes=ROW_BYTES)
+            Incoming(
+                rank=rank, incarnation=peer.incarnation, layout=layout, num_blocks=num_blocks, entry_bytes=2 * ROW_BYTES
+            )
             for rank in range(layout.ranks)
         ]
         for rank, kv in enumerate(self.kv):

@@ -38,6 +38,7 @@ SETUP = RankSetup(
         model="0123456789abcdef0123456789abcdef",
         kinds=("shm", "tcp"),
         across_hosts=True,
+        wire_dtype="fp8",
         limits=KvLimits(),
     ),
 )

@@ -14,22 +14,22 @@ from slipstream.placement.kv_routes import KvLayout
 UNTOUCHED = 0xEE
 
 
-def truth(layout: KvLayout, tokens: int, row_bytes: int, seed: int) -> NDArray[np.uint8]:
+def truth(layout: KvLayout, tokens: int, row_bytes: int, seed: int, *, parts: int = 2) -> NDArray[np.uint8]:
     """Return what a prompt's KV is; no byte is what untouched memory holds.
 
-    Shapes: [layers, 2, kv_heads, tokens, row_bytes]
+    Shapes: [layers, parts, kv_heads, tokens, row_bytes]
     """
-    shape = (layout.layers, 2, layout.kv_heads, tokens, row_bytes)
+    shape = (layout.layers, parts, layout.kv_heads, tokens, row_bytes)
     return np.random.default_rng(seed).integers(0, UNTOUCHED, shape, dtype=np.uint8)
 
 
 class RankKv:
     """One rank's memory."""
 
-    def __init__(self, layout: KvLayout, rank: int, *, num_blocks: int, row_bytes: int) -> None:
+    def __init__(self, layout: KvLayout, rank: int, *, num_blocks: int, row_bytes: int, parts: int = 2) -> None:
         self.layout = layout
         self.layers, self.heads = layout.layers_of(rank), layout.heads_of(rank)
-        shape = (len(self.layers), 2, num_blocks, len(self.heads), layout.block_size, row_bytes)
+        shape = (len(self.layers), parts, num_blocks, len(self.heads), layout.block_size, row_bytes)
         self.array = np.full(shape, UNTOUCHED, dtype=np.uint8)
         self.memory = KvMemory(
             KvShape(
@@ -38,6 +38,7 @@ class RankKv:
                 num_blocks=num_blocks,
                 block_size=layout.block_size,
                 row_bytes=row_bytes,
+                parts=parts,
             ),
             [memoryview(layer) for layer in self.array],
         )
@@ -49,7 +50,7 @@ class RankKv:
         self.array[layer - self.layers.start][:, block, :, offset] = heads.transpose(2, 0, 1, 3)[at]
 
     def read(self, layer: int, tokens: range, blocks: Sequence[int]) -> NDArray[np.uint8]:
-        """Return what the blocks of some tokens hold. Shapes: [2, heads, tokens, row_bytes]"""
+        """Return what the blocks of some tokens hold. Shapes: [parts, heads, tokens, row_bytes]"""
         _, block, offset = self._where(tokens, blocks)
         found: NDArray[np.uint8] = self.array[layer - self.layers.start][:, block, :, offset].transpose(1, 2, 0, 3)
         return found

@@ -43,7 +43,7 @@ FRAME = KvFrame(
     first_token=0,
     num_tokens=4,
 )
-FRAME_BYTES = FRAME.payload_bytes(ROW_BYTES)
+FRAME_BYTES = FRAME.payload_bytes(2 * ROW_BYTES)
 BYTES = bytearray(range(FRAME_BYTES))
 
 

@@ -40,16 +40,17 @@ FRAME = KvFrame(
 )
 
 
-def move(source: KvLayout, target: KvLayout, tokens: int, first: int, seed: int) -> None:
+def move(source: KvLayout, target: KvLayout, tokens: int, first: int, seed: int, *, parts: int = 2) -> None:
     """Move a prompt's KV from all ranks to all ranks, and check every byte of every target."""
     draw = np.random.default_rng(seed)
-    what = truth(source, tokens, ROW_BYTES, seed)
+    what = truth(source, tokens, ROW_BYTES, seed, parts=parts)
     ends, tables = [], []
     for layout in (source, target):
         count = -(-tokens // layout.block_size)
-        ends.append([RankKv(layout, rank, num_blocks=count + 3, row_bytes=ROW_BYTES) for rank in range(layout.ranks)])
+        sizes = {"num_blocks": count + 3, "row_bytes": ROW_BYTES, "parts": parts}
+        ends.append([RankKv(layout, rank, **sizes) for rank in range(layout.ranks)])
         tables.append(draw.permutation(count + 3)[:count].tolist())
-    written = [RankKv(target, rank, num_blocks=len(tables[1]) + 3, row_bytes=ROW_BYTES) for rank in range(target.ranks)]
+    written = [RankKv(target, rank, **sizes) for rank in range(target.ranks)]
     for kv in ends[0]:
         for layer in kv.layers:
             kv.write(layer, range(tokens), tables[0], what)
@@ -67,7 +68,7 @@ def move(source: KvLayout, target: KvLayout, tokens: int, first: int, seed: int)
         # Every byte of the prompt was written once, and no other byte at all.
         for layer in kv.layers:
             assert (counts.read(layer, range(first, tokens), tables[1]) == 1).all()
-        own = len(kv.layers) * 2 * len(kv.heads) * (tokens - first) * ROW_BYTES
+        own = len(kv.layers) * parts * len(kv.heads) * (tokens - first) * ROW_BYTES
         assert counts.array.sum() == own and (kv.array != UNTOUCHED).sum() == own
 
 
@@ -85,6 +86,14 @@ def stored(runs: Sequence[memoryview], data: bytes) -> None:
 def test_class_7_every_byte_once_for_all_degrees(source: int, target: int, heads: int, seed: int) -> None:
     plain = KvLayout(layers=2, kv_heads=heads, block_size=4)
     move(replace(plain, tp=source), replace(plain, tp=target), 11, 0, seed)
+
+
+@pytest.mark.parametrize("target", DEGREES[:3])
+@pytest.mark.parametrize("source", DEGREES[:3])
+def test_class_7_latents_are_one_part_that_all_ranks_hold(source: int, target: int, seed: int) -> None:
+    plain = KvLayout(layers=5, kv_heads=1, block_size=4)
+    move(replace(plain, tp=source), replace(plain, tp=target), 11, 3, seed, parts=1)
+    move(replace(plain, tp=source, pp=2), replace(plain, tp=target, block_size=3, copies=2), 38, 7, seed, parts=1)
 
 
 @pytest.mark.parametrize("source", [(1, 1), (2, 3), (3, 2)])
@@ -125,6 +134,9 @@ def test_runs_are_as_long_as_can_be() -> None:
     assert lengths == [3 * block, block] * 2, "blocks that are neighbours are one run"
     assert [len(run) for run in kv.memory.runs(0, range(1, 3), cuts, [2, 3, 4, 6])] == [block // 2] * 8
     assert [len(run) for run in kv.memory.runs(0, range(4), [0, 4, 6], [2, 5])] == [block, 4, 4, 4, 4] * 2
+    latents = RankKv(KvLayout(layers=1, kv_heads=1, block_size=4), 0, num_blocks=8, row_bytes=2, parts=1).memory
+    assert [len(run) for run in latents.runs(0, range(1), [*cuts, 18], [2, 3, 4, 6, 1])] == [3 * 8, 8, 4]
+    assert (latents.shape.entry_bytes, latents.shape.layer_bytes) == (2, 8 * 8)
 
 
 def test_class_11_memory_that_cannot_be_is_refused() -> None:
@@ -152,6 +164,8 @@ def test_tensors_are_memory_without_a_copy(seed: int) -> None:
     for run in memory.runs(7, range(4, 5), [4, 8], [0, 2]):
         run[:] = np.full(len(run) // 2, 0x3F80, dtype="<u2").tobytes()
     assert (layers[1][:, 2, 1] == 1).all() and layers[1].sum() == 2 * 4 * 8 and not layers[0].any()
+    latents = memory_of([layers[0][:1]], first_layer=0, heads=range(3))
+    assert (memory.shape.entry_bytes, latents.shape.entry_bytes) == (2 * 8 * 2, 8 * 2)
     with pytest.raises(CommMisuse, match="a cache of 3 heads was named heads 0 to 1"):
         memory_of(layers, first_layer=0, heads=range(2))
     with pytest.raises(CommMisuse, match="contiguous"):
@@ -166,7 +180,7 @@ def test_a_header_is_read_as_it_was_written() -> None:
     assert len(data) == HEADER_BYTES
     header = unpack_header(data, "prefill-0", max_payload_bytes=640)
     assert (header.frame, header.payload_bytes, header.checksum) == (FRAME, 640, 1 << 63)
-    assert FRAME.payload_bytes(32) == 640
+    assert FRAME.payload_bytes(64) == 640
     with pytest.raises(BadFrame, match="640 bytes, more than the limit of 639"):
         unpack_header(data, "prefill-0", max_payload_bytes=639)
     with pytest.raises(BadFrame, match="no KV frame"):

@@ -43,7 +43,7 @@ FRAME = KvFrame(
     first_token=0,
     num_tokens=4,
 )
-FRAME_BYTES = FRAME.payload_bytes(ROW_BYTES)
+FRAME_BYTES = FRAME.payload_bytes(2 * ROW_BYTES)
 
 both = pytest.mark.parametrize("kind", ["tcp", "shm"])
 
@@ -111,7 +111,8 @@ def test_who_looks_for_another_replica_is_refused() -> None:
         ({"dtype": "bfloat16"}, "dtype is 'uint8' here and 'bfloat16' there"),
         ({"head_dim": 64}, "head_dim is 8 here and 64 there"),
         ({"checksum": "none"}, "checksum is 'xxh3' here and 'none' there"),
-        ({"protocol": 2}, "protocol is 1 here and 2 there"),
+        ({"parts": 1}, "parts is 2 here and 1 there"),
+        ({"protocol": 3}, "protocol is 2 here and 3 there"),
         ({"layout": replace(LAYOUT, layers=3)}, "layers is 2 here and 3 there"),
         ({"layout": replace(LAYOUT, kv_heads=4)}, "kv_heads is 2 here and 4 there"),
         ({"rank": 1}, "rank 1 is none of the 1 ranks there"),

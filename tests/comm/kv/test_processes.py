@@ -41,7 +41,7 @@ class Mover:
             self.end.kv.write(layer, range(TOKENS), blocks, truth(LAYOUT, TOKENS, ROW_BYTES, SEED))
         transport = give_transport(stack, kind, self.end, limits=StreamLimits(frame_timeout_s=FRAME_TIMEOUT_S))
         self.to: PeerRank = transport.connect(self.hear(), "decode-0", timeout_s=PATIENCE_S)
-        out = Outgoing(rank=0, layout=LAYOUT, row_bytes=ROW_BYTES, max_frame_bytes=1 << 16)
+        out = Outgoing(rank=0, layout=LAYOUT, entry_bytes=2 * ROW_BYTES, max_frame_bytes=1 << 16)
         out.track(TRANSFER)
         out.add_blocks(TRANSFER, blocks)
         out.open(

@@ -33,7 +33,7 @@ DRAINED = Drained(transfer=TRANSFER, generation=1, rank=0)
 
 
 def outgoing(layout: KvLayout = LAYOUT, *, max_frame_bytes: int = 1 << 20) -> Outgoing:
-    found = Outgoing(rank=0, layout=layout, row_bytes=ROW_BYTES, max_frame_bytes=max_frame_bytes)
+    found = Outgoing(rank=0, layout=layout, entry_bytes=2 * ROW_BYTES, max_frame_bytes=max_frame_bytes)
     found.track(TRANSFER)
     found.add_blocks(TRANSFER, [7, 3])
     return found
@@ -118,7 +118,7 @@ def test_a_rank_with_nothing_to_send_is_done_at_once(tokens: range) -> None:
     """Everything is there already, or others that hold the same send it."""
     layout = LAYOUT if not tokens else KvLayout(layers=1, kv_heads=1, block_size=4, tp=2)
     target = replace(layout, tp=1)
-    out = Outgoing(rank=1 if tokens else 0, layout=layout, row_bytes=ROW_BYTES, max_frame_bytes=100)
+    out = Outgoing(rank=1 if tokens else 0, layout=layout, entry_bytes=2 * ROW_BYTES, max_frame_bytes=100)
     out.open(sending(tokens), target)
     assert [type(report) for report in out.take_reports()] == [RankDone]
 
@@ -181,11 +181,11 @@ FRAME = KvFrame(
 
 def header(**change: int) -> KvHeader:
     frame = replace(FRAME, **change)  # type: ignore[arg-type] # numbers by name
-    return KvHeader(frame=frame, payload_bytes=frame.payload_bytes(ROW_BYTES), checksum=0)
+    return KvHeader(frame=frame, payload_bytes=frame.payload_bytes(2 * ROW_BYTES), checksum=0)
 
 
 def incoming(tokens: range = range(4, 10)) -> Incoming:
-    found = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, row_bytes=ROW_BYTES)
+    found = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, entry_bytes=2 * ROW_BYTES)
     found.open(OpenReceiving(transfer=TRANSFER, generation=1, tokens=tokens, blocks=(2, 5, 7)), LAYOUT)
     assert found.take_reports() == [RankOpened(transfer=TRANSFER, generation=1, rank=0)]
     return found
@@ -258,7 +258,7 @@ def test_class_7_a_part_is_not_all() -> None:
 def test_class_7_parts_come_from_the_ranks_that_the_routes_name() -> None:
     """Two ranks hold the one head; each sends one of the layers, and the other may not."""
     source = KvLayout(layers=2, kv_heads=1, block_size=4, tp=2)
-    gate = Incoming(rank=0, incarnation=9, layout=replace(source, tp=1), num_blocks=8, row_bytes=ROW_BYTES)
+    gate = Incoming(rank=0, incarnation=9, layout=replace(source, tp=1), num_blocks=8, entry_bytes=2 * ROW_BYTES)
     gate.open(OpenReceiving(transfer=TRANSFER, generation=1, tokens=range(4), blocks=(2,)), source)
     ranks = [PeerRank(PREFILL.peer, rank) for rank in range(2)]
     for layer in (0, 1):
@@ -273,12 +273,12 @@ def test_class_7_parts_come_from_the_ranks_that_the_routes_name() -> None:
     [((2, 5), "too few blocks"), ((2, 5, 5), "twice"), ((2, 5, 8), "beyond"), ((2, -1, 3), "beyond")],
 )
 def test_blocks_that_cannot_be_are_refused(blocks: tuple[int, ...], text: str) -> None:
-    gate = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, row_bytes=ROW_BYTES)
+    gate = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, entry_bytes=2 * ROW_BYTES)
     with pytest.raises(CommMisuse, match=text):
         gate.open(OpenReceiving(transfer=TRANSFER, generation=1, tokens=range(4, 10), blocks=blocks), LAYOUT)
 
 
 def test_nothing_to_receive_is_done_at_once() -> None:
-    gate = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, row_bytes=ROW_BYTES)
+    gate = Incoming(rank=0, incarnation=9, layout=LAYOUT, num_blocks=8, entry_bytes=2 * ROW_BYTES)
     gate.open(OpenReceiving(transfer=TRANSFER, generation=1, tokens=range(8, 8), blocks=(2, 5)), LAYOUT)
     assert gate.take_reports()[1:] == [DONE]

@@ -22,16 +22,23 @@ from slipstream.tests.comm.kv.kv_ends import join_staged, staged
 from slipstream.tests.contracts.kv_transport import NUM_BLOCKS, ROW_BYTES, Bed, End, end_of
 
 LAYOUT = KvLayout(layers=2, kv_heads=4, block_size=4)
+FLOAT8 = torch.float8_e4m3fn
 
 
-def test_staged_runs_are_those_of_memory(seed: int) -> None:
+@pytest.mark.parametrize("parts", [2, 1])
+def test_staged_runs_are_those_of_memory(parts: int, seed: int) -> None:
     """For whole blocks and parts of them, all heads and some, neighbours and none."""
     draw = np.random.default_rng(seed)
-    end = end_of("decode-0", LAYOUT, 0)
+    end = end_of("decode-0", LAYOUT, 0, parts=parts)
     end.kv.array[:] = draw.integers(0, 256, end.kv.array.shape, dtype=np.uint8)
     store, memory = staged(end), end.kv.memory
-    for first, stop, other, heads in [(0, 16, 4, range(4)), (3, 17, 4, range(1, 3)), (0, 12, 3, range(3, 4))]:
-        for blocks in ([5, 6, 7, 9, 1], draw.permutation(NUM_BLOCKS)[:5].tolist()):
+    for first, stop, other, heads in [
+        (0, 16, 4, range(4)),
+        (3, 17, 4, range(1, 3)),
+        (0, 12, 3, range(3, 4)),
+        (0, 12, 4, range(4)),
+    ]:
+        for blocks in ([5, 6, 7, 9, 1], [0, 1, 2, 9, 4], draw.permutation(NUM_BLOCKS)[:5].tolist()):
             cuts = token_cuts(range(first, stop), (4, other))
             passage = store.outward(1, heads, cuts, blocks)
             assert b"".join(passage.runs) == b"".join(memory.runs(1, heads, cuts, blocks))
@@ -44,6 +51,44 @@ def test_staged_runs_are_those_of_memory(seed: int) -> None:
             inward.store()
             inward.end()
             assert b"".join(memory.runs(1, heads, cuts, blocks)) == what
+
+
+def caches(dtype: torch.dtype, parts: int, seed: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.randn(parts, 7, 3, 4, 8, generator=draw) * 100).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("parts", [2, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_of_8_bits_cross_and_are_rounded_once(dtype: torch.dtype, parts: int, seed: int) -> None:
+    """What is sent is what a cache of 8 bits sends as it is, and a cache of either kind takes it."""
+    wide = caches(dtype, parts, seed)
+    rounded = [layer.float().clamp(-448, 448).to(FLOAT8) for layer in wide]
+    other = [torch.zeros_like(layer) for layer in wide]
+    sender, small, receiver = (
+        store_of(layers, first_layer=5, heads=range(3), wire=FLOAT8) for layers in (wide, rounded, other)
+    )
+    assert isinstance(sender, StagedStore) and isinstance(small, KvMemory)
+    assert sender.shape == small.shape and sender.shape.entry_bytes == parts * 8
+    for first, stop, heads in ((0, 12, range(3)), (3, 18, range(1, 3)), (1, 2, range(1))):
+        cuts, blocks = token_cuts(range(first, stop), (4, 3)), [2, 3, 4, 6, 1]
+        out, inward = sender.outward(6, heads, cuts, blocks), receiver.inward(6, heads, cuts, blocks)
+        assert out.runs.num_bytes == parts * len(heads) * (stop - first) * 8
+        assert b"".join(out.runs) == b"".join(small.runs(6, heads, cuts, blocks))
+        inward.runs[0][:] = out.runs[0]
+        inward.store()
+        for each in (out, inward):
+            each.end()
+        for position in range(first, stop):
+            at = (slice(None), blocks[position // 4], slice(heads.start, heads.stop), position % 4)
+            assert torch.equal(other[1][at], rounded[1].to(dtype)[at])
+    assert not other[0].any() and not other[1][:, [0, 5]].any()
+
+
+def test_what_crosses_as_it_is_is_not_staged() -> None:
+    layers = caches(torch.bfloat16, 2, 1)
+    for wire in (None, torch.bfloat16):
+        assert isinstance(store_of(layers, first_layer=0, heads=range(3), wire=wire), KvMemory)
 
 
 def test_class_12_buffers_run_out_and_come_back() -> None:
