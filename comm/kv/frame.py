@@ -1,8 +1,8 @@
 """One frame: some tokens of some heads of one layer, and the header that names them. Pure: values to bytes and back.
 
-Bytes after the header come in one order that both ends know without asking: keys, then values, or latents
-alone; of each the pieces that ``token_cuts`` makes of the tokens, in order; of a piece, head by head, its tokens. So
-each end finds them in its own blocks, whatever the sizes of blocks are there.
+Bytes after the header come in one order that both ends know without asking: keys, then values, or latents alone; of
+each the pieces that ``token_cuts`` makes of the tokens, in order; of a piece, head by head, its tokens. So each end
+finds them in its own blocks, whatever the sizes of blocks are there.
 """
 
 from __future__ import annotations
