@@ -104,7 +104,8 @@ class KvEar(Protocol):
     def lost(self, error: Exception) -> None:
         """Note that the connection broke, or could not be made. It is tried again until the caller is closed.
 
-        ``error``: KvMismatch; SecretRefused; otherwise EngineUnavailable
+        ``error``: KvMismatch; SecretRefused, of a caller without a secret perhaps only at its second try; otherwise
+        EngineUnavailable
         """
         ...
 
