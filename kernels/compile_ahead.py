@@ -15,14 +15,17 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
+from triton.compiler.compiler import make_backend
 
 from .catalogue import MODULES, cases_of
 from .compile_case import CompileCase, Resources
@@ -51,8 +54,7 @@ def compile_case(case: CompileCase, target: str) -> Resources:
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {
         "num_warps": case.config.num_warps,
-        # AMD's pipeliner takes no more.
-        "num_stages": min(2, case.config.num_stages) if is_amd else case.config.num_stages,
+        "num_stages": case.config.stages_on(amd=is_amd),
         "enable_fp_fusion": False,
     }
     about = {
@@ -104,8 +106,37 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+def problem_with_ones(case: CompileCase) -> str:
+    """Return why a kernel cannot be read where all its integers are one, "" where it can.
+
+    A launch hands an integer that is one to the compiler as a constant, which has no methods of tensors; neither the
+    interpreter nor a compilation for any size would show that. Nothing is made of it but Triton's own language.
+    """
+    ones = {name for name, kind in case.signature.items() if not kind.startswith("*") and kind != "fp32"}
+    constants = {**case.constants, **case.config.tiles, **dict.fromkeys(ones, 1)}
+    kinds = {**case.signature, **dict.fromkeys(ones, "constexpr")}
+    signature = {name: kinds.get(name, "constexpr") for name in case.kernel.arg_names}
+    target = GPUTarget("cuda", 90, 32)
+    backend: Any = make_backend(target)
+    options = backend.parse_options({"num_warps": case.config.num_warps, "num_stages": case.config.num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs={})
+    try:
+        codegen = backend.get_codegen_implementation(options)
+        source.make_ir(target, options, codegen, backend.get_module_map(), context)
+    except CompilationError as error:
+        return f"with sizes of one: {error}"[-2000:]
+    return ""
+
+
 def _compile_nth(module: str, place: int, target: str) -> Resources:
-    return compile_case(cases_of(module)[place], target)
+    case = cases_of(module)[place]
+    found = compile_case(case, target)
+    if found.error or target != case.targets[0]:
+        return found
+    return replace(found, error=problem_with_ones(case))
 
 
 def compile_modules(modules: Iterable[str], *, target: str | None = None) -> Iterator[Resources]:

@@ -60,6 +60,10 @@ class KernelConfig:
     num_warps: int = 4
     num_stages: int = 2
 
+    def stages_on(self, *, amd: bool) -> int:
+        """Return the stages that a kernel is compiled with: AMD's pipeliner takes no more than two."""
+        return min(2, self.num_stages) if amd else self.num_stages
+
     def __str__(self) -> str:
         """Return a short name, as reports and caches spell it."""
         tiles = " ".join(f"{name.lower()}={value}" for name, value in self.tiles.items())
@@ -86,7 +90,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: KernelConfig, **arguments
             **arguments,
             **config.tiles,
             num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_stages=config.stages_on(amd=torch.version.hip is not None),
             enable_fp_fusion=False,
         )
     except _DOES_NOT_FIT as error:

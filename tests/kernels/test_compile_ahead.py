@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,37 @@ def test_a_kernel_that_the_compiler_has_made_a_trap_of_is_bad() -> None:
     for traps in ({"ptx": "{\n\ttrap;\n}"}, {"amdgcn": "x:\n\ts_trap 2\n"}):
         with pytest.raises(ValueError, match="trap"):
             refuse_traps(traps)
+
+
+_ONES = """
+import sys
+import triton.language as tl
+from slipstream.kernels.compile_ahead import problem_with_ones
+from slipstream.kernels.compile_case import CompileCase
+from slipstream.kernels.launch import KernelConfig, jit
+
+@jit
+def _kernel(out_ptr, count, factor, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(out_ptr + place, place + {expression})
+
+signature = {{"out_ptr": "*i64", "count": "i32", "factor": "fp32"}}
+config = KernelConfig(tiles={{"BLOCK": 16}})
+print(problem_with_ones(CompileCase(kernel=_kernel, name="x", config=config, signature=signature, constants={{}})))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(("expression", "problem"), [("count.to(tl.int64)", "no attribute 'to'"), ("count * 2", "")])
+def test_sizes_that_are_one_are_no_tensors(tmp_path: Path, expression: str, problem: str) -> None:
+    file = tmp_path / "one.py"
+    file.write_text(_ONES.format(expression=expression))
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    told = subprocess.run(
+        [sys.executable, "-P", str(file)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    assert problem in told.stdout if problem else told.stdout == "\n"
 
 
 def test_the_table_takes_the_most_of_all_cases(tmp_path: Path) -> None:
