@@ -2,9 +2,9 @@
 
 A frame's bytes lie in one piece in a buffer, so a device's copy and a socket's call are one each. What comes in goes to
 the cache only when it is whole and checked. On the wire numbers may be of another type than in the cache: they change
-on the way to a buffer and out of it. Buffers are few: who finds none waits for one, for a bounded time; those
-out and those in are apart, so that two ends that send to one another cannot wait for each other's. On a GPU copies run
-on streams of their own, beside the model's.
+on the way to a buffer and out of it. Buffers are few: who finds none waits for one, for a bounded time; those out and
+those in are apart, so that two ends that send to one another cannot wait for each other's. On a GPU copies run on
+streams of their own, beside the model's.
 """
 
 from __future__ import annotations

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from slipstream.runtime.models.layout import is_ignorable
-from slipstream.runtime.models.model_spec import DenseMlpSpec, LatentSpec, ModelSpec, MoeSpec, RopeSpec, RouterSpec
-from slipstream.runtime.models.registry import read_model_spec
+from slipstream.runtime.models.model_spec import DenseMlpSpec, LatentSpec, MoeSpec, RopeSpec, RouterSpec
 from slipstream.sdk.errors import CheckpointError
+from slipstream.tests.models.config_files import SpecOf
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
-SIZES: dict[str, object] = {
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 6,
-}
-Spec = Callable[..., ModelSpec]
 
 LATENT = LatentSpec(
     query_rank=1536, kv_rank=512, plain_dim=128, rotary_dim=64, value_dim=128, scale=192**-0.5, interleaved=True
@@ -34,18 +23,14 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, 
 
 
 @pytest.fixture
-def spec_of(tmp_path: Path) -> Spec:
-    def read(architecture: str, **fields: object) -> ModelSpec:
-        config = {"architectures": [architecture], **SIZES, **fields}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_spec(tmp_path)
-
-    return read
+def spec_of(spec_of: SpecOf) -> SpecOf:
+    """DeepSeek-V2's file always says how many experts a token has."""
+    return partial(spec_of, num_experts_per_tok=6)
 
 
 @pytest.mark.parametrize(("architecture", "positions", "bos", "eos"), [(V2, 2048, 1, (2,)), (V3, 4096, 0, (1,))])
 def test_defaults_of_absent_keys(
-    spec_of: Spec, architecture: str, positions: int, bos: int, eos: tuple[int, ...]
+    spec_of: SpecOf, architecture: str, positions: int, bos: int, eos: tuple[int, ...]
 ) -> None:
     spec = spec_of(architecture)
     assert spec.latent == LATENT
@@ -56,7 +41,7 @@ def test_defaults_of_absent_keys(
     assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == (False, False, False)
 
 
-def test_experts_of_v2(spec_of: Spec) -> None:
+def test_experts_of_v2(spec_of: SpecOf) -> None:
     mixture = MoeSpec(
         num_experts=64,
         top_k=6,
@@ -73,7 +58,7 @@ def test_experts_of_v2(spec_of: Spec) -> None:
     assert grouped.layers[0].mlp == replace(mixture, router=router, shared=None)
 
 
-def test_experts_of_v3(spec_of: Spec) -> None:
+def test_experts_of_v3(spec_of: SpecOf) -> None:
     dense = DenseMlpSpec(intermediate_size=512)
     mixture = MoeSpec(
         num_experts=256,
@@ -91,12 +76,12 @@ def test_experts_of_v3(spec_of: Spec) -> None:
     assert [layer.mlp for layer in sparse.layers] == [dense, dense, replace(mixture, router=router), dense]
 
 
-def test_queries_without_a_latent_and_pairs_half_a_head_apart(spec_of: Spec) -> None:
+def test_queries_without_a_latent_and_pairs_half_a_head_apart(spec_of: SpecOf) -> None:
     spec = spec_of(V3, q_lora_rank=None, rope_interleave=False)
     assert spec.latent == replace(LATENT, query_rank=None, interleaved=False)
 
 
-def test_scaled_positions_scale_scores_too(spec_of: Spec) -> None:
+def test_scaled_positions_scale_scores_too(spec_of: SpecOf) -> None:
     latent = spec_of(V2, rope_scaling=YARN).latent
     assert latent is not None
     assert latent.scale == pytest.approx(192**-0.5 * (0.1 * 0.5 * math.log(40) + 1) ** 2)
@@ -104,12 +89,12 @@ def test_scaled_positions_scale_scores_too(spec_of: Spec) -> None:
     assert plain == LATENT
 
 
-def test_what_a_position_takes_in_the_cache(spec_of: Spec) -> None:
+def test_what_a_position_takes_in_the_cache(spec_of: SpecOf) -> None:
     facts = spec_of(V3).facts()
     assert facts.kv_bytes_per_token(2) == 4 * 576 * 2
 
 
-def test_layers_that_draft_tokens_are_left_out(spec_of: Spec) -> None:
+def test_layers_that_draft_tokens_are_left_out(spec_of: SpecOf) -> None:
     spec = spec_of(V3)
     assert is_ignorable("model.layers.4.eh_proj.weight", spec)
     assert not is_ignorable("model.layers.3.mlp.gate.weight", spec)
@@ -135,6 +120,6 @@ def test_layers_that_draft_tokens_are_left_out(spec_of: Spec) -> None:
         (V3, {"n_routed_experts": 20_000}, "n_routed_experts: 20000 is more than the 10000 we allow"),
     ],
 )
-def test_what_is_refused(spec_of: Spec, architecture: str, fields: dict[str, object], problem: str) -> None:
+def test_what_is_refused(spec_of: SpecOf, architecture: str, fields: dict[str, object], problem: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(problem)):
         spec_of(architecture, **fields)

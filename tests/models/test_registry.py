@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,34 +16,15 @@ from slipstream.runtime.models.model_spec import (
     DynamicRope,
     LinearRope,
     Llama3Rope,
-    ModelSpec,
     MoeSpec,
     NormSpec,
     RopeSpec,
     ScoreSpec,
     YarnRope,
 )
-from slipstream.runtime.models.registry import FAMILIES, read_model_spec
+from slipstream.runtime.models.registry import FAMILIES
 from slipstream.sdk.errors import CheckpointError
-
-SIZES: dict[str, object] = {
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-}
-Spec = Callable[..., ModelSpec]
-
-
-@pytest.fixture
-def spec_of(tmp_path: Path) -> Spec:
-    def read(architecture: str, **fields: object) -> ModelSpec:
-        config = {"architectures": [architecture], **SIZES, **fields}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_spec(tmp_path)
-
-    return read
+from slipstream.tests.models.config_files import SpecOf
 
 
 @pytest.mark.parametrize(
@@ -61,7 +41,7 @@ def spec_of(tmp_path: Path) -> Spec:
     ],
 )
 def test_defaults_of_absent_keys(
-    spec_of: Spec,
+    spec_of: SpecOf,
     architecture: str,
     kv_heads: int,
     head_dim: int,
@@ -111,7 +91,7 @@ def test_every_family_is_covered_by_the_defaults_above() -> None:
     ],
 )
 def test_biases_when_the_file_asks_for_all(
-    spec_of: Spec, architecture: str, biases: tuple[bool, bool, bool], qk_norm: bool
+    spec_of: SpecOf, architecture: str, biases: tuple[bool, bool, bool], qk_norm: bool
 ) -> None:
     spec = spec_of(architecture, attention_bias=True, mlp_bias=True, moe_intermediate_size=64)
     assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == biases
@@ -157,7 +137,7 @@ def test_biases_when_the_file_asks_for_all(
         ("GptOssForCausalLM", {"sliding_window": None}, [None] * 4),
     ],
 )
-def test_windows(spec_of: Spec, architecture: str, fields: dict[str, object], windows: list[int | None]) -> None:
+def test_windows(spec_of: SpecOf, architecture: str, fields: dict[str, object], windows: list[int | None]) -> None:
     spec = spec_of(architecture, **fields)
     assert [layer.window for layer in spec.layers] == windows
     assert spec.windows == tuple(dict.fromkeys(windows))
@@ -173,7 +153,7 @@ def test_windows(spec_of: Spec, architecture: str, fields: dict[str, object], wi
         ({"num_experts": 0}, [0, 1, 2, 3]),
     ],
 )
-def test_dense_layers_among_expert_layers(spec_of: Spec, fields: dict[str, object], dense_layers: list[int]) -> None:
+def test_dense_layers_among_expert_layers(spec_of: SpecOf, fields: dict[str, object], dense_layers: list[int]) -> None:
     spec = spec_of("Qwen3MoeForCausalLM", moe_intermediate_size=96, norm_topk_prob=True, **fields)
     dense = DenseMlpSpec(intermediate_size=512)
     moe = MoeSpec(num_experts=128, top_k=8, intermediate_size=96, normalize_top_k=True)
@@ -181,14 +161,14 @@ def test_dense_layers_among_expert_layers(spec_of: Spec, fields: dict[str, objec
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
-def test_either_name_of_the_number_of_experts(spec_of: Spec, name: str) -> None:
+def test_either_name_of_the_number_of_experts(spec_of: SpecOf, name: str) -> None:
     fields = {name: 16, "moe_intermediate_size": 8}
     mlp = spec_of("Qwen3MoeForCausalLM", **fields).layers[0].mlp
     assert isinstance(mlp, MoeSpec)
     assert mlp.num_experts == 16
 
 
-def test_gpt_oss_defaults(spec_of: Spec) -> None:
+def test_gpt_oss_defaults(spec_of: SpecOf) -> None:
     spec = spec_of("GptOssForCausalLM")
     assert (spec.num_kv_heads, spec.head_dim, spec.max_position_embeddings) == (8, 64, 131072)
     rope = YarnRope(
@@ -218,7 +198,7 @@ def test_gpt_oss_defaults(spec_of: Spec) -> None:
     ],
 )
 def test_gemma2_scales_and_caps(
-    spec_of: Spec, fields: dict[str, object], caps: tuple[float | None, float | None]
+    spec_of: SpecOf, fields: dict[str, object], caps: tuple[float | None, float | None]
 ) -> None:
     spec = spec_of("Gemma2ForCausalLM", query_pre_attn_scalar=64, hidden_act="gelu_pytorch_tanh", **fields)
     assert (spec.scores.soft_cap, spec.logit_soft_cap) == caps
@@ -239,7 +219,7 @@ def test_gemma2_scales_and_caps(
     ],
 )
 def test_what_is_not_computed_is_refused(
-    spec_of: Spec, architecture: str, fields: dict[str, object], problem: str
+    spec_of: SpecOf, architecture: str, fields: dict[str, object], problem: str
 ) -> None:
     with pytest.raises(CheckpointError, match=re.escape(problem)):
         spec_of(architecture, **fields)
@@ -288,7 +268,7 @@ LLAMA3 = {
         ),
     ],
 )
-def test_old_and_new_style_of_rope_are_one(spec_of: Spec, scaling: dict[str, object], expected: RopeSpec) -> None:
+def test_old_and_new_style_of_rope_are_one(spec_of: SpecOf, scaling: dict[str, object], expected: RopeSpec) -> None:
     inner = {name: value for name, value in scaling.items() if name != "rope_type"}
     styles: list[dict[str, object]] = [
         {"rope_parameters": {**scaling, "rope_theta": 7}},
@@ -303,7 +283,7 @@ def test_old_and_new_style_of_rope_are_one(spec_of: Spec, scaling: dict[str, obj
         assert type(found) is type(expected)
 
 
-def test_original_length_beside_the_rope_table_wins(spec_of: Spec) -> None:
+def test_original_length_beside_the_rope_table_wins(spec_of: SpecOf) -> None:
     rope = spec_of(
         "LlamaForCausalLM",
         rope_scaling={"rope_type": "llama3", **LLAMA3},
@@ -322,7 +302,7 @@ def test_original_length_beside_the_rope_table_wins(spec_of: Spec) -> None:
         ({"dtype": None, "torch_dtype": "torch.float32"}, "float32"),
     ],
 )
-def test_dtype_of_either_age(spec_of: Spec, fields: dict[str, object], dtype: str) -> None:
+def test_dtype_of_either_age(spec_of: SpecOf, fields: dict[str, object], dtype: str) -> None:
     assert spec_of("LlamaForCausalLM", **fields).dtype == dtype
 
 
@@ -332,7 +312,7 @@ def test_dtype_of_either_age(spec_of: Spec, fields: dict[str, object], dtype: st
 )
 @pytest.mark.parametrize("architecture", ["LlamaLadderForCausalLM", "Qwen2ForCausalLM"])
 def test_ladder_layers_are_a_list_or_the_last_ones(
-    spec_of: Spec, architecture: str, ladder_layers: object, ladders: tuple[int, ...]
+    spec_of: SpecOf, architecture: str, ladder_layers: object, ladders: tuple[int, ...]
 ) -> None:
     spec = spec_of(architecture, ladder_layers=ladder_layers)
     assert tuple(index for index, layer in enumerate(spec.layers) if layer.ladder) == ladders
@@ -352,21 +332,21 @@ def test_ladder_layers_are_a_list_or_the_last_ones(
         ([1.0], "must name layers from 0 to 3, got 1.0"),
     ],
 )
-def test_ladder_layers_that_are_none_are_refused(spec_of: Spec, ladder_layers: object, problem: str) -> None:
+def test_ladder_layers_that_are_none_are_refused(spec_of: SpecOf, ladder_layers: object, problem: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"ladder_layers: {problem}")):
         spec_of("LlamaLadderForCausalLM", ladder_layers=ladder_layers)
 
 
-def test_other_models_need_not_name_ladder_layers(spec_of: Spec) -> None:
+def test_other_models_need_not_name_ladder_layers(spec_of: SpecOf) -> None:
     assert not any(layer.ladder for layer in spec_of("LlamaForCausalLM").layers)
 
 
-def test_end_tokens_may_be_several(spec_of: Spec) -> None:
+def test_end_tokens_may_be_several(spec_of: SpecOf) -> None:
     assert spec_of("LlamaForCausalLM", eos_token_id=[5, 7, 5]).eos_token_ids == (5, 7)
     assert spec_of("LlamaForCausalLM", eos_token_id=None).eos_token_ids == ()
 
 
-def test_prefix_cache_key_only_for_long_prompts_of_dynamic_rope(spec_of: Spec) -> None:
+def test_prefix_cache_key_only_for_long_prompts_of_dynamic_rope(spec_of: SpecOf) -> None:
     plain = spec_of("LlamaForCausalLM")
     assert plain.prefix_cache_key(10**6) is None
     dynamic = spec_of("LlamaForCausalLM", rope_scaling={"type": "dynamic", "factor": 4.0})
@@ -378,7 +358,7 @@ def test_prefix_cache_key_only_for_long_prompts_of_dynamic_rope(spec_of: Spec) -
     assert (plain.max_model_len, dynamic.max_model_len) == (2048, 8192)
 
 
-def test_active_parameters_leave_out_unused_experts(spec_of: Spec) -> None:
+def test_active_parameters_leave_out_unused_experts(spec_of: SpecOf) -> None:
     facts = spec_of("MixtralForCausalLM").facts()
     one_expert = 3 * 256 * 512
     assert facts.parameters - facts.active_parameters == 4 * (8 - 2) * one_expert + 1000 * 256
